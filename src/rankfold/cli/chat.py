@@ -1,0 +1,55 @@
+"""``rankfold chat``"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rankfold.cli.options import model_options
+
+HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends"
+
+
+@click.command("chat")
+@model_options
+def command(adapter: Path | None, model: str | None, **sampling: Any) -> None:
+    """Talk to a model, with an adapter or without.  Lines on standard input work too."""
+    from rankfold.models.generate import Sampling, reply
+    from rankfold.models.load import load
+
+    base = load(adapter, model)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        click.echo(f"{base.source.name}{f' with {adapter}' if adapter else ''}: {HELP}")
+    messages: list[dict[str, str]] = []
+    settings = Sampling(**sampling)
+    while (line := _ask(interactive)) is not None:
+        if line == "/reset":
+            messages = []
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = reply(base, messages, settings, _streamer(base.tokenizer))
+            messages.append({"role": "assistant", "content": answer})
+            # Otherwise a question asked again would draw the same random numbers again.
+            settings = dataclasses.replace(settings, seed=settings.seed + 1)
+
+
+def _ask(interactive: bool) -> str | None:
+    """The next line, or None at the end."""
+    try:
+        line = input("you> " if interactive else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        if interactive:
+            click.echo()
+        return None
+    return None if line == "/quit" else line
+
+
+def _streamer(tokenizer: Any) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,26 @@
+"""``rankfold generate``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rankfold.cli.options import model_options
+
+
+@click.command("generate")
+@click.option("--prompt", required=True, help="what to ask")
+@click.option("--system", help="a system message to put before it")
+@model_options
+def command(
+    prompt: str, system: str | None, adapter: Path | None, model: str | None, **sampling: Any
+) -> None:
+    """Print the model's answer to one prompt.  The same seed gives the same answer."""
+    from rankfold.models.generate import Sampling, reply
+    from rankfold.models.load import load
+
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    click.echo(reply(load(adapter, model), messages, Sampling(**sampling)))

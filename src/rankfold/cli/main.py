@@ -1,0 +1,67 @@
+"""The ``rankfold`` command: finds the verb, and turns errors into a sentence and an exit status."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from rankfold import __version__
+from rankfold.errors import RankfoldError
+
+USER_MISTAKE = 2
+INTERRUPTED = 130
+
+# Each verb is the click command called ``command`` in the module of its name.
+VERBS = {
+    "demo": "fine-tune a small model on cold jokes, from start to finish",
+    "train": "fine-tune a model on your rows",
+    "chat": "talk to a model",
+    "generate": "answer one prompt",
+    "explain": "show with an SVD why a low rank can be enough",
+}
+
+
+class Verbs(click.Group):
+    """Imports only the verb that is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(f"rankfold.cli.{cmd_name}").command
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rankfold", message="%(prog)s %(version)s")
+def cli() -> None:
+    """LoRA fine-tuning you can trust, on the machine you have."""
+
+
+def main() -> None:
+    """Run the command; exit status 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    try:
+        status = cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except RankfoldError as error:
+        click.echo(f"error: {error}", err=True)
+        status = USER_MISTAKE
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was written", err=True)
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; keep Python from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

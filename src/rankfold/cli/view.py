@@ -1,0 +1,174 @@
+"""How a run looks in a terminal, with colour or without, live or as plain lines."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from rankfold.data.encode import EncodedRow, marked_pieces
+from rankfold.train.evaluate import Comparison
+from rankfold.train.listener import Listener, RunResult
+from rankfold.train.loop import StepRecord
+from rankfold.train.plan import Plan
+from rankfold.train.report import setting_rows
+from rankfold.train.run import REPORT_NAME
+
+PLAIN_LINES = 10  # about so many progress lines where the output is no terminal
+PLAIN_WIDTH = 110
+
+
+def make_console(stream: TextIO) -> Console:
+    """A console for ``stream``: a terminal's own width, a fixed one elsewhere; never markup."""
+    width = None if stream.isatty() else PLAIN_WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False, soft_wrap=False)
+
+
+class TerminalListener(Listener):
+    """Prints a run as it goes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self.progress: Progress | None = None
+        self.task = TaskID(0)
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def on_stage(self, stage: str) -> None:
+        self._end_progress()
+        self.console.print(f"... {stage}", style="dim")
+        if self.live and stage == "training":
+            self.progress = _progress_bar(self.console)
+            self.task = self.progress.add_task("", total=None, loss="", speed="")
+            self.progress.start()
+
+    def on_plan(self, plan: Plan) -> None:
+        print_plan(self.console, plan)
+
+    def on_step(self, record: StepRecord) -> None:
+        self.seconds += record.seconds
+        self.tokens += record.tokens
+        speed = self.tokens / self.seconds
+        if self.progress is not None:
+            loss, pace = f"loss {record.loss:.3f}", f"{speed:,.0f} tokens/s"
+            self.progress.update(self.task, total=record.steps, completed=record.step, loss=loss, speed=pace)
+        elif record.step % max(1, record.steps // PLAIN_LINES) == 0 or record.step in (1, record.steps):
+            left = self.seconds / record.step * (record.steps - record.step)
+            self.console.print(
+                f"step {record.step}/{record.steps}  loss {record.loss:.3f}  "
+                f"{speed:,.0f} tokens/s  {left:,.0f} s left"
+            )
+
+    def on_stopping(self) -> None:
+        self.console.print("stopping after this step; press Ctrl-C again to drop the run", style="yellow")
+
+    def on_result(self, result: RunResult) -> None:
+        self._end_progress()
+        print_result(self.console, result)
+
+    def _end_progress(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """What the run will do, why with these settings, and one row with its trained tokens."""
+    trained = sum(row.trained_tokens for row in plan.train)
+    tokens = sum(map(len, plan.train))
+    trainable, total = plan.model.get_nb_trainable_parameters()
+    console.print("\nThe plan", style="bold")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    table.add_column(style="dim")
+    table.add_row("model", plan.recipe.model, plan.base.source.description)
+    table.add_row("rows", f"{len(plan.train):,} to train on", plan.rows.shape)
+    table.add_row("", f"{len(plan.held_out):,} held out", "never trained on; both models are judged on them")
+    table.add_row("tokens", f"{trained:,} trained of {tokens:,}", "the others are only read")
+    for name, value, reason in setting_rows(plan):
+        table.add_row(name, value, reason)
+    table.add_row("parameters", f"{trainable:,} trained", f"{100 * trainable / total:.2f} % of {total:,}")
+    measured = f"at {plan.tokens_per_second:,.0f} tokens/s, just measured on the longest rows"
+    table.add_row("expected", f"about {plan.expected_minutes:.1f} minutes", measured)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", style="yellow")
+    print_mask(console, plan.train[0], plan)
+
+
+def print_mask(console: Console, row: EncodedRow, plan: Plan) -> None:
+    """One row with trained and untrained tokens told apart: by colour, or by {+ +} where there is none."""
+    coloured = console.is_terminal and not console.no_color
+    how = "trained tokens are green" if coloured else "trained tokens stand in {+ +}"
+    console.print(f"\nOne row, {row.trained_tokens} of its {len(row)} tokens trained ({how}):", style="bold")
+    text = Text()
+    for piece, trained in marked_pieces(row, plan.base.tokenizer):
+        if coloured:
+            text.append(piece, style="bold green" if trained else "dim")
+        else:
+            text.append(f"{{+{piece}+}}" if trained else piece)
+    console.print(text)
+    console.print()
+
+
+def print_result(console: Console, result: RunResult) -> None:
+    """Before and after in numbers and in words, where everything is, and how to go on."""
+    if result.comparison is None:
+        steps = result.steps[-1]
+        console.print(f"\nInterrupted after step {steps.step} of {steps.steps}.", style="bold yellow")
+        console.print(f"The adapter trained so far is in {result.out}; it was not compared with the base.")
+    else:
+        print_comparison(console, result.comparison)
+        for sample in result.samples:
+            console.print(f"\n{sample.prompt}", style="bold")
+            console.print(Text.assemble(("  before  ", "dim"), " ".join(sample.base.split())))
+            console.print(Text.assemble(("  after   ", "green"), " ".join(sample.tuned.split())))
+        console.print(f"\nadapter  {result.out}  (PEFT's format)")
+        console.print(f"report   {result.out / REPORT_NAME}")
+    console.print(f"\nGo on:   {_command()} chat --adapter {result.out}", style="bold", soft_wrap=True)
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    console.print(
+        f"\nOn {comparison.rows} held-out rows ({comparison.trained_tokens:,} tokens)", style="bold"
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "base", "tuned", "gap", "95 % interval of the gap"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row(
+        "loss (nats per token)",
+        f"{comparison.base_loss:.4f}",
+        f"{comparison.tuned_loss:.4f}",
+        f"{comparison.gap:+.4f}",
+        f"{comparison.gap_low:+.4f} to {comparison.gap_high:+.4f}",
+    )
+    table.add_row("perplexity", f"{comparison.base_perplexity:.2f}", f"{comparison.tuned_perplexity:.2f}")
+    console.print(table)
+    console.print(
+        f"The tuned model is {comparison.verdict} ({comparison.rows_improved} of {comparison.rows})."
+    )
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _command() -> str:
+    """The command as this user can type it: by name where it is on the PATH, else as it was called."""
+    return "rankfold" if shutil.which("rankfold") else str(Path(sys.argv[0]))

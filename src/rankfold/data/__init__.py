@@ -1,0 +1,1 @@
+"""Rows of data: reading, understanding, encoding, batching."""

@@ -1,0 +1,67 @@
+"""The error tree.  The command line prints these as one sentence and exits with status 2.
+
+RankfoldError
+ +- ConfigError      (ValueError)    a LoraConfig or a recipe that cannot be meant
+ +- TargetError      (ValueError)    target patterns that match nothing, or a layer type without LoRA
+ +- AdapterError     (ValueError)    an adapter on disk that cannot be loaded as it is
+ +- MergeError       (RuntimeError)  a merge that would damage the model
+ +- DataError        (ValueError)    rows that cannot be read or trained on
+ +- ModelError       (ValueError)    a base model that cannot be found or used
+ +- OutputError      (RuntimeError)  a place that cannot be written, or must not be overwritten
+ +- TrainingError    (RuntimeError)  a run stopped before it could do harm
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class RankfoldError(Exception):
+    """Base of every error a user can cause or mend."""
+
+
+class ConfigError(RankfoldError, ValueError):
+    pass
+
+
+class TargetError(RankfoldError, ValueError):
+    pass
+
+
+class AdapterError(RankfoldError, ValueError):
+    pass
+
+
+class MergeError(RankfoldError, RuntimeError):
+    pass
+
+
+class DataError(RankfoldError, ValueError):
+    pass
+
+
+class ModelError(RankfoldError, ValueError):
+    pass
+
+
+class OutputError(RankfoldError, RuntimeError):
+    pass
+
+
+class TrainingError(RankfoldError, RuntimeError):
+    pass
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the known name closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def bullet_list(headline: str, problems: Sequence[str], shown: int = 20) -> str:
+    """``headline`` and one indented line a problem; past ``shown`` of them, a count of the rest."""
+    lines = [headline, *(f"  - {problem}" for problem in problems[:shown])]
+    if len(problems) > shown:
+        lines.append(f"  ... and {len(problems) - shown} more")
+    return "\n".join(lines)

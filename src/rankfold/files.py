@@ -1,0 +1,85 @@
+"""Writing to disk so that a file or folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rankfold.errors import OutputError
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write ``content`` (text as UTF-8) under a temporary name, fsync it, and rename it to ``path``.
+
+    Raises OutputError with the system's reason; the old file, if any, is then still there."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise OutputError unless the disk that will hold ``folder`` can be written and has room."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise OutputError(f"cannot make {folder}: {place} is a file; name another --out")
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"not enough disk space at {place}: {free / 1e6:,.0f} MB free, "
+            f"{needed_bytes / 1e6:,.0f} MB needed; free some or name another --out"
+        )
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise OutputError(f"cannot write at {place}: {error.strerror}; name another --out") from error
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder beside ``final`` that is renamed to it when the block ends without an
+    exception, and removed otherwise.  Raises OutputError if ``final`` exists by then."""
+    final = final.absolute()
+    staging = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {final}: {error.strerror}") from error
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            if file.is_file():
+                _sync_file(file)
+        sync_folder(staging)
+        staging.rename(final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise OutputError(f"cannot complete the folder {final}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

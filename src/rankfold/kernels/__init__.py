@@ -1,0 +1,1 @@
+"""Maths as pure functions: no module, no state, no I/O."""

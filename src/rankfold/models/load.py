@@ -1,0 +1,163 @@
+"""Loading a base model and its tokenizer, and a base with an adapter on it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankfold.errors import ModelError, OutputError
+from rankfold.files import require_space, staged_folder
+from rankfold.lora import LoraConfig, PeftModel
+from rankfold.models.facts import AdapterFacts
+from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
+
+EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
+
+
+@dataclass
+class Base:
+    """A causal language model with its tokenizer; ``notes`` are facts a user should be told."""
+
+    model: Any
+    tokenizer: Any
+    source: BaseSource
+    notes: list[str] = field(default_factory=list)
+    prompt_style: str = "chat"
+
+
+def load_base(name: str) -> Base:
+    """Load ``name`` (see ``find_base``) in float32 on a CPU, bfloat16 on a GPU that computes in it.
+
+    A GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
+    ``~/.cache/rankfold``), because reading it takes ten times as long as reading the result.
+    Only safetensors and GGUF weights are read, and no code from a model folder is run.
+
+    Raises ModelError."""
+    source = find_base(name)
+    notes: list[str] = []
+    if source.gguf_file is not None:
+        model, tokenizer = _load_gguf(source.gguf_file, notes)
+    else:
+        model, tokenizer = _load_transformers(source.location, source.name)
+    _check_vocabulary(model, tokenizer, name)
+    model.name_or_path = model.config.name_or_path = name
+    device, dtype = _placement()
+    return Base(model.to(device=device, dtype=dtype).eval(), tokenizer, source, notes)
+
+
+def load_tuned(adapter: Path, model_name: str | None = None) -> Base:
+    """Load the base that ``adapter`` names (or ``model_name``) and merge the adapter into it.
+
+    Raises AdapterError or ModelError."""
+    config = LoraConfig.from_pretrained(adapter)
+    name = model_name or config.base_model_name_or_path
+    if not name:
+        raise ModelError(f"{adapter} does not say which base model it belongs to; name it with --model")
+    facts = AdapterFacts.read(adapter)
+    base = load_base(name)
+    base.model = PeftModel.from_pretrained(base.model, adapter).merge_and_unload()
+    base.prompt_style = facts.prompt_style
+    return base
+
+
+def load(adapter: Path | None, model_name: str | None) -> Base:
+    """``load_tuned`` if there is an adapter, else ``load_base`` of the named or the default model."""
+    return load_tuned(adapter, model_name) if adapter else load_base(model_name or DEFAULT_MODEL)
+
+
+def _placement() -> tuple[torch.device, torch.dtype]:
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.device("cpu"), torch.float32
+
+
+def _load_transformers(location: str | Path, name: str, **options: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                location, dtype=torch.float32, use_safetensors=True, **options
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            if isinstance(location, Path):
+                raise ModelError(f"cannot load the model {name}: {reason}") from error
+            raise not_found(name, reason) from error
+    return model, tokenizer
+
+
+def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
+    cached = _cache_folder() / "expanded" / _sha256(file)
+    if not cached.is_dir():
+        options = {"gguf_file": file.name}
+        model, tokenizer = _load_transformers(file.parent, str(file), **options)
+        _clear_quantisation_marks(model)
+        try:
+            require_space(cached.parent, EXPANDED_PER_GGUF_BYTE * file.stat().st_size)
+            with _quiet_transformers(), staged_folder(cached) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+        except OutputError as error:
+            if not cached.is_dir():  # else another process was faster
+                notes.append(f"the expanded model was not kept for next time: {error}")
+                return model, tokenizer
+        notes.append(f"{file.name} was expanded to float32 and kept in {cached.parent}")
+    return _load_transformers(cached, str(file))
+
+
+def _clear_quantisation_marks(model: Any) -> None:
+    """The weights are plain float32 by now; transformers would still refuse to save them."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer of {name} has {len(tokenizer):,} entries but the model embeds {rows:,}; "
+            "they do not belong together"
+        )
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RANKFOLD_CACHE") or Path(home) / "rankfold")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars or advice from transformers inside the block; errors still raise.
+
+    Standard error is set aside because the GGUF reader's bar obeys no switch."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""What the singular value decomposition says about low-rank updates."""

@@ -1,0 +1,35 @@
+"""What a run minimises."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from rankfold.data.encode import IGNORE
+
+
+def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy in nats of each trained token, 0 elsewhere: (rows, columns that hold one).
+
+    Only the columns that some row trains reach the output head: on short chats the prompt is half of
+    the tokens, and the head a fifth of a small model's work."""
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+    columns = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if _can_choose_columns(model):
+        logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, columns]
+    wanted = targets[:, columns]
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return losses.view(wanted.shape)
+
+
+def _can_choose_columns(model: Any) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters

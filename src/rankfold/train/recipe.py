@@ -1,0 +1,61 @@
+"""``Recipe``: the one source of a run's settings, for Python, flags and help alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rankfold.errors import ConfigError, bullet_list, nearest
+from rankfold.models.find import DEFAULT_MODEL
+
+
+class Recipe(BaseModel):
+    """What to train on what.  A setting left at None is chosen from the data and the model, with the
+    reason printed.  Build it with ``Recipe.of`` to get rankfold's errors instead of pydantic's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="model folder, .gguf file or hub id")
+    data: Path = Field(description="rows to train on: a .jsonl file")
+    out: Path = Field(description="folder for the adapter and the report; must not exist")
+    held_out: Path | None = Field(None, description="rows to judge on [5 % of the data, at most 200 rows]")
+    targets: str = Field("all-linear", min_length=1, description="modules to adapt: all-linear or a pattern")
+    rank: int | None = Field(None, ge=1, le=4096, description="rank of the update [16; 32 above 10,000 rows]")
+    alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="scale = alpha / rank [2 x rank]"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="dropout before lora_A")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="peak learning rate [by model size and steps]"
+    )
+    epochs: int | None = Field(None, ge=1, le=1000, description="passes over the data [by steps, at most 3]")
+    rows_per_step: int | None = Field(
+        None, ge=1, le=4096, description="rows an optimiser step sees [8 or 16]"
+    )
+    max_length: int = Field(
+        1024, ge=8, description="longest row in tokens; longer ones are left out and named"
+    )
+    samples: int = Field(3, ge=0, le=20, description="held-out prompts answered before and after")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapter's start and of the row order")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Recipe:
+        """Check ``options``; raises ConfigError listing every one that is wrong."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            problems = [_describe(problem) for problem in error.errors()]
+            raise ConfigError(bullet_list("these settings cannot be used:", problems)) from error
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}{nearest(name, Recipe.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{name} is missing: {Recipe.model_fields[name].description}"
+    message = problem["msg"]
+    return f"{name}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"

@@ -1,0 +1,78 @@
+"""``report.html``: the run on one self-contained page."""
+
+from __future__ import annotations
+
+import io
+from importlib.metadata import version
+from itertools import accumulate
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rankfold.data.encode import marked_pieces
+from rankfold.train.listener import RunResult
+from rankfold.train.loop import StepRecord
+from rankfold.train.plan import Plan
+
+VERSIONS_OF = ("rankfold", "torch", "transformers")
+SMOOTHING = 0.8  # weight of the past in the curve's running mean
+
+
+def render_report(plan: Plan, result: RunResult) -> str:
+    """The page as HTML text: numbers, samples, loss curve, settings and the proof of the mask."""
+    environment = Environment(
+        loader=PackageLoader("rankfold.train", "."), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("report.html.j2").render(
+        plan=plan,
+        result=result,
+        comparison=result.comparison,
+        settings=setting_rows(plan),
+        curve=loss_curve(result.steps),
+        row=plan.train[0],
+        pieces=marked_pieces(plan.train[0], plan.base.tokenizer),
+        trainable=plan.model.get_nb_trainable_parameters(),
+        seconds=sum(record.seconds for record in result.steps),
+        tokens=sum(record.tokens for record in result.steps),
+        versions={name: version(name) for name in VERSIONS_OF},
+    )
+
+
+def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """(name, value, reason) of every setting that was chosen."""
+    settings, recipe = plan.settings, plan.recipe
+    values: dict[str, Any] = {
+        "rank": settings.rank,
+        "alpha": f"{settings.alpha:g}",
+        "learning_rate": f"{settings.learning_rate:g}",
+        "epochs": settings.epochs,
+        "rows_per_step": settings.rows_per_step,
+    }
+    rows = [(name.replace("_", " "), str(value), settings.reasons[name]) for name, value in values.items()]
+    warm_up = f"{settings.warmup_steps} warm-up, then a cosine to 0"
+    rows.append(("steps", str(settings.steps), warm_up))
+    rows.append(
+        ("targets", recipe.targets, f"{len(plan.model.targeted_module_names)} layers carry an adapter")
+    )
+    return rows
+
+
+def loss_curve(records: list[StepRecord]) -> str:
+    """The training loss as an SVG picture: each step, and the running mean over about five."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    steps, losses = [r.step for r in records], [r.loss for r in records]
+    smooth = list(accumulate(losses, lambda past, new: SMOOTHING * past + (1 - SMOOTHING) * new))
+    figure = Figure(figsize=(7.2, 2.8), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="each step")
+    axes.plot(steps, smooth, color="#1f5fa8", linewidth=2, label="running mean")
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    picture = buffer.getvalue()
+    return picture[picture.index("<svg") :]

@@ -1,0 +1,95 @@
+"""Shared fixtures: a tiny model that runs in milliseconds, and the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rankfold.models.find import DEFAULT_MODEL
+from rankfold.models.load import Base, load_base
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Base:
+    """SmolLM2-135M-Instruct.  Treat as read-only; ``fresh_base`` gives one that may be changed."""
+    return load_base(DEFAULT_MODEL)
+
+
+@pytest.fixture
+def fresh_base() -> Base:
+    return load_base(DEFAULT_MODEL)
+
+
+def tiny_llama(seed: int = 0, tied: bool = False) -> nn.Module:
+    """A two-layer Llama with SmolLM2's vocabulary and 24 features."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(real_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama as a model folder, with SmolLM2's tokenizer and chat template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    real_base.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows to a .jsonl file and return its path."""
+
+    def write(rows: list[dict], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def joke_rows() -> list[dict]:
+    return [
+        {"prompt": f"Joke about {n} hats?", "completion": f"There were {n} hats. All fit."} for n in range(24)
+    ]
+
+
+def randomise(model: nn.Module, seed: int = 1) -> None:
+    """Give every LoRA factor of ``model`` random values, so that B is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def rankfold_command(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    """Run the installed command as a user would."""
+    command = [str(Path(sys.executable).with_name("rankfold")), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)

@@ -1,0 +1,109 @@
+"""The rules of the house that a test can hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rankfold
+
+SOURCE = Path(rankfold.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# Which rooms a room may import, besides itself.  docs/architecture.md has the same table in words.
+LEAVES = {"errors", "files"}
+MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "kernels": {"errors"},
+    "lora": {"kernels"} | LEAVES,
+    "spectrum": {"lora"} | LEAVES,
+    "models": {"lora", "kernels"} | LEAVES,
+    "data": {"models"} | LEAVES,
+    "train": {"data", "models", "spectrum", "lora", "kernels"} | LEAVES,
+    "cli": {"train", "data", "models", "spectrum", "lora"} | LEAVES,
+}
+# Files over 400 lines, each with the reason why it is one file.
+LONG_FILES: dict[str, str] = {}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    rooms = {name.split(".")[1] for name in imported_modules(path) if name.startswith("rankfold.")}
+    assert rooms - {room} <= MAY_IMPORT[room]
+
+
+def test_every_room_has_its_rule():
+    assert {room_of(path) for path in FILES} - {"__init__"} == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("room", ["errors.py", "files.py", "kernels", "lora"])
+def test_the_core_needs_torch_and_safetensors_only(room):
+    paths = [SOURCE / room] if room.endswith(".py") else sorted((SOURCE / room).rglob("*.py"))
+    outside = {name.split(".")[0] for path in paths for name in imported_modules(path)}
+    assert outside - sys.stdlib_module_names <= {"rankfold", "torch", "safetensors"}
+
+
+def test_the_public_surface_is_all():
+    assert dir(rankfold) == sorted([*rankfold.__all__, "__version__"])
+    for name in rankfold.__all__:
+        assert getattr(rankfold, name).__name__ == name
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = rankfold.nonsense
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_pickle_and_no_shell(path):
+    text = path.read_text()
+    assert not {name.split(".")[0] for name in imported_modules(path)} & {
+        "pickle",
+        "dill",
+        "shelve",
+        "marshal",
+    }
+    assert not re.search(r"torch\.(load|save)\(|shell=True|\bexec\(|(?<![.\w])eval\(|\.bin\b", text)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_are_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400 or str(path.relative_to(SOURCE)) in LONG_FILES
+
+
+def test_importing_rankfold_is_cheap():
+    program = (
+        "import sys, time, torch\n"
+        "started = time.perf_counter()\n"
+        "from rankfold import LoraConfig, get_peft_model\n"
+        "print(time.perf_counter() - started)\n"
+        "assert not {'transformers', 'matplotlib', 'pydantic', 'rich', 'click'} & sys.modules.keys()\n"
+    )
+    seconds = []
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        seconds.append(float(run.stdout))
+    assert min(seconds) < 0.1, f"importing rankfold took {seconds} s beyond torch"
