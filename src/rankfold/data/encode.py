@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -65,7 +66,8 @@ def encode(example: Example, tokenizer: Any) -> EncodedRow:
     trained.  Running text: everything but the first token, and the end-of-text token, are trained.
 
     Each piece is tokenised by itself, so that the prompt's tokens are those the model will see when
-    it is asked.  Raises DataError if the words spell a control token or the template loses them."""
+    it is asked.  Raises DataError if the words spell a control token, the vocabulary cannot
+    spell the words, or the template loses them."""
     contents = [message["content"] for message in example.messages] or [example.text]
     _refuse_control_tokens(contents, tokenizer)
     pieces = _pieces(example, tokenizer) if example.messages else [(example.text, True)]
@@ -73,6 +75,7 @@ def encode(example: Example, tokenizer: Any) -> EncodedRow:
     labels: list[int] = []
     for text, trained in pieces:
         ids = tokenizer(text, add_special_tokens=not example.messages)["input_ids"]
+        _check_spelling(text, ids, tokenizer)
         input_ids += ids
         labels += ids if trained else [IGNORE] * len(ids)
     if not example.messages:
@@ -111,6 +114,21 @@ def _check_answer(trained: str, content: str, tokenizer: Any) -> None:
         raise DataError("the chat template changes the assistant's words")
     if not trained.endswith(tuple(control_tokens(tokenizer))):
         raise DataError("the chat template ends the assistant's turn without a stop token to learn")
+
+
+def _check_spelling(text: str, ids: list[int], tokenizer: Any) -> None:
+    """Some byte-level vocabularies lack bytes, and drop them without a word."""
+    if not _same_letters(tokenizer.decode(ids), text):
+        characters = ((char, tokenizer.decode(tokenizer(char)["input_ids"])) for char in set(text))
+        lost = sorted(char for char, decoded in characters if not _same_letters(decoded, char))
+        raise DataError(f"this model's vocabulary cannot spell: {' '.join(map(ascii, lost))}")
+
+
+def _same_letters(one: str, other: str) -> bool:
+    """Equal but for white space and Unicode composition, which some tokenizers normalise."""
+    blank = str.maketrans("", "", " \t\n\r")
+    first, second = (unicodedata.normalize("NFKC", text).translate(blank) for text in (one, other))
+    return first == second
 
 
 def control_tokens(tokenizer: Any) -> set[str]:
