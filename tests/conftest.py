@@ -33,13 +33,13 @@ def fresh_base() -> Base:
 
 
 def tiny_llama(seed: int = 0, tied: bool = False) -> nn.Module:
-    """A two-layer Llama with SmolLM2's vocabulary and 24 features."""
+    """A two-layer Llama with SmolLM2's vocabulary and 32 features."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=49152,
-        hidden_size=24,
+        hidden_size=32,
         intermediate_size=40,
         num_hidden_layers=2,
         num_attention_heads=2,

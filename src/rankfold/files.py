@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rankfold.errors import OutputError
@@ -59,11 +61,15 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A temporary folder beside ``final`` that is renamed to it when the block ends without an
-    exception, and removed otherwise.  Raises OutputError if ``final`` exists by then."""
+    exception, and removed otherwise.  What a killed process left of an earlier one is removed first.
+    Raises OutputError if ``final`` exists by then."""
     final = final.absolute()
     staging = final.with_name(f".{final.name}.partial-{os.getpid()}")
     try:
+        for abandoned in final.parent.glob(f".{glob.escape(final.name)}.partial-*"):
+            _remove_unless_locked(abandoned)
         staging.mkdir(parents=True)
+        lock = _lock(staging)
     except OSError as error:
         raise OutputError(f"cannot make the folder {final}: {error.strerror}") from error
     try:
@@ -77,7 +83,28 @@ def staged_folder(final: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"cannot complete the folder {final}: {error.strerror}") from error
     finally:
+        os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int:
+    """Lock ``folder`` for as long as the returned descriptor, or this process, lives.
+
+    Raises BlockingIOError if another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_unless_locked(folder: Path) -> None:
+    with suppress(BlockingIOError, FileNotFoundError):
+        lock = _lock(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _sync_file(path: Path) -> None:

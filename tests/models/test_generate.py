@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from rankfold.models.generate import Sampling, reply
+from rankfold.models.generate import reply
+from rankfold.models.sampling import Sampling
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import randomise, tiny_llama
 
+from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
 from rankfold.errors import AdapterError, ModelError
 from rankfold.models.facts import AdapterFacts

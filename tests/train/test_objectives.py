@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_llama
 from torch.nn import functional as F
 
+from conftest import tiny_llama
 from rankfold.data.batches import collate
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.train.objectives import token_losses

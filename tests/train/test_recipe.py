@@ -75,5 +75,5 @@ def test_what_is_left_open_is_chosen_by_size(rows, parameters, expected):
 def test_what_is_set_is_kept_and_said_to_be_so():
     chosen = settle(recipe(rank=4, learning_rate=1e-5, epochs=7), 100, MILLION)
     assert (chosen.rank, chosen.alpha, chosen.learning_rate, chosen.epochs) == (4, 8, 1e-5, 7)
-    assert chosen.reasons["rank"] == "as you set it"
-    assert chosen.reasons["alpha"] != "as you set it"
+    assert chosen.reasons["rank"] == "as given"
+    assert chosen.reasons["alpha"] != "as given"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rankfold.cli.options import model_options
+from rankfold.cli.options import given, model_options
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends"
 
@@ -18,15 +17,16 @@ HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends"
 @model_options
 def command(adapter: Path | None, model: str | None, **sampling: Any) -> None:
     """Talk to a model, with an adapter or without.  Lines on standard input work too."""
-    from rankfold.models.generate import Sampling, reply
+    from rankfold.models.generate import reply
     from rankfold.models.load import load
+    from rankfold.models.sampling import Sampling
 
+    settings = Sampling.of(given(sampling))
     base = load(adapter, model)
     interactive = sys.stdin.isatty()
     if interactive:
         click.echo(f"{base.source.name}{f' with {adapter}' if adapter else ''}: {HELP}")
     messages: list[dict[str, str]] = []
-    settings = Sampling(**sampling)
     while (line := _ask(interactive)) is not None:
         if line == "/reset":
             messages = []
@@ -35,7 +35,7 @@ def command(adapter: Path | None, model: str | None, **sampling: Any) -> None:
             answer = reply(base, messages, settings, _streamer(base.tokenizer))
             messages.append({"role": "assistant", "content": answer})
             # Otherwise a question asked again would draw the same random numbers again.
-            settings = dataclasses.replace(settings, seed=settings.seed + 1)
+            settings = settings.model_copy(update={"seed": settings.seed + 1})
 
 
 def _ask(interactive: bool) -> str | None:

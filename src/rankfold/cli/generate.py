@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from rankfold.cli.options import model_options
+from rankfold.cli.options import given, model_options
 
 
 @click.command("generate")
@@ -18,9 +18,11 @@ def command(
     prompt: str, system: str | None, adapter: Path | None, model: str | None, **sampling: Any
 ) -> None:
     """Print the model's answer to one prompt.  The same seed gives the same answer."""
-    from rankfold.models.generate import Sampling, reply
+    from rankfold.models.generate import reply
     from rankfold.models.load import load
+    from rankfold.models.sampling import Sampling
 
+    settings = Sampling.of(given(sampling))
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    click.echo(reply(load(adapter, model), messages, Sampling(**sampling)))
+    click.echo(reply(load(adapter, model), messages, settings))

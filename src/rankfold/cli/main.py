@@ -50,7 +50,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command; exit status 0, 2 for a user's mistake, 130 for Ctrl-C."""
     try:
-        status = cli(standalone_mode=False)
+        status = cli(prog_name="rankfold", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         status = error.exit_code

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from rankfold.cli.options import given, recipe_options
+from rankfold.cli.options import given, options_of
 from rankfold.train.recipe import Recipe
 
 
 @click.command("train")
-@recipe_options()
+@options_of(Recipe)
 def command(**options: Any) -> int:
     """Fine-tune a model on your rows with LoRA, and judge it on rows held out.
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rankfold.models.load import Base
 from rankfold.models.prompt import Message, render, require_chat_template
+from rankfold.models.sampling import Sampling
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """``temperature`` 0 always takes the likeliest token; ``seed`` makes any other value repeatable."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.7
-    top_p: float = 0.9
-    seed: int = 0
+CUT_CHARACTER = "\ufffd"  # what is decoded from a character whose last bytes were not generated
 
 
 def reply(base: Base, messages: list[Message], sampling: Sampling, streamer: Any = None) -> str:
@@ -48,7 +40,7 @@ def reply(base: Base, messages: list[Message], sampling: Sampling, streamer: Any
             **options,
         )
     answer: str = base.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
-    return answer.strip()
+    return answer.rstrip(CUT_CHARACTER).strip()
 
 
 def _stop_tokens(base: Base) -> list[int]:

@@ -37,7 +37,7 @@ def settle(recipe: Recipe, rows: int, model_parameters: int) -> Settings:
     reasons: dict[str, str] = {}
 
     def chosen(name: str, given: T | None, default: T, reason: str) -> T:
-        reasons[name] = reason if given is None else "as you set it"
+        reasons[name] = reason if given is None else "as given"
         return default if given is None else given
 
     rank = chosen("rank", recipe.rank, *_rank(rows))

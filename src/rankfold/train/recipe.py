@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from rankfold.errors import ConfigError, bullet_list, nearest
 from rankfold.models.find import DEFAULT_MODEL
+from rankfold.settings import CheckedSettings
 
 
-class Recipe(BaseModel):
+class Recipe(CheckedSettings):
     """What to train on what.  A setting left at None is chosen from the data and the model, with the
     reason printed.  Build it with ``Recipe.of`` to get rankfold's errors instead of pydantic's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     model: str = Field(DEFAULT_MODEL, min_length=1, description="model folder, .gguf file or hub id")
     data: Path = Field(description="rows to train on: a .jsonl file")
@@ -40,22 +36,3 @@ class Recipe(BaseModel):
     )
     samples: int = Field(3, ge=0, le=20, description="held-out prompts answered before and after")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapter's start and of the row order")
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Recipe:
-        """Check ``options``; raises ConfigError listing every one that is wrong."""
-        try:
-            return cls(**options)
-        except ValidationError as error:
-            problems = [_describe(problem) for problem in error.errors()]
-            raise ConfigError(bullet_list("these settings cannot be used:", problems)) from error
-
-
-def _describe(problem: Mapping[str, Any]) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}{nearest(name, Recipe.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{name} is missing: {Recipe.model_fields[name].description}"
-    message = problem["msg"]
-    return f"{name}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"

@@ -20,7 +20,8 @@ from rankfold.data.formats import Example
 from rankfold.errors import OutputError
 from rankfold.files import require_space, staged_folder, write_whole
 from rankfold.models.facts import AdapterFacts
-from rankfold.models.generate import Sampling, reply
+from rankfold.models.generate import reply
+from rankfold.models.sampling import Sampling
 from rankfold.train.evaluate import compare, row_losses
 from rankfold.train.listener import Listener, RunResult, Sample
 from rankfold.train.loop import StepRecord, Trainer, learning_rate_at

@@ -1,0 +1,131 @@
+"""Every example in the documents runs as written, and both READMEs say the same.
+
+A ``python`` block runs in the namespace of its page; the ``$ rankfold`` lines of a ``console`` block run as
+commands; a block ``jsonl NAME`` is written to that file first.  A ``text`` block after a python block is what
+it must print.  ``<!-- slow -->`` before a block leaves it to ``make test-all``."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from conftest import rankfold_command
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@dataclass
+class Block:
+    """A fenced block: its language, the words after it, its text, and where it stands."""
+
+    language: str
+    words: list[str]
+    text: str
+    place: str
+    slow: bool
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    slow = False
+    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
+        if token.type == "fence":
+            language, *words = token.info.split() or [""]
+            yield Block(language, words, token.content, f"{page.name}:{token.map[0] + 1}", slow)
+        if token.type in ("fence", "html_block"):
+            slow = "<!-- slow -->" in token.content
+
+
+def require_match(wanted: str, got: str, place: str) -> None:
+    assert doctest.OutputChecker().check_output(wanted, got, OPTIONS), f"{place} prints:\n{got}"
+
+
+def run_console(block: Block) -> None:
+    """Run each ``$ rankfold`` line; what follows it, up to the next ``$``, is what it must print."""
+    for entry in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        line, _, wanted = entry.partition("\n")
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "rankfold":
+            run = rankfold_command(*arguments, input="")
+            assert run.returncode == 0, f"{block.place}: {line}: {run.stderr}"
+            if wanted.strip():
+                require_match(wanted, run.stdout, block.place)
+
+
+def run_page(page: Path, capsys: pytest.CaptureFixture[str], *, with_slow: bool) -> None:
+    names: dict[str, object] = {}
+    printed = None
+    for block in blocks(page):
+        if block.slow and not with_slow:
+            printed = None
+        elif block.language == "python":
+            capsys.readouterr()
+            exec(compile(block.text, block.place, "exec"), names)
+            printed = capsys.readouterr().out
+            continue
+        elif block.language == "text" and printed is not None:
+            require_match(block.text, printed, block.place)
+        elif block.language == "console":
+            run_console(block)
+        elif block.language == "jsonl":
+            Path(block.words[0]).write_text(block.text, encoding="utf-8")
+        printed = None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_examples_of_a_page_run_as_written(page, tmp_path, capsys):
+    with chdir(tmp_path):
+        run_page(page, capsys, with_slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(block.slow for block in blocks(page))], ids=lambda page: page.name
+)
+def test_the_slow_examples_of_a_page_run_as_written(page, tmp_path, capsys):
+    with chdir(tmp_path):
+        run_page(page, capsys, with_slow=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_blocks_of_a_page_are_of_a_kind_that_is_checked(page):
+    kinds = {block.language for block in blocks(page)}
+    assert kinds <= {"python", "console", "text", "jsonl"}
+
+
+def test_both_readmes_have_the_same_examples_headings_and_numbers():
+    english, chinese = READMES
+    assert [(b.language, b.text) for b in blocks(english)] == [(b.language, b.text) for b in blocks(chinese)]
+    texts = [page.read_text(encoding="utf-8") for page in READMES]
+    levels, links, numbers = (
+        [re.findall(pattern, text, flags=re.MULTILINE) for text in texts]
+        for pattern in (r"^#+ ", r"\]\(([^)#]+)\)", r"\d+(?:[.,]\d+)*")
+    )
+    assert levels[0] == levels[1]
+    assert sorted(set(links[0]) - {"README.zh-CN.md"}) == sorted(set(links[1]) - {"README.md"})
+    assert sorted(numbers[0]) == sorted(numbers[1])
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.name
+)
+def test_links_inside_the_project_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_make_target_that_a_page_names_exists():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        assert set(re.findall(r"`?make ([a-z-]+)\b", page.read_text(encoding="utf-8"))) <= targets, page

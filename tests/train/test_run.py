@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+
+import peft
+import pytest
+import torch
+
+from conftest import tiny_llama
+from rankfold import PeftModel, Recipe, fine_tune
+from rankfold.errors import DataError, OutputError, TrainingError
+from rankfold.models import load
+from rankfold.train.listener import Listener
+
+FINISHED = {"adapter_config.json", "adapter_model.safetensors", "rankfold.json", "report.html", "run.json"}
+
+
+@pytest.fixture
+def recipe(tiny_folder, write_rows, joke_rows, tmp_path):
+    def make(**options) -> Recipe:
+        settings = {"model": str(tiny_folder), "out": tmp_path / "run", "epochs": 1}
+        if "data" not in options:
+            settings["data"] = write_rows(joke_rows)
+        return Recipe.of(settings | {"learning_rate": 1e-2, "samples": 1} | options)
+
+    return make
+
+
+class Doing(Listener):
+    """Does something after a step, and remembers the stages."""
+
+    def __init__(self, step: int, action) -> None:
+        self.step = step
+        self.action = action
+        self.stages: list[str] = []
+
+    def on_stage(self, stage):
+        self.stages.append(stage)
+
+    def on_step(self, record):
+        if record.step == self.step:
+            self.action()
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_leaves_an_adapter_its_numbers_and_its_report(recipe, tmp_path):
+    result = fine_tune(recipe())
+    assert {path.name for path in result.out.iterdir()} == FINISHED
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "rows.jsonl"}
+    assert [record.step for record in result.steps] == [1, 2, 3]
+    record = json.loads((result.out / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["rows"] == {"train": 22, "held_out": 2, "shape": "24 rows of prompt and completion"}
+    assert len(record["steps"]) == 3
+    assert record["comparison"]["gap"] == pytest.approx(result.comparison.gap)
+    assert len(record["samples"]) == len(result.samples) == 1
+
+
+def test_the_adapter_gives_equal_logits_here_and_in_peft_and_they_are_not_the_bases(recipe):
+    out = fine_tune(recipe()).out
+    ids = torch.randint(0, 49152, (2, 11))
+    ours = PeftModel.from_pretrained(tiny_llama(), out)(input_ids=ids).logits
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), out).eval()(ids).logits
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, tiny_llama()(ids).logits, atol=1e-6)
+
+
+def test_the_numbers_are_those_of_peft_on_the_same_rows(recipe):
+    """Held-out loss of base and tuned, worked out anew with PEFT and transformers' own loss."""
+    from rankfold.data.encode import encode_all
+    from rankfold.train.plan import read_data
+
+    settings = recipe()
+    result = fine_tune(settings)
+    tokenizer = load.load_base(settings.model).tokenizer
+    rows, _ = encode_all(read_data(settings).held_out, tokenizer, settings.max_length)
+    models = [tiny_llama(), peft.PeftModel.from_pretrained(tiny_llama(), result.out).eval()]
+    means = []
+    for model in models:
+        sums = [
+            model(input_ids=torch.tensor([r.input_ids]), labels=torch.tensor([r.labels])).loss.item()
+            * r.trained_tokens
+            for r in rows
+        ]
+        means.append(sum(sums) / sum(r.trained_tokens for r in rows))
+    assert means == pytest.approx([result.comparison.base_loss, result.comparison.tuned_loss], rel=1e-5)
+
+
+def test_one_seed_gives_the_same_bytes_and_another_does_not(recipe, tmp_path):
+    outs = [fine_tune(recipe(out=tmp_path / f"run{n}", seed=seed)).out for n, seed in enumerate((3, 3, 4))]
+    weights = [(out / "adapter_model.safetensors").read_bytes() for out in outs]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_ctrl_c_keeps_the_steps_that_are_done(recipe):
+    listener = Doing(2, interrupt)
+    result = fine_tune(recipe(), listener)
+    assert result.interrupted
+    assert len(result.steps) == 2
+    assert {path.name for path in result.out.iterdir()} == FINISHED - {"report.html"}
+    assert json.loads((result.out / "run.json").read_text())["status"] == "interrupted"
+    PeftModel.from_pretrained(tiny_llama(), result.out)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_drops_the_run(recipe, tmp_path):
+    def twice() -> None:
+        interrupt()
+        interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(recipe(), Doing(1, twice))
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+
+class Poisoning(Listener):
+    """Puts a NaN into the adapter after the first step."""
+
+    def on_plan(self, plan):
+        self.model = plan.model
+
+    def on_step(self, record):
+        next(p for p in self.model.parameters() if p.requires_grad).data[0, 0] = float("nan")
+
+
+def test_a_run_that_fails_leaves_nothing(recipe, tmp_path):
+    with pytest.raises(TrainingError, match=r"step 2 gave loss nan(.|\n)*A lower learning rate"):
+        fine_tune(recipe(), Poisoning())
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("run.json", "holds a run already"), ("notes.txt", "is not an empty folder")]
+)
+def test_a_used_output_folder_is_refused_before_anything_is_loaded(
+    recipe, tmp_path, monkeypatch, file, message
+):
+    monkeypatch.setattr(load, "find_base", None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).write_text("{}")
+    with pytest.raises(OutputError, match=message):
+        fine_tune(recipe())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [file]
+
+
+def test_an_empty_output_folder_is_welcome(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert (fine_tune(recipe()).out / "run.json").is_file()
+
+
+def test_bad_rows_are_told_before_a_model_is_loaded(recipe, write_rows, monkeypatch):
+    monkeypatch.setattr(load, "find_base", None)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: 'completion' is missing"):
+        fine_tune(recipe(data=write_rows([{"prompt": "a"}])))
+
+
+def test_rows_that_are_held_out_too_are_not_trained_on(recipe, write_rows, joke_rows):
+    held_out = write_rows(joke_rows[:3], "held_out.jsonl")
+    out = fine_tune(recipe(held_out=held_out)).out
+    record = json.loads((out / "run.json").read_text())
+    assert record["rows"]["train"] == 21
+    assert any("3 training rows left out" in note for note in record["notes"])
+
+
+def test_the_tutorials_text_column_is_trained_and_continued_as_text(recipe, write_rows):
+    rows = write_rows([{"jokes": f"Joke number {n} is cold."} for n in range(20)])
+    out = fine_tune(recipe(data=rows)).out
+    assert json.loads((out / "rankfold.json").read_text())["prompt_style"] == "plain"
+    assert load.load_tuned(out).prompt_style == "plain"
+
+
+def test_the_report_is_one_page_with_nothing_from_elsewhere(recipe, write_rows, joke_rows):
+    evil = [{"prompt": "<script>alert(1)</script>", "completion": "<img src=x onerror=alert(1)>"}]
+    held_out = write_rows(evil, "<b>held<b>.jsonl")
+    result = fine_tune(
+        recipe(held_out=held_out, data=write_rows([*joke_rows, {"prompt": "<i>", "completion": "</i>"}]))
+    )
+    page = (result.out / "report.html").read_text()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;" in page
+    outside = set(re.findall(r'(?:src|href)="([^"#][^"]*)"', page))
+    assert not outside, outside
+    assert f"{result.comparison.base_loss:.4f}" in page
+    assert f"{result.comparison.tuned_loss:.4f}" in page
+    assert page.count("<svg") == 1
