@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
@@ -101,9 +100,23 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
         require_space(tmp_path / "file" / "run", 1)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_read_only_place_is_named(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="cannot write at"):
-        require_space(tmp_path / "run", 1)
-    tmp_path.chmod(0o700)
+def test_a_place_where_nobody_may_write_is_named():
+    with pytest.raises(OutputError, match="cannot write at /proc: "):
+        require_space(Path("/proc/run"), 0)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_in_use_is_not(tmp_path):
+    final, abandoned = tmp_path / "run", tmp_path / ".run.partial-1"
+    abandoned.mkdir()
+    (abandoned / "a").write_text("x")
+    (tmp_path / ".running.partial-1").mkdir()
+    with staged_folder(final) as mine:
+        assert not abandoned.exists()
+        program = (
+            "import sys\nfrom pathlib import Path\nfrom rankfold.files import staged_folder\n"
+            "with staged_folder(Path(sys.argv[1])): pass\n"
+        )
+        subprocess.run([sys.executable, "-c", program, str(final)], check=True)
+        assert mine.exists()
+        final.rmdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".running.partial-1", "run"]

@@ -54,7 +54,7 @@ def load_base(name: str) -> Base:
     return Base(model.to(device=device, dtype=dtype).eval(), tokenizer, source, notes)
 
 
-def load_tuned(adapter: Path, model_name: str | None = None) -> Base:
+def load_tuned(adapter: str | Path, model_name: str | None = None) -> Base:
     """Load the base that ``adapter`` names (or ``model_name``) and merge the adapter into it.
 
     Raises AdapterError or ModelError."""
@@ -62,7 +62,7 @@ def load_tuned(adapter: Path, model_name: str | None = None) -> Base:
     name = model_name or config.base_model_name_or_path
     if not name:
         raise ModelError(f"{adapter} does not say which base model it belongs to; name it with --model")
-    facts = AdapterFacts.read(adapter)
+    facts = AdapterFacts.read(Path(adapter))
     base = load_base(name)
     base.model = PeftModel.from_pretrained(base.model, adapter).merge_and_unload()
     base.prompt_style = facts.prompt_style
