@@ -299,3 +299,12 @@ def test_a_terminal_gets_a_progress_bar_and_colour_unless_it_refuses_it(tiny_fol
     assert ("trained tokens are green" in shown) == colour
     assert ("\x1b[1;32m" in shown) == colour
     assert ("{+There were" in shown) != colour
+
+
+def test_the_demo_takes_the_next_free_folder_and_trains_on_the_jokes_it_ships(tiny_folder, tmp_path):
+    (tmp_path / "runs" / "cold-jokes").mkdir(parents=True)
+    run = rankfold_command("demo", "--model", tiny_folder, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "264 to train on" in run.stdout
+    assert "44 held out" in run.stdout
+    assert (tmp_path / "runs" / "cold-jokes-2" / "report.html").is_file()

@@ -14,13 +14,15 @@ HELD_OUT_MOST = 200
 
 
 def split_held_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and held-out rows: 5 %, at least one, at most 200, picked by a hash of their content.
+    """Training and held-out rows: 5 % of the different rows, at least one, at most 200, picked by a hash
+    of their content; copies of a held-out row are in neither.
 
     Raises DataError if fewer than two different rows are there."""
-    if len({fingerprint(example) for example in examples}) == 1:
+    different = {fingerprint(example): example for example in examples}
+    if len(different) == 1:
         raise DataError("all rows are the same; one to train on and another to judge on are the least")
-    count = min(HELD_OUT_MOST, max(1, math.ceil(HELD_OUT_SHARE * len(examples))))
-    held_out = sorted(examples, key=fingerprint)[:count]
+    count = min(HELD_OUT_MOST, math.ceil(HELD_OUT_SHARE * len(different)))
+    held_out = [different[key] for key in sorted(different)[:count]]
     train, _ = without_leaks(examples, held_out)
     return train, held_out
 

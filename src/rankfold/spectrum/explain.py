@@ -55,9 +55,9 @@ def _lora_on(weight: Tensor, x: Tensor, rank: int) -> tuple[bool, float, str]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False))
-    net[0].weight = nn.Parameter(weight.clone())
-    base_output = net(x)
-    model = get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]))
+        net[0].weight = nn.Parameter(weight.clone())
+        base_output = net(x)
+        model = get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]))
     starts_as_base = torch.equal(model(x), base_output)
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(x).square().mean().backward()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import tiny_llama
+from rankfold import Recipe
+from rankfold.errors import ConfigError, DataError
+from rankfold.train.plan import make_plan, read_data
+
+
+@pytest.fixture
+def recipe(tiny_folder, write_rows, joke_rows, tmp_path):
+    def make(rows=None, **options) -> Recipe:
+        data = write_rows(rows or joke_rows)
+        return Recipe.of({"model": str(tiny_folder), "out": tmp_path / "run", "data": data} | options)
+
+    return make
+
+
+def plan_of(recipe: Recipe):
+    return make_plan(recipe, read_data(recipe))
+
+
+def test_a_plan_changes_no_weight_and_starts_as_the_base(recipe):
+    plan = plan_of(recipe())
+    ids = torch.randint(0, 49152, (1, 9))
+    assert torch.equal(plan.model(input_ids=ids).logits, tiny_llama()(ids).logits)
+    assert all(p.grad is None for p in plan.model.parameters())
+
+
+def test_no_row_is_both_trained_and_held_out_and_none_is_lost(recipe, joke_rows):
+    plan = plan_of(recipe())
+    trained, held_out = ({row.origin for row in rows} for rows in (plan.train, plan.held_out))
+    assert not trained & held_out
+    assert len(trained | held_out) == len(joke_rows)
+
+
+def test_rows_that_are_too_long_are_left_out_and_named(recipe, joke_rows):
+    rows = [*joke_rows, {"prompt": "Long?", "completion": "Yes. " * 200}]
+    plan = plan_of(recipe(rows, max_length=128))
+    assert any("rows.jsonl:25 has" in note and "more than 128" in note for note in plan.notes)
+    assert all(len(row) <= 128 for row in (*plan.train, *plan.held_out))
+
+
+def test_copies_of_held_out_rows_are_left_out_and_counted(recipe, joke_rows):
+    rows = read_data(recipe([*joke_rows, *joke_rows]))
+    assert (len(rows.train), len(rows.held_out)) == (44, 2)
+    assert not {e.messages[0]["content"] for e in rows.train} & {
+        e.messages[0]["content"] for e in rows.held_out
+    }
+    assert rows.notes == ["2 training rows left out: copies of held-out rows"]
+
+
+def test_the_expected_time_follows_tokens_and_speed(recipe):
+    plan = plan_of(recipe(epochs=3))
+    tokens = 3 * sum(map(len, plan.train)) + sum(map(len, plan.held_out))
+    assert plan.expected_minutes == pytest.approx(tokens / plan.tokens_per_second / 60)
+
+
+def test_held_out_rows_of_another_style_are_noticed(recipe, write_rows):
+    held_out = write_rows([{"text": "It was cold."}], "held_out.jsonl")
+    assert any("held-out rows are plain" in note for note in read_data(recipe(held_out=held_out)).notes)
+
+
+def test_a_rank_that_no_weight_can_hold_is_refused(recipe):
+    with pytest.raises(ConfigError, match="rank 33 on a 32x32 weight"):
+        plan_of(recipe(rank=33))
+
+
+def test_every_row_too_long_is_an_error(recipe):
+    with pytest.raises(DataError, match=r"raise --max-length(.|\n)*rows.jsonl:1 has"):
+        plan_of(recipe(max_length=8))
