@@ -66,3 +66,9 @@ def test_the_interval_agrees_with_the_normal_approximation():
     half = 1.96 * float(gaps.std()) / 4 / 400**0.5
     assert result.gap_low == pytest.approx(float(gaps.mean()) / 4 - half, abs=0.01)
     assert result.gap_high == pytest.approx(float(gaps.mean()) / 4 + half, abs=0.01)
+
+
+@pytest.mark.parametrize(("rows", "cautious"), [(3, True), (19, True), (20, False)])
+def test_few_rows_are_a_reason_for_caution(rows, cautious):
+    losses = torch.rand(rows, dtype=torch.float64)
+    assert compare(make_rows(rows), losses, losses - 1, seed=0).caution.startswith(f"{rows} held") == cautious

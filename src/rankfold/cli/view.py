@@ -67,7 +67,7 @@ class TerminalListener(Listener):
             )
 
     def on_stopping(self) -> None:
-        self.console.print("stopping after this step; press Ctrl-C again to drop the run", style="yellow")
+        self.console.print("finishing what is under way; press Ctrl-C again to drop the run", style="yellow")
 
     def on_result(self, result: RunResult) -> None:
         self._end_progress()
@@ -155,6 +155,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     console.print(
         f"The tuned model is {comparison.verdict} ({comparison.rows_improved} of {comparison.rows})."
     )
+    if comparison.caution:
+        console.print(f"note: {comparison.caution}", style="yellow")
 
 
 def _progress_bar(console: Console) -> Progress:

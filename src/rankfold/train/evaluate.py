@@ -15,6 +15,8 @@ from rankfold.train.objectives import token_losses
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+FEW_ROWS = 20  # with fewer the interval is too narrow: on normal gaps it held the truth 93 % of the time at
+# 20 rows, 84 % at 5 and 72 % at 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,14 @@ class Comparison:
         if self.gap_low > 0:
             return "worse on rows it has not seen"
         return "not told apart: the interval holds 0"
+
+    @property
+    def caution(self) -> str:
+        """What weakens the verdict, or an empty string."""
+        few = (
+            f"{self.rows} held-out rows are few: the interval is narrower than it should be below {FEW_ROWS}"
+        )
+        return few if self.rows < FEW_ROWS else ""
 
 
 @torch.no_grad()
