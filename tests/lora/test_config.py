@@ -81,7 +81,6 @@ def test_an_impossible_dropout_is_refused(dropout):
         ({"use_rslora": "yes"}, "use_rslora must be True or False"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be"),
         ({"peft_type": "LOHA"}, "peft_type must be 'LORA'"),
-        ({"fan_in_fan_out": True}, "Conv1D"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):

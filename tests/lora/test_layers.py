@@ -10,13 +10,15 @@ from torch import nn
 from conftest import randomise
 from rankfold import LoraConfig, get_peft_model
 from rankfold.errors import MergeError
-from rankfold.lora.layers import LoraLinear, adapt, restore
+from rankfold.lora.layers import AdapterSpec, adapt, restore
+from rankfold.lora.linear import LoraLinear
 
 
 def adapted(layer: nn.Linear, **options) -> LoraLinear:
     lora = adapt(layer)
     config = LoraConfig(r=4, lora_alpha=8, **options)
-    lora.add_adapter("default", config.r, config.lora_alpha, config)
+    lora.add_adapter(AdapterSpec("default", "layer", config.r, config.lora_alpha, config))
+    lora.set_adapters(["default"])
     randomise(lora)
     return lora
 
@@ -55,8 +57,8 @@ def test_the_start_is_the_base_to_the_last_bit(init):
     x = torch.randn(3, 6)
     expected = layer(x)
     lora = adapt(layer)
-    config = LoraConfig(init_lora_weights=init)
-    lora.add_adapter("default", 4, 8, config)
+    lora.add_adapter(AdapterSpec("default", "layer", 4, 8, LoraConfig(init_lora_weights=init)))
+    lora.set_adapters(["default"])
     assert torch.equal(lora(x), expected)
     assert lora.factors("default")[0].abs().sum() > 0
 
@@ -110,7 +112,7 @@ def test_a_merge_that_overflows_is_refused_with_its_size():
     with torch.no_grad():
         lora.factors("default")[1].fill_(1e6)
     with pytest.raises(MergeError, match=r"not finite in torch.float16: largest magnitude \d"):
-        lora.merged_weight()
+        lora.merged_values(["default"])
 
 
 def test_the_print_shows_rank_alpha_and_scale():

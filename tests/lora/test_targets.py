@@ -12,7 +12,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from conftest import tiny_llama
-from rankfold import LoraConfig, TaskType
+from rankfold import LoraConfig, TaskType, get_peft_model
 from rankfold.errors import ConfigError, RankfoldError, TargetError
 from rankfold.lora.inject import check_ranks
 from rankfold.lora.targets import USUAL_TARGETS, find_targets, is_target, module_names, shortest_list
@@ -102,22 +102,21 @@ def test_an_invalid_pattern_is_named():
 
 
 def test_a_layer_that_cannot_be_adapted_is_named_and_nothing_changes():
-    from rankfold import get_peft_model
-
     model = tiny_llama()
     types = [type(m) for m in model.modules()]
-    with pytest.raises(TargetError, match="model.embed_tokens is a Embedding"):
-        get_peft_model(model, LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    with pytest.raises(TargetError, match="model.norm is a LlamaRMSNorm"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj", "norm"]))
     assert [type(m) for m in model.modules()] == types
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_subclass_of_linear_is_not_taken_for_one():
-    attention = nn.MultiheadAttention(8, 2)
-    with pytest.raises(RankfoldError, match="NonDynamicallyQuantizableLinear"):
-        from rankfold import get_peft_model
-
-        get_peft_model(attention, LoraConfig(r=2, target_modules=["out_proj"]))
+def test_a_linear_that_is_never_called_is_not_adapted_in_vain():
+    net = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    with pytest.raises(
+        RankfoldError, match="0.out_proj is a part of an attention layer(.|\n)*target '0' instead"
+    ):
+        get_peft_model(net, LoraConfig(r=2, target_modules=["out_proj"]))
+    assert find_targets(net, LoraConfig(target_modules="all-linear")) == ["1"]
 
 
 def test_a_rank_above_the_weight_is_refused_for_every_layer_at_once():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,5 +17,7 @@ def low_rank_update(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> 
 
 
 def low_rank_delta(lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """The dense weight change ``scale * B A`` (out, in), computed and returned in float32."""
-    return scale * (lora_b.float() @ lora_a.float())
+    """The dense weight change ``scale * B A`` (out, in), in float32, or in float64 if the factors are."""
+    if lora_a.dtype != torch.float64:
+        lora_a, lora_b = lora_a.float(), lora_b.float()
+    return scale * (lora_b @ lora_a)

@@ -32,7 +32,6 @@ UNSET: dict[str, Any] = {
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
-    "lora_bias": False,
     "lora_ga_config": None,
     "megatron_config": None,
     "modules_to_save": None,
@@ -203,8 +202,6 @@ def _problems(config: LoraConfig) -> list[str]:
         value = getattr(config, name)
         if value != default and value is not None:
             problems.append(f"{name}={value!r} is not supported by this version of rankfold; leave it out")
-    if config.fan_in_fan_out:
-        problems.append("fan_in_fan_out=True is for Conv1D layers, which this version does not adapt")
     if config.peft_type != "LORA":
         problems.append(f"peft_type must be 'LORA', got {config.peft_type!r}")
     if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
@@ -248,7 +245,7 @@ def _wrong_names(config: LoraConfig) -> list[str]:
     listed = indices if isinstance(indices, list) else [indices]
     if indices is not None and not all(_is_count(index) for index in listed):
         problems.append(f"layers_to_transform must be layer numbers from 0, got {indices!r}")
-    for name in ("inference_mode", "use_rslora", "fan_in_fan_out"):
+    for name in ("inference_mode", "use_rslora", "fan_in_fan_out", "lora_bias"):
         if not isinstance(getattr(config, name), bool):
             problems.append(f"{name} must be True or False, got {getattr(config, name)!r}")
     types = [t.value for t in TaskType]

@@ -1,137 +1,220 @@
-"""LoRA layers: static subclasses of the layers they adapt, made in place.
+"""What every adapted layer has in common, and the table of which layer becomes which.
 
-``adapt`` turns a plain layer into its LoRA subclass by changing the object's class, as
-``torch.nn.utils.parametrize`` does: the object, its weight, its hooks and every other reference to it
+A layer is adapted by changing the object's class to a subclass of its own (as
+``torch.nn.utils.parametrize`` does): the object, its weight, its hooks and every other reference to it
 stay what they were, its state dict gains keys and renames none, and ``restore`` turns it back."""
 
 from __future__ import annotations
 
-import math
-from typing import cast
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
-from rankfold.kernels.low_rank import low_rank_delta, low_rank_update
 from rankfold.lora.config import LoraConfig
 
-MIN_FLOAT_BYTES = 4  # adapters are float32 even on a half-precision base, as in PEFT
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class LoraLinear(nn.Linear):
-    """``nn.Linear`` plus the low-rank updates of its active adapters.
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter as one layer sees it.  ``target`` is the layer's dotted name; with ``widen`` the
+    adapter of a half-precision layer is float32, as in PEFT."""
 
-    Adds the state dict keys ``lora_A.<adapter>.weight`` (rank, in) and ``lora_B.<adapter>.weight``
-    (out, rank); ``weight`` and ``bias`` keep their names."""
+    name: str
+    target: str
+    rank: int
+    alpha: float
+    config: LoraConfig
+    widen: bool = True
 
-    plain_class = nn.Linear
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
-    lora_dropout: nn.ModuleDict
-    r: dict[str, int]
-    lora_alpha: dict[str, float]
-    scaling: dict[str, float]
-    active_adapters: list[str]
-    disable_adapters: bool
+    @property
+    def scale(self) -> float:
+        return self.config.scale(self.rank, self.alpha)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        if self.disable_adapters:
-            return out
-        for name in self.active_adapters:
-            update = low_rank_update(self.lora_dropout[name](x), *self.factors(name), self.scaling[name])
-            out = out + update.to(out.dtype)
-        return out
 
-    def start_lora(self) -> None:
-        self.lora_A, self.lora_B, self.lora_dropout = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.r, self.lora_alpha, self.scaling = {}, {}, {}
-        self.active_adapters, self.disable_adapters = [], False
+class AdapterLayer(nn.Module):
+    """A layer that carries named adapters of any kind.
 
-    def end_lora(self) -> None:
-        for name in LORA_ATTRIBUTES:
+    ``applied`` names the adapters whose effect ``forward`` adds: none while they are disabled or merged.
+    A subclass implements ``add_adapter``, ``adapter_tensors`` and, if it can be merged, ``merged_values``."""
+
+    plain_class: ClassVar[type[nn.Module]] = nn.Module
+    # Attributes that adapting adds to the object, in the order in which they are removed again.
+    added: ClassVar[tuple[str, ...]] = ("merged_adapters", "applied", "_active", "_disabled", "_originals")
+
+    merged_adapters: list[str]
+    applied: tuple[str, ...]
+    _active: list[str]
+    _disabled: bool
+    _originals: dict[str, Tensor]
+
+    def start(self) -> None:
+        """Make room for adapters on a layer that has just become an adapter layer."""
+        self.merged_adapters, self.applied, self._active = [], (), []
+        self._disabled, self._originals = False, {}
+
+    def end(self) -> None:
+        """Remove everything that ``start`` and ``add_adapter`` put on the layer."""
+        for name in type(self).added:
             delattr(self, name)
 
-    def add_adapter(self, name: str, rank: int, alpha: float, config: LoraConfig) -> None:
-        """Add an adapter whose update starts at zero (unless ``init_lora_weights`` is False).
+    def add_adapter(self, spec: AdapterSpec) -> None:
+        raise NotImplementedError
 
-        The random draws are PEFT's, in PEFT's order, so that one seed gives the same A in both."""
-        dtype = torch.float32 if self.weight.dtype.itemsize < MIN_FLOAT_BYTES else self.weight.dtype
-        self.lora_A[name] = nn.Linear(self.in_features, rank, bias=False, dtype=dtype)
-        self.lora_B[name] = nn.Linear(rank, self.out_features, bias=False, dtype=dtype)
-        if config.init_lora_weights:
-            _start_at_zero(*self.factors(name), config)
-        self.lora_A[name].to(self.weight.device)
-        self.lora_B[name].to(self.weight.device)
-        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.r[name], self.lora_alpha[name] = rank, alpha
-        self.scaling[name] = config.scale(rank, alpha)
-        self.active_adapters.append(name)
+    def delete_adapter(self, name: str) -> None:
+        raise NotImplementedError
 
-    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """lora_A (rank, in) and lora_B (out, rank) of one adapter."""
-        return cast(nn.Parameter, self.lora_A[name].weight), cast(nn.Parameter, self.lora_B[name].weight)
+    def adapter_names(self) -> Collection[str]:
+        """The adapters that this layer carries."""
+        raise NotImplementedError
 
-    def delta(self, name: str) -> Tensor:
-        """The weight change of one adapter, ``scale * B A`` (out, in), float32."""
-        return low_rank_delta(*self.factors(name), self.scaling[name])
+    def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The tensors of one adapter by their key in PEFT's file, relative to the layer."""
+        raise NotImplementedError
+
+    def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The base parameters after merging ``names``, by parameter name, in the base's dtype.
+
+        Raises MergeError where that cannot be had."""
+        raise MergeError(f"a {self.plain_class.__name__} with this kind of adapter cannot be merged")
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """This layer: it *is* the base layer; PEFT's wrapper has the base inside."""
+        return self
+
+    def get_base_layer(self) -> nn.Module:
+        return self
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    @disable_adapters.setter
+    def disable_adapters(self, disabled: bool) -> None:
+        self._disabled = disabled
+        self.refresh()
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def set_adapters(self, names: Collection[str]) -> None:
+        """Make ``names`` the active adapters; those not carried here are passed over."""
+        self._active = list(names)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Work out ``applied`` anew; called after every change of state."""
+        carried = self.adapter_names()
+        idle = self._disabled or self.merged
+        self.applied = () if idle else tuple(name for name in self._active if name in carried)
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Base weight plus the active deltas, summed in float32 and cast once to the weight's dtype.
+    def merge(self, names: Collection[str], values: Mapping[str, Tensor], *, keep: bool) -> None:
+        """Store ``values`` (from ``merged_values``); with ``keep`` the originals stay in memory, so that
+        ``unmerge`` gives back the exact bits."""
+        for key, value in values.items():
+            if keep:
+                self._originals[key] = self._parameters[key].detach().clone()  # type: ignore[union-attr]
+            self.store(key, value)
+        self.merged_adapters = list(names)
+        self.refresh()
 
-        Raises MergeError if the sum is not finite in that dtype."""
-        total = self.weight.float()
-        for name in self.active_adapters:
-            total = total + self.delta(name)
-        merged = total.to(self.weight.dtype)
-        if not torch.isfinite(merged).all():
-            raise MergeError(
-                f"the merged weight is not finite in {self.weight.dtype}: largest magnitude "
-                f"{total.abs().max().item():.4g}; merge into a wider dtype or repair the adapter"
-            )
-        return merged
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        for key, value in self._originals.items():
+            self.store(key, value)
+        self._originals, self.merged_adapters = {}, []
+        self.refresh()
 
-    def extra_repr(self) -> str:
-        adapters = ", ".join(
-            f"{name}: rank={self.r[name]} alpha={self.lora_alpha[name]:g} scale={self.scaling[name]:g}"
-            for name in self.r
+    def store(self, key: str, value: Tensor) -> None:
+        """Put a new value into a base parameter."""
+        cast(Tensor, self._parameters[key]).copy_(value)
+
+
+def cast_merged(total: Tensor, like: Tensor) -> Tensor:
+    """``total`` in the dtype of ``like``.  Raises MergeError if it is not finite there."""
+    merged = total.to(like.dtype)
+    if not torch.isfinite(merged).all():
+        raise MergeError(
+            f"the merged weight is not finite in {like.dtype}: largest magnitude "
+            f"{total.abs().max().item():.4g}; merge into a wider dtype or repair the adapter"
         )
-        return f"{super().extra_repr()}, adapters=[{adapters}]"
+    return merged
 
 
-LORA_ATTRIBUTES = (
-    "lora_A",
-    "lora_B",
-    "lora_dropout",
-    "r",
-    "lora_alpha",
-    "scaling",
-    "active_adapters",
-    "disable_adapters",
-)
-# Exact types only: a subclass may compute something else in its forward, or never call it.
-LORA_CLASSES: dict[type[nn.Module], type[LoraLinear]] = {nn.Linear: LoraLinear}
+def wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32, or in float64 if it is that already."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def adapt(layer: nn.Module) -> LoraLinear:
-    """Turn a layer whose type is in ``LORA_CLASSES`` into its LoRA subclass, in place."""
-    layer.__class__ = LORA_CLASSES[type(layer)]
-    adapted = cast(LoraLinear, layer)
-    adapted.start_lora()
+# Which plain layer becomes which, by class or, for a library that may not be installed, by the class's
+# full name.  A subclass of a listed class gets a LoRA class of its own: the effect is added to whatever
+# its forward computes.
+LORA_CLASSES: dict[type[nn.Module] | str, type[AdapterLayer]] = {}
+
+
+def register_layer(plain: type[nn.Module] | str, lora: type[AdapterLayer]) -> None:
+    """Adapt layers of class ``plain`` (or of that full name) by turning them into ``lora``.
+
+    ``lora`` is a subclass of ``LoraLayer``; it may leave ``plain`` out of its bases.  Of several listed
+    classes that a layer belongs to, the nearest counts; a later registration replaces an earlier one."""
+    LORA_CLASSES[plain] = lora
+
+
+def lora_class(kind: type[nn.Module]) -> type[AdapterLayer] | None:
+    """The class that a layer of class ``kind`` becomes, or None if there is none."""
+    for ancestor in kind.__mro__:
+        lora = LORA_CLASSES.get(ancestor) or LORA_CLASSES.get(
+            f"{ancestor.__module__}.{ancestor.__qualname__}"
+        )
+        if lora is not None:
+            return mixed_class(lora, kind)
+    return None
+
+
+_mixed_classes: dict[tuple[type, type], type[AdapterLayer]] = {}
+
+
+def mixed_class(lora: type[AdapterLayer], kind: type[nn.Module]) -> type[AdapterLayer]:
+    """``lora`` itself if it was written for ``kind``, else the one subclass of both."""
+    if lora.plain_class is kind:
+        return lora
+    if (lora, kind) not in _mixed_classes:
+        name = f"{lora.__name__.removesuffix(lora.plain_class.__name__)}{kind.__name__}"
+        members = {"plain_class": kind, "__module__": __name__}
+        _mixed_classes[lora, kind] = cast(type[AdapterLayer], type(name, (lora, kind), members))
+    return _mixed_classes[lora, kind]
+
+
+def adapt(layer: nn.Module, lora: type[AdapterLayer] | None = None) -> AdapterLayer:
+    """Turn ``layer`` into its adapter class (or ``lora`` mixed with its own class), in place."""
+    if isinstance(layer, AdapterLayer):
+        return layer
+    kind = type(layer)
+    layer.__class__ = mixed_class(lora, kind) if lora is not None else cast(Any, lora_class(kind))
+    adapted = cast(AdapterLayer, layer)
+    adapted.start()
     return adapted
 
 
-def restore(layer: LoraLinear) -> None:
-    """Turn a LoRA layer back into the plain layer it was made from, in place."""
-    layer.end_lora()
+def restore(layer: AdapterLayer) -> None:
+    """Turn an adapter layer back into the plain layer it was made from, in place."""
+    layer.end()
     layer.__class__ = layer.plain_class  # type: ignore[assignment]
 
 
-def _start_at_zero(lora_a: Tensor, lora_b: Tensor, config: LoraConfig) -> None:
-    if config.init_lora_weights == "gaussian":
-        nn.init.normal_(lora_a, std=1 / lora_a.shape[0])
-    else:
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    nn.init.zeros_(lora_b)
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """Every adapter layer of ``model`` with its dotted name."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLayer):
+            yield name, module

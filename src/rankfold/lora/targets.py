@@ -10,7 +10,7 @@ from torch import nn
 
 from rankfold.errors import ConfigError, TargetError
 from rankfold.lora.config import LoraConfig, TaskType
-from rankfold.lora.layers import LORA_CLASSES, LoraLinear
+from rankfold.lora.layers import adapter_layers
 
 ALL_LINEAR = "all-linear"
 CLASSIFIER_NAMES = ("score", "classifier")
@@ -63,9 +63,11 @@ def find_targets(model: nn.Module, config: LoraConfig, *, every_entry: bool = Tr
 
 
 def module_names(model: nn.Module) -> list[str]:
-    """Names of all modules but the root and the parts of LoRA layers."""
-    inside = tuple(f"{n}.lora_" for n, m in model.named_modules() if isinstance(m, LoraLinear))
-    return [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    """Names of all modules but the root and what adapters have added."""
+    added = tuple(f"{path}.{part}" for path, layer in adapter_layers(model) for part in type(layer).added)
+    inside = tuple(f"{path}." for path in added)
+    names = (name for name, _ in model.named_modules() if name)
+    return [name for name in names if name not in added and not name.startswith(inside)]
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> Set[str] | str:
@@ -149,13 +151,19 @@ def _in_chosen_layer(name: str, config: LoraConfig) -> bool:
 
 
 def _all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
-    kinds = (*LORA_CLASSES, LoraLinear)
     head = _output_head(model, config)
     inside = set(module_names(model))
-    linear = {n for n, m in model.named_modules() if n in inside and isinstance(m, kinds) and m is not head}
+    linear = {n for n, m in model.named_modules() if n in inside and _is_linear(m) and m is not head}
     if not linear:
         raise TargetError(f"{ALL_LINEAR!r} matched nothing: {type(model).__name__} has no linear layer")
     return linear
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer that is called as one; the output projection inside an attention layer is not."""
+    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return False
+    return isinstance(module, nn.Linear) or any(k.__name__ == "Conv1D" for k in type(module).__mro__)
 
 
 def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
