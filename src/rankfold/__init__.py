@@ -10,33 +10,114 @@ import typing
 
 if typing.TYPE_CHECKING:
     from rankfold.errors import RankfoldError
-    from rankfold.lora import LoraConfig, PeftModel, PeftModelForCausalLM, TaskType, get_peft_model
+    from rankfold.lora import (
+        LoraConfig,
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        TaskType,
+        get_layer_status,
+        get_model_status,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        set_peft_model_state_dict,
+    )
+    from rankfold.lora.quantised import requantising
+    from rankfold.models.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from rankfold.models.kbit import dequantise, prepare_model_for_kbit_training
     from rankfold.models.load import load_base, load_tuned
+    from rankfold.train.huggingface import AdapterTrainer
     from rankfold.train.recipe import Recipe
     from rankfold.train.run import fine_tune
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterTrainer",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "LoraConfig",
     "PeftModel",
     "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "RankfoldError",
     "Recipe",
     "TaskType",
+    "dequantise",
     "fine_tune",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_base",
     "load_tuned",
+    "prepare_model_for_kbit_training",
+    "requantising",
+    "set_peft_model_state_dict",
 ]
 
 _HOME = {
     **dict.fromkeys(
-        ("LoraConfig", "PeftModel", "PeftModelForCausalLM", "TaskType", "get_peft_model"), "rankfold.lora"
+        (
+            "LoraConfig",
+            "PeftModel",
+            "PeftModelForCausalLM",
+            "PeftModelForFeatureExtraction",
+            "PeftModelForQuestionAnswering",
+            "PeftModelForSeq2SeqLM",
+            "PeftModelForSequenceClassification",
+            "PeftModelForTokenClassification",
+            "TaskType",
+            "get_layer_status",
+            "get_model_status",
+            "get_peft_model",
+            "get_peft_model_state_dict",
+            "inject_adapter_in_model",
+            "set_peft_model_state_dict",
+        ),
+        "rankfold.lora",
     ),
+    **dict.fromkeys(
+        (
+            "AutoPeftModel",
+            "AutoPeftModelForCausalLM",
+            "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering",
+            "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification",
+            "AutoPeftModelForTokenClassification",
+        ),
+        "rankfold.models.auto",
+    ),
+    **dict.fromkeys(("dequantise", "prepare_model_for_kbit_training"), "rankfold.models.kbit"),
+    "AdapterTrainer": "rankfold.train.huggingface",
     "RankfoldError": "rankfold.errors",
     "Recipe": "rankfold.train.recipe",
     "load_base": "rankfold.models.load",
     "load_tuned": "rankfold.models.load",
+    "requantising": "rankfold.lora.quantised",
     "fine_tune": "rankfold.train.run",
 }
 

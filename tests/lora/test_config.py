@@ -13,6 +13,11 @@ from rankfold.errors import AdapterError, ConfigError
 from rankfold.lora.config import UNSET
 
 
+@pytest.mark.peft(
+    "`adapter_config.json`",
+    "same; the order of `target_modules` differs from run to run",
+    "same bytes each time",
+)
 def test_the_json_is_pefts_byte_for_byte(tmp_path):
     options = {"r": 4, "lora_alpha": 32, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
     LoraConfig(**options).save_pretrained(tmp_path / "ours")
@@ -21,6 +26,7 @@ def test_the_json_is_pefts_byte_for_byte(tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.peft("fields and defaults of `LoraConfig`", "same", "same")
 def test_fields_and_defaults_are_pefts():
     theirs = peft.LoraConfig().to_dict()
     theirs.pop("runtime_config", None)
@@ -79,7 +85,8 @@ def test_an_impossible_dropout_is_refused(dropout):
         ({"rank_pattern": {"q": 0}}, "rank_pattern"),
         ({"alpha_pattern": [1]}, "alpha_pattern must map"),
         ({"use_rslora": "yes"}, "use_rslora must be True or False"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights must be"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights must be"),
+        ({"use_dora": 1}, "use_dora must be True or False"),
         ({"peft_type": "LOHA"}, "peft_type must be 'LORA'"),
     ],
 )
@@ -90,8 +97,8 @@ def test_what_cannot_be_meant_is_refused(options, message):
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        LoraConfig(r=0, lora_alpha=-1, task_type="X", use_dora=True)
-    assert all(word in str(caught.value) for word in ("r (rank)", "lora_alpha", "task_type", "use_dora"))
+        LoraConfig(r=0, lora_alpha=-1, task_type="X", use_qalora=True)
+    assert all(word in str(caught.value) for word in ("r (rank)", "lora_alpha", "task_type", "use_qalora"))
 
 
 @pytest.mark.parametrize("name", UNSET)
@@ -136,12 +143,12 @@ def test_a_config_written_by_peft_is_read(tmp_path):
     ("content", "message"),
     [
         (b"{", "not valid JSON"),
-        (b"[1]", "peft_type is 'list'"),
+        (b"[1]", "holds a list, not an object"),
         (b'{"peft_type": "EVIL"}', "peft_type is 'EVIL'"),
         (b'{"peft_type": "LORA", "r": -1}', "whole number"),
         (b'{"peft_type": "LORA", "use_tora": true}', "unknown option 'use_tora'"),
-        (b'{"peft_type": "LORA", "use_dora": true}', "use_dora=True is not supported"),
-        (b'{"peft_type": "LORA", "lora_alpha": Infinity}', "finite"),
+        (b'{"peft_type": "LORA", "use_qalora": true}', "use_qalora=True is not supported"),
+        (b'{"peft_type": "LORA", "lora_alpha": Infinity}', "Infinity is not a number"),
         (b"[" * 100_000, "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
     ],

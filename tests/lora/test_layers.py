@@ -64,6 +64,7 @@ def test_the_start_is_the_base_to_the_last_bit(init):
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
+@pytest.mark.peft("one seed: the values at the start", "same", "same")
 def test_one_seed_gives_the_same_start_as_peft(init):
     net = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 9))
     theirs = copy.deepcopy(net)

@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
-from rankfold.errors import ConfigError, MergeError
+from rankfold.errors import ConfigError, MergeError, RankfoldError
 
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -40,6 +40,7 @@ def test_only_the_factors_are_trained(model, ids):
         assert parameter.requires_grad == ("lora_" in name)
 
 
+@pytest.mark.peft("logits and gradients of a language model", "same", "same")
 def test_gradients_and_logits_equal_pefts(model, ids):
     theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**CONFIG)).eval()
     source = {k: v for k, v in model.state_dict().items() if "lora_" in k}
@@ -55,6 +56,7 @@ def test_gradients_and_logits_equal_pefts(model, ids):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.peft("`print_trainable_parameters()`", "same", "same")
 def test_parameter_counts_are_pefts(model, capsys):
     theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**CONFIG))
     assert model.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
@@ -165,3 +167,88 @@ def test_generate_speaks_with_the_adapter_on(model, ids):
 def test_a_config_in_inference_mode_trains_nothing():
     model = get_peft_model(tiny_llama(), LoraConfig(**CONFIG, inference_mode=True))
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.peft("several named adapters: add, set one or several, delete", "same", "same")
+def test_several_adapters_are_added_and_switched_as_in_peft(ids):
+    second = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    ours = get_peft_model(tiny_llama(), LoraConfig(**CONFIG))
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**CONFIG))
+    ours.add_adapter("second", LoraConfig(**second))
+    theirs.add_adapter("second", peft.LoraConfig(**second))
+    randomise(ours)
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if "lora_" in k}, strict=False)
+    ours.eval(), theirs.eval()
+    for names in ("default", "second", ["default", "second"], ["second", "default"]):
+        ours.set_adapter(names)
+        theirs.base_model.set_adapter(names)
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+        trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
+        assert trained[0] == trained[1]
+        assert ours.active_adapters == theirs.active_adapters
+    ours.delete_adapter("second")
+    theirs.delete_adapter("second")
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    assert ours.active_adapters == theirs.active_adapters == ["default"]
+
+
+def test_a_layer_without_adapters_left_is_plain_again(ids):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("wide", LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    model.delete_adapter("wide")
+    kinds = {type(m).__name__ for n, m in model.get_base_model().named_modules() if n.endswith("up_proj")}
+    assert kinds == {"Linear"}
+
+
+@pytest.mark.peft("an adapter named `lora`", "warns, and its file does not load", "like any other name")
+@pytest.mark.parametrize("name", ["lora", "lora_A", "weight", "base_layer", "a-b c", "默认"])
+def test_an_adapter_may_have_any_name_that_torch_can_hold(name, ids, tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(**CONFIG), adapter_name=name)
+    randomise(model)
+    model.eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / name, adapter_name=name)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_taken_name_is_refused_and_changes_nothing(model, ids):
+    expected = model(ids).logits
+    with pytest.raises(ConfigError, match="has an adapter 'default' already"):
+        model.add_adapter("default", LoraConfig(**CONFIG))
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_the_last_adapter_is_not_deleted(model):
+    with pytest.raises(ConfigError, match=r"'default' is the only adapter; unload\(\)"):
+        model.delete_adapter("default")
+
+
+def test_an_adapter_loaded_beside_another_is_frozen_and_not_active(model, tmp_path, ids):
+    model.save_pretrained(tmp_path)
+    expected = model(ids).logits
+    model.load_adapter(tmp_path, "again")
+    assert model.active_adapters == ["default"]
+    assert torch.equal(model(ids).logits, expected)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".again." in n)
+    assert any(p.requires_grad for n, p in model.named_parameters() if ".default." in n)
+    model.set_adapter("again")
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_loading_an_adapter_that_does_not_fit_leaves_the_others_alone(model, tmp_path, ids):
+    get_peft_model(nn.Sequential(nn.Linear(9, 9)), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    expected = model(ids).logits
+    with pytest.raises(RankfoldError):
+        model.load_adapter(tmp_path, "strange")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.peft("the user's config object", "changed by get_peft_model", "never changed")
+def test_a_config_can_be_used_twice():
+    config = LoraConfig(r=2, target_modules="all-linear")
+    first = get_peft_model(tiny_llama(), config)
+    second = get_peft_model(nn.Sequential(nn.Linear(9, 9)), config)
+    assert config.target_modules == "all-linear"
+    assert len(first.targeted_module_names) == 14
+    assert second.targeted_module_names == ["0"]

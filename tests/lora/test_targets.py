@@ -31,6 +31,7 @@ pattern = st.sampled_from(["q", r".*\.q", r".*(q|v)", r"layers\.\d+\..*", "", "m
     st.one_of(st.none(), st.integers(0, 2), st.lists(st.integers(0, 2), max_size=2)),
     st.sampled_from([None, "layers", ["h", "layers"]]),
 )
+@pytest.mark.peft("which modules are meant (list, pattern, `exclude_modules`, layers)", "same", "same")
 def test_a_module_is_chosen_exactly_as_in_peft(name, targets, excluded, layers, layers_pattern):
     options = {"target_modules": targets, "exclude_modules": excluded}
     if not isinstance(targets, str) and layers is not None:
@@ -46,6 +47,7 @@ def test_a_module_is_chosen_exactly_as_in_peft(name, targets, excluded, layers, 
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*mlp\.(up|down)_proj", None])
+@pytest.mark.peft('`"all-linear"` and the usual targets of an architecture', "same", "same")
 def test_a_language_model_is_matched_as_in_peft(targets):
     options = {"target_modules": targets, "task_type": "CAUSAL_LM"}
     ours = find_targets(tiny_llama(), LoraConfig(**options))
@@ -70,6 +72,7 @@ def test_all_linear_leaves_out_a_classifier():
     assert len(targets) == 7
 
 
+@pytest.mark.peft('`"all-linear"` and the usual targets of an architecture', "same", "same")
 def test_the_usual_targets_are_pefts():
     assert USUAL_TARGETS == TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -150,6 +153,7 @@ def test_a_30_layer_model_is_listed_by_its_seven_names():
     assert shortest_list(targets, module_names(model)) == names
 
 
+@pytest.mark.peft("`rank_pattern`, `alpha_pattern`", "same", "same")
 def test_rank_and_alpha_patterns_are_read_as_in_peft():
     options = {
         "r": 2,

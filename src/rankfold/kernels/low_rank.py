@@ -16,6 +16,19 @@ def low_rank_update(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> 
     return F.linear(F.linear(x.to(lora_a.dtype), lora_a) * scale, lora_b)
 
 
+def add_low_rank_update(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """``out + scale * x A^T B^T`` in the dtype of ``out`` (..., out); see ``low_rank_update``.
+
+    Where all dtypes agree the wide product, the scale and the sum are one pass over ``out``."""
+    if not out.dtype == x.dtype == lora_a.dtype == lora_b.dtype or out.dim() == 1 or out.is_nested:
+        return out + low_rank_update(x, lora_a, lora_b, scale).to(out.dtype)
+    narrow = F.linear(x, lora_a)
+    if out.dim() == 2:  # noqa: PLR2004 - a view costs a small layer as much as a product
+        return torch.addmm(out, narrow, lora_b.t(), alpha=scale)
+    total = torch.addmm(out.flatten(0, -2), narrow.flatten(0, -2), lora_b.t(), alpha=scale)
+    return total.view(out.shape)
+
+
 def low_rank_delta(lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """The dense weight change ``scale * B A`` (out, in), in float32, or in float64 if the factors are."""
     if lora_a.dtype != torch.float64:

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rankfold.errors import AdapterError, OutputError, bullet_list
 from rankfold.files import write_whole
-from rankfold.lora.config import LoraConfig
+from rankfold.lora.config import CONFIG_NAME, LoraConfig
+from rankfold.lora.facts import AdapterFacts, log
+from rankfold.lora.fingerprint import BaseFingerprint
 from rankfold.lora.layers import adapter_layers
+from rankfold.lora.renames import PREFIX
+from rankfold.lora.stored import FLOATS, WEIGHTS_NAME, Fault, LoadResult, StoredAdapter, shown
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+SHOWN_PER_KIND = 5
 
 
 def file_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, nn.Parameter]:
     """The tensors of one adapter by their keys in PEFT's file.
 
-    Where PEFT would hold a layer inside a wrapper, the path to what is in that layer has ``base_layer``."""
+    Where PEFT would hold a layer inside wrappers, the path to what is in that layer has as many times
+    ``base_layer``."""
     layers = dict(adapter_layers(model))
+    depths = {path: layer.file_depth(adapter_name) for path, layer in layers.items()}
     found: dict[str, nn.Parameter] = {}
     for path, layer in layers.items():
         parts = path.split(".")
         spelt = "".join(
-            f"{part}.{'base_layer.' if '.'.join(parts[:end]) in layers and end < len(parts) else ''}"
+            f"{part}.{'base_layer.' * depths.get('.'.join(parts[:end]), 0) if end < len(parts) else ''}"
             for end, part in enumerate(parts, start=1)
             if part
         )
@@ -38,52 +47,94 @@ def file_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dic
     return found
 
 
-def save_adapter(model: nn.Module, adapter_name: str, config: LoraConfig, folder: Path) -> None:
-    """Write an adapter; the config comes last, so a folder that has one has the weights too.
+def save_adapter(
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig,
+    folder: Path,
+    facts: AdapterFacts,
+    base: BaseFingerprint,
+) -> None:
+    """Write an adapter: PEFT's two files and ``rankfold.json``.  No README.md, and never in several parts.
 
-    Raises OutputError."""
+    The config comes last, so a folder that has one has the weights too; after a half overwritten folder
+    the hashes in ``rankfold.json`` do not fit.  Raises OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
-    tensors = {
-        key: tensor.detach().cpu().contiguous()
-        for key, tensor in file_tensors(model, adapter_name, config).items()
+    weights = save(_separate(tensors), metadata={"format": "pt"})
+    saved = replace(config, inference_mode=True)
+    as_json = json.dumps(saved.to_dict(), indent=2, sort_keys=True).encode()
+    write_whole(folder / WEIGHTS_NAME, weights)
+    facts.sealed({WEIGHTS_NAME: weights, CONFIG_NAME: as_json}, base).write(folder)
+    saved.save_pretrained(folder)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU where needed, and no two that share memory: the file has no sharing."""
+    stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in stored.values())
+    return {
+        key: tensor.clone() if uses[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for key, tensor in stored.items()
     }
-    write_whole(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
-    dataclasses.replace(config, inference_mode=True).save_pretrained(folder)
 
 
 @torch.no_grad()
-def load_adapter_file(model: nn.Module, adapter_name: str, config: LoraConfig, folder: Path) -> None:
-    """Copy the tensors of ``folder`` into the adapter, all of them or none.
+def fill_adapter(stored: StoredAdapter, wanted: Mapping[str, Tensor]) -> LoadResult:
+    """Copy the tensors of ``stored`` into ``wanted``, all of them or none.
 
-    Raises AdapterError listing every missing, unexpected, misshapen or non-finite tensor."""
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        others = sorted(p.name for p in folder.glob("adapter_model.*"))
-        hint = f"; {others[0]} is not read, convert it with PEFT's save_pretrained" if others else ""
-        raise AdapterError(f"{folder} holds no {WEIGHTS_NAME}{hint}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
-    expected = file_tensors(model, adapter_name, config)
-    problems = [f"missing: {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
-    for name in expected.keys() & tensors.keys():
-        problems += _wrong_tensor(name, tensors[name], expected[name])
-    if problems:
-        raise AdapterError(bullet_list(f"{path} does not fit this model:", sorted(problems)))
-    for name, parameter in expected.items():
-        parameter.copy_(tensors[name])
+    Raises AdapterError listing everything that does not fit and is not allowed; says in one warning what
+    was allowed."""
+    folder, allow = stored.source.folder, stored.source.allow
+    fits, faults, result = fitting(stored.tensors, wanted)
+    found = [*stored.found, *faults]
+    if refused := [each for each in found if each[0] not in allow]:
+        raise AdapterError(bullet_list(f"{folder} does not fit this model:", listed(refused)))
+    for key, tensor in fits.items():
+        wanted[key].copy_(tensor)
+    if found:
+        warnings.warn(bullet_list(f"{folder} was loaded in spite of:", listed(found)), stacklevel=4)
+    if not _has_effect(stored.tensors):
+        log.info("%s: one factor of every pair is zero, so the adapter changes nothing", folder)
+    return result
 
 
-def _wrong_tensor(name: str, got: Tensor, wanted: Tensor) -> list[str]:
-    if got.shape != wanted.shape:
-        return [f"shape of {name}: the file has {tuple(got.shape)}, the model wants {tuple(wanted.shape)}"]
-    if not got.is_floating_point():
-        return [f"dtype of {name}: {got.dtype} is not a floating-point type"]
-    if not torch.isfinite(got).all():
-        return [f"{name} holds NaN or infinite values"]
-    return []
+def listed(found: list[tuple[Fault, str]]) -> list[str]:
+    """The texts of ``found``, sorted; of each kind of fault a few only, so that no kind hides another."""
+    lines = []
+    for kind in get_args(Fault):
+        texts = sorted(text for fault, text in found if fault == kind)
+        more = len(texts) - SHOWN_PER_KIND
+        lines += [*texts[:SHOWN_PER_KIND], *([f"{kind}: {more} more"] if more > 0 else [])]
+    return lines
+
+
+def fitting(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[tuple[Fault, str]], LoadResult]:
+    """Which of ``tensors`` can go into ``wanted``, a fault for all that cannot, and the keys without
+    counterpart."""
+    result = LoadResult([k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted])
+    faults: list[tuple[Fault, str]] = [("missing", f"missing: {shown(key)}") for key in result.missing_keys]
+    faults += [("unexpected", f"unexpected: {shown(key)}") for key in result.unexpected_keys]
+    fits = {}
+    for key, place in wanted.items():
+        got = tensors.get(key)
+        if got is None:
+            continue
+        if got.shape != place.shape:
+            sizes = f"the file has {tuple(got.shape)}, the model wants {tuple(place.shape)}"
+            faults.append(("shape", f"shape of {shown(key)}: {sizes}"))
+        elif got.dtype not in (*FLOATS, place.dtype):
+            faults.append(("shape", f"dtype of {shown(key)}: {got.dtype} is not a floating-point type"))
+        else:
+            fits[key] = got
+    return fits, faults, result
+
+
+def _has_effect(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether any factor that starts at zero is not zero any more, or there is something else."""
+    idle = ("lora_A", "lora_embedding_B", "lora_magnitude_vector")
+    effective = [tensor for key, tensor in tensors.items() if not any(part in key for part in idle)]
+    return any(bool(tensor.float().count_nonzero()) for tensor in effective)

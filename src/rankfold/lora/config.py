@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
@@ -13,11 +14,15 @@ from typing import Any, TypeVar
 
 from rankfold.errors import AdapterError, ConfigError, bullet_list, nearest
 from rankfold.files import write_whole
+from rankfold.lora.strict_json import CARRIED_TYPES, read_json_object
 
 CONFIG_NAME = "adapter_config.json"
 # The PEFT release whose file format is written; PEFT warns when a file names a newer one than itself.
 PEFT_VERSION = "0.21.2"
 ALIASES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+BIASES = ("none", "all", "lora_only")
+STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+PISSA = re.compile(r"pissa(?:_niter_([0-9]{1,3}))?")
 MAX_CONFIG_BYTES = 10_000_000
 
 # PEFT options that are carried in the file while unset, and refused by name while rankfold lacks
@@ -25,21 +30,15 @@ MAX_CONFIG_BYTES = 10_000_000
 UNSET: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
-    "bias": "none",
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
     "loftq_config": {},
     "lora_ga_config": None,
     "megatron_config": None,
-    "modules_to_save": None,
     "monteclora_config": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -90,7 +89,8 @@ class LoraConfig:
     ``rank``, ``alpha`` and ``dropout`` are accepted for ``r``, ``lora_alpha`` and ``lora_dropout``.
     ``target_modules`` is a list of names (a module whose dotted name equals an entry or ends with
     ``.entry``), a regular expression for the whole dotted name, ``"all-linear"`` (every linear layer
-    but the output head), or None (the architecture's usual choice).
+    but the output head), or None (the architecture's usual choice).  ``target_parameters`` is a list of
+    names of parameters, matched like modules; with it ``target_modules`` may be empty.
 
     Raises ConfigError naming every wrong field at once.  Nothing changes a config after it was given
     to ``get_peft_model``: the model keeps a copy of its own."""
@@ -180,35 +180,38 @@ class LoraConfig:
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
             raise AdapterError(f"{folder} is not an adapter folder: it holds no {CONFIG_NAME}")
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{path} has {path.stat().st_size:,} bytes; no adapter config is that large")
-        try:
-            options = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise AdapterError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(options, dict) or options.get("peft_type") != "LORA":
-            got = options.get("peft_type") if isinstance(options, dict) else type(options).__name__
+        options = read_json_object(path, MAX_CONFIG_BYTES)
+        if options.get("peft_type") != "LORA":
+            got = options.get("peft_type")
             raise AdapterError(f"{path} does not describe a LoRA adapter: peft_type is {got!r}, not 'LORA'")
         options.pop("runtime_config", None)
         try:
+            check_carried(options)
             return cls(**options)
         except ConfigError as error:
             raise AdapterError(f"{path}: {error}") from error
 
 
+def check_carried(options: dict[str, Any]) -> None:
+    """Raise ConfigError for a field that is carried along unused and is not of the type PEFT writes."""
+    wrong = [
+        f"{name} must be {' or '.join(kind.__name__ for kind in kinds)}, got {options[name]!r:.200}"
+        for name, kinds in CARRIED_TYPES.items()
+        if options.get(name) is not None and type(options[name]) not in kinds
+    ]
+    if wrong:
+        raise ConfigError(bullet_list("this adapter config cannot be meant:", wrong))
+
+
 def _problems(config: LoraConfig) -> list[str]:
-    problems = [*_wrong_numbers(config), *_wrong_names(config)]
+    problems = [*_wrong_numbers(config), *_wrong_names(config), *_wrong_extras(config)]
     for name, default in UNSET.items():
         value = getattr(config, name)
         if value != default and value is not None:
             problems.append(f"{name}={value!r} is not supported by this version of rankfold; leave it out")
     if config.peft_type != "LORA":
         problems.append(f"peft_type must be 'LORA', got {config.peft_type!r}")
-    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
-        problems.append(
-            "init_lora_weights must be True, False or 'gaussian' in this version, "
-            f"got {config.init_lora_weights!r}"
-        )
+    problems += _wrong_start(config)
     by_name = isinstance(config.target_modules, (list, set))
     if not by_name and config.target_modules is not None and config.layers_to_transform is not None:
         problems.append("layers_to_transform needs target_modules as a list of names, not a pattern")
@@ -241,11 +244,23 @@ def _wrong_names(config: LoraConfig) -> list[str]:
         names = list(value) if isinstance(value, (list, set, tuple)) else [value]
         if value is not None and not all(isinstance(n, str) and n for n in names):
             problems.append(f"{name} must be a name, a list of names or a pattern, got {value!r}")
+    parameters = config.target_parameters
+    if parameters is not None and not (
+        isinstance(parameters, (list, set, tuple)) and all(isinstance(n, str) and n for n in parameters)
+    ):
+        problems.append(f"target_parameters must be a list of names, got {parameters!r}")
     indices = config.layers_to_transform
     listed = indices if isinstance(indices, list) else [indices]
     if indices is not None and not all(_is_count(index) for index in listed):
         problems.append(f"layers_to_transform must be layer numbers from 0, got {indices!r}")
-    for name in ("inference_mode", "use_rslora", "fan_in_fan_out", "lora_bias"):
+    for name in (
+        "inference_mode",
+        "use_rslora",
+        "use_dora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "ensure_weight_tying",
+    ):
         if not isinstance(getattr(config, name), bool):
             problems.append(f"{name} must be True or False, got {getattr(config, name)!r}")
     types = [t.value for t in TaskType]
@@ -253,6 +268,48 @@ def _wrong_names(config: LoraConfig) -> list[str]:
         near = nearest(str(config.task_type), types)
         problems.append(f"task_type must be one of {types}, got {config.task_type!r}{near}")
     return problems
+
+
+def changes_base(start: bool | str) -> bool:
+    """Whether a value of ``init_lora_weights`` takes a part of the base weight into the factors."""
+    return isinstance(start, str) and (start == "olora" or PISSA.fullmatch(start) is not None)
+
+
+def _wrong_start(config: LoraConfig) -> list[str]:
+    start, problems = config.init_lora_weights, []
+    if not isinstance(start, bool) and start not in STARTS and not changes_base(start):
+        problems.append(
+            f"init_lora_weights must be True, False, {', '.join(map(repr, STARTS))} or "
+            f"'pissa_niter_[number]' in this version, got {start!r}"
+        )
+    elif config.lora_bias is True and not isinstance(start, bool):
+        problems.append(f"lora_bias needs init_lora_weights True or False, got {start!r}")
+    if config.lora_bias is True and config.use_dora is True:
+        problems.append("lora_bias and use_dora exclude each other, as in PEFT")
+    return problems
+
+
+def _wrong_extras(config: LoraConfig) -> list[str]:
+    problems = []
+    if config.bias not in BIASES:
+        problems.append(f"bias must be one of {', '.join(map(repr, BIASES))}, got {config.bias!r}")
+    saved = config.modules_to_save
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(n, str) and n for n in saved)):
+        problems.append(f"modules_to_save must be a list of names, got {saved!r}")
+    wanted = config.trainable_token_indices
+    lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
+    if wanted is not None and not (lists and all(_is_indices(indices) for indices in lists)):
+        problems.append(
+            "trainable_token_indices must be different whole numbers from 0, as a list or as "
+            f"{{module name: list}}, got {wanted!r}"
+        )
+    return problems
+
+
+def _is_indices(value: object) -> bool:
+    if not isinstance(value, list) or not value or not all(_is_count(index) for index in value):
+        return False
+    return len(set(value)) == len(value)
 
 
 def _is_count(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any, ClassVar, cast
 
@@ -10,9 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
+from rankfold.lora.config import changes_base
+from rankfold.lora.dora import magnitude_tensors, rescaled_weight, start_magnitude
 from rankfold.lora.layers import HALF_DTYPES, AdapterLayer, AdapterSpec, cast_merged, wide
+from rankfold.lora.starts import (
+    Split,
+    draw_kaiming,
+    drop_spare,
+    end_split,
+    place_base,
+    split_base,
+    start_factors,
+)
 
 NO_ADAPTERS = nn.ModuleDict()
+NO_DROPOUT = nn.Identity()  # one for all layers: it holds nothing
+
+
+def never_called(module: nn.Module, inputs: Any) -> None:
+    pass
+
+
+# The fast path of nn.TransformerEncoderLayer reads the weights and passes an adapter by, except where a
+# module inside has a hook.  A ModuleDict is never called, so this one costs nothing.
+NO_FAST_PATH = OrderedDict({0: never_called})
 
 
 class LoraLayer(AdapterLayer):
@@ -22,7 +44,8 @@ class LoraLayer(AdapterLayer):
     ``applied`` adds its update."""
 
     added: ClassVar[tuple[str, ...]] = (
-        *("lora_A", "lora_B", "lora_dropout", "r", "lora_alpha", "scaling", "specs"),
+        *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"),
+        *("r", "lora_alpha", "scaling", "specs", "split"),
         *AdapterLayer.added,
     )
 
@@ -33,28 +56,47 @@ class LoraLayer(AdapterLayer):
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     specs: dict[str, AdapterSpec]
+    split: Split | None  # set while an adapter's start has changed the base weight
 
     def start(self) -> None:
         super().start()
-        self.lora_A, self.lora_B, self.lora_dropout = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.r, self.lora_alpha, self.scaling, self.specs = {}, {}, {}, {}
+        for name in ("lora_A", "lora_B", "lora_dropout"):
+            self._modules[name] = nn.ModuleDict()
+        self._modules["lora_dropout"].__dict__["_forward_pre_hooks"] = NO_FAST_PATH
+        self.__dict__.update(r={}, lora_alpha={}, scaling={}, specs={}, split=None)
+
+    def end(self) -> None:
+        if self.split is not None:
+            drop_spare(self) if self.merged else end_split(self)
+        self._modules.setdefault("lora_magnitude_vector", NO_ADAPTERS)  # made with the first DoRA adapter
+        super().end()
+
+    def refresh(self) -> None:
+        super().refresh()
+        if self.split is not None and not self.merged:
+            place_base(self, residual=self.split.name in self.applied)
 
     def add_adapter(self, spec: AdapterSpec) -> None:
         """Add an adapter; its factors start as ``init_lora_weights`` says, drawn as PEFT draws them."""
-        from rankfold.lora.starts import start_factors
-
         name = spec.name
         self.r[name], self.lora_alpha[name], self.scaling[name] = spec.rank, spec.alpha, spec.scale
         self.specs[name] = spec
         self.make_factors(spec)
         dropout = spec.config.lora_dropout
-        self.lora_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        start_factors(self, spec)
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout else NO_DROPOUT
+        self.start_factors(spec)
         self.settle_factors(spec)
+        if changes_base(spec.config.init_lora_weights):
+            split_base(self, spec)
+        if spec.config.use_dora:
+            start_magnitude(self, name)
 
     def make_factors(self, spec: AdapterSpec) -> None:
         """Put fresh modules for ``spec.name`` into ``lora_A`` and ``lora_B``, in PEFT's order of draws."""
         raise NotImplementedError
+
+    def start_factors(self, spec: AdapterSpec) -> None:
+        start_factors(self, spec)
 
     def delta(self, name: str) -> Tensor:
         """The change of the base weight by one adapter, in the weight's shape, at least float32.
@@ -66,7 +108,9 @@ class LoraLayer(AdapterLayer):
         return self.r
 
     def delete_adapter(self, name: str) -> None:
-        for holder in (self.lora_A, self.lora_B, self.lora_dropout):
+        if self.split is not None and self.split.name == name:
+            end_split(self)
+        for holder in (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector):
             if name in holder:
                 del holder[name]
         for values in (self.r, self.lora_alpha, self.scaling, self.specs):
@@ -75,25 +119,36 @@ class LoraLayer(AdapterLayer):
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """lora_A (rank, in) and lora_B (out, rank) of one adapter."""
-        return cast(nn.Parameter, self.lora_A[name].weight), cast(nn.Parameter, self.lora_B[name].weight)
+        # The same as self.lora_A[name].weight, without torch's slow attribute lookup on each call.
+        lora_a, lora_b = (self._modules[side]._modules[name] for side in ("lora_A", "lora_B"))  # type: ignore[union-attr]
+        return lora_a._parameters["weight"], lora_b._parameters["weight"]  # type: ignore[union-attr, return-value]
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.r:
             return {}
         tensors = dict(zip(("lora_A.weight", "lora_B.weight"), self.factors(name), strict=True))
         bias = getattr(self.lora_B[name], "bias", None) if name in self.lora_B else None
-        return tensors | ({} if bias is None else {"lora_B.bias": bias})
+        return tensors | ({} if bias is None else {"lora_B.bias": bias}) | magnitude_tensors(self, name)
 
     def base_weight(self) -> Tensor:
         """The base weight as numbers, in the shape of ``delta``."""
         return cast(Tensor, self.weight)
 
+    def base_weight_for(self, names: Collection[str]) -> Tensor:
+        """The base weight that the adapters ``names`` are added to: the residual, if one of them split
+        the base weight, else the original."""
+        if self.split is None or (self.split.name in names) == self.split.in_place:
+            return self.base_weight()
+        return cast(Tensor, self.spare_weight)
+
     def changed_weight(self, name: str, weight: Tensor) -> Tensor:
         """``weight`` (the base's, at least float32) with one adapter in it."""
+        if name in self.lora_magnitude_vector:
+            return rescaled_weight(self, name, weight)
         return weight + self.delta(name)
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
-        base = wide(self.base_weight().detach())
+        base = wide(self.base_weight_for(names).detach())
         total, values = base, {}
         for name in names:
             total = total + (self.changed_weight(name, base) - base if len(names) > 1 else 0)
@@ -176,20 +231,12 @@ def linear_factor(in_features: int, out_features: int, *, bias: bool = False) ->
     """``nn.Linear(in_features, out_features, bias)`` with the same random draws, in a fifth of the time."""
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
-    layer.in_features, layer.out_features = in_features, out_features
     weight = torch.empty(out_features, in_features)
     draw_kaiming(weight)
-    layer.weight = nn.Parameter(weight)
-    layer.bias = None  # type: ignore[assignment]
+    drawn_bias = None
     if bias:
         bound = 1 / math.sqrt(in_features)
-        layer.bias = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
+        drawn_bias = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
+    layer.__dict__.update(in_features=in_features, out_features=out_features)
+    layer._parameters.update(weight=nn.Parameter(weight), bias=drawn_bias)
     return layer
-
-
-def draw_kaiming(weight: Tensor) -> None:
-    """``nn.init.kaiming_uniform_(weight, a=sqrt(5))`` of a 2d weight, bit for bit."""
-    gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
-    bound = math.sqrt(3.0) * (gain / math.sqrt(weight.shape[1]))
-    with torch.no_grad():
-        weight.uniform_(-bound, bound)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import gc
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
 
 from torch import Tensor, nn
 
 from rankfold.errors import ConfigError, TargetError, bullet_list
 from rankfold.lora.config import LoraConfig
 from rankfold.lora.factors import LoraLayer
-from rankfold.lora.layers import LORA_CLASSES, AdapterSpec, adapt, adapter_layers, lora_class, restore
+from rankfold.lora.layers import (
+    LORA_CLASSES,
+    AdapterLayer,
+    AdapterSpec,
+    adapt,
+    adapter_layers,
+    base_modules,
+    lora_class,
+    replaced_forward,
+    restore,
+)
+from rankfold.lora.starts import start_problems, tied_problems
 from rankfold.lora.targets import pattern_value
 
 
@@ -18,18 +32,35 @@ def inject(
 ) -> None:
     """Add the adapter ``name`` to the named modules, in place; no other parameter is touched.
 
-    Raises TargetError listing every target that is not a supported layer, before anything is changed."""
-    modules = dict(model.named_modules())
+    Raises TargetError listing every target that is not a supported layer, ConfigError listing every layer
+    that cannot carry such an adapter, before anything is changed."""
+    modules = dict(base_modules(model))
     check_targets({target: modules[target] for target in targets})
-    for target in targets:
-        layer = adapt(modules[target])
-        rank, alpha = rank_of(target, config), alpha_of(target, config)
-        layer.add_adapter(AdapterSpec(name, target, rank, alpha, config, widen))
+    specs = {
+        target: AdapterSpec(name, target, rank_of(target, config), alpha_of(target, config), config, widen)
+        for target in targets
+    }
+    check_layers(modules, specs)
+    for target, spec in specs.items():
+        adapt(modules[target]).add_adapter(spec)
 
 
-def freeze(model: nn.Module) -> None:
-    """Train nothing."""
-    for parameter in model.parameters():
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Thousands of new small objects set the collector off again and again, a third of the time, to find
+    nothing: all of them stay."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def freeze(parameters: Iterable[nn.Parameter]) -> None:
+    """Train none of ``parameters``."""
+    for parameter in parameters:
         parameter.requires_grad_(False)
 
 
@@ -39,7 +70,7 @@ def activate(model: nn.Module, names: Collection[str], *, trainable: bool) -> No
         layer.set_adapters(names)
         for name in layer.adapter_names():
             for parameter in layer.adapter_tensors(name).values():
-                if parameter.is_floating_point():
+                if parameter.is_floating_point() and isinstance(parameter, nn.Parameter):
                     parameter.requires_grad_(trainable and name in names)
 
 
@@ -54,7 +85,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 def remove(model: nn.Module) -> None:
     """Drop all adapters and turn the layers back into plain ones."""
-    for _, layer in list(adapter_layers(model)):
+    for _, layer in reversed(list(adapter_layers(model))):
         if layer.merged:
             layer.unmerge()
         restore(layer)
@@ -64,7 +95,7 @@ def check_targets(targets: dict[str, nn.Module]) -> None:
     """Raise TargetError listing every target that no LoRA class is for."""
     wrong = []
     for name, module in targets.items():
-        if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             parent = name.rpartition(".")[0]
             wrong.append(
                 f"{name} is a part of an attention layer that never calls it; target {parent!r} instead"
@@ -78,13 +109,31 @@ def check_targets(targets: dict[str, nn.Module]) -> None:
         raise TargetError(bullet_list(headline, wrong))
 
 
+def check_layers(modules: Mapping[str, nn.Module], specs: Mapping[str, AdapterSpec]) -> None:
+    """Raise ConfigError listing what keeps a layer from carrying its adapter."""
+    wrong = []
+    for target, spec in specs.items():
+        module = modules[target]
+        kind = type(module) if isinstance(module, AdapterLayer) else lora_class(type(module))
+        kind = cast(type[AdapterLayer], kind)
+        problems = kind.problems(module, spec) or start_problems(kind, module, spec)
+        if replaced_forward(module):
+            problems = [*problems, "its forward was replaced on the object itself: no adapter gets past that"]
+        wrong += [f"{target}: {problem}" for problem in problems]
+    wrong += tied_problems(modules, specs)
+    if wrong:
+        raise ConfigError(bullet_list("these layers cannot carry this adapter:", wrong))
+
+
 def check_ranks(model: nn.Module, targets: Collection[str], config: LoraConfig) -> None:
     """Raise ConfigError listing every target whose weight is smaller than the rank asked for it."""
     too_large = []
     for name in targets:
-        weight, rank = getattr(model.get_submodule(name), "weight", None), rank_of(name, config)
-        if isinstance(weight, Tensor) and weight.is_floating_point():
-            rows, columns = weight.shape[0], weight[0].numel()
+        module, rank = model.get_submodule(name), rank_of(name, config)
+        weight = getattr(module, "in_proj_weight", getattr(module, "weight", None))
+        # A 4-bit weight (which has a quant_state) may be stored as floats, but not in its own shape.
+        if isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(weight, "quant_state"):
+            rows, columns = weight.shape[0], weight.shape[1:].numel() * getattr(module, "groups", 1)
             if rank > min(rows, columns):
                 too_large.append(f"{name}: rank {rank} on a {rows}x{columns} weight")
     if too_large:

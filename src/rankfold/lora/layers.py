@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from rankfold.errors import MergeError
 from rankfold.lora.config import LoraConfig
 
+OWN_FORWARDS = {"forward", "_old_forward"}  # the latter is accelerate's
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+# Under this name a model holds the adapter layer that is none of its modules: ``held.HeldParameters``.
+HELD = "_held_parameters"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class AdapterLayer(nn.Module):
     plain_class: ClassVar[type[nn.Module]] = nn.Module
     # Attributes that adapting adds to the object, in the order in which they are removed again.
     added: ClassVar[tuple[str, ...]] = ("merged_adapters", "applied", "_active", "_disabled", "_originals")
+    # The dimension of the weight along which the outputs lie; None where DoRA is not supported.
+    row_dim: ClassVar[int | None] = None
+    # Whether the starts that need the weight as a matrix are supported.
+    is_matrix: ClassVar[bool] = False
 
     merged_adapters: list[str]
     applied: tuple[str, ...]
@@ -54,13 +62,19 @@ class AdapterLayer(nn.Module):
 
     def start(self) -> None:
         """Make room for adapters on a layer that has just become an adapter layer."""
-        self.merged_adapters, self.applied, self._active = [], (), []
-        self._disabled, self._originals = False, {}
+        # Not by assignment: torch's __setattr__ takes longer than all the rest, for each attribute.
+        state = {"merged_adapters": [], "applied": (), "_active": [], "_disabled": False, "_originals": {}}
+        self.__dict__.update(state)
 
     def end(self) -> None:
         """Remove everything that ``start`` and ``add_adapter`` put on the layer."""
         for name in type(self).added:
             delattr(self, name)
+
+    @classmethod
+    def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
+        """What keeps ``layer``, plain or adapted, from carrying ``spec``; asked before any is changed."""
+        return []
 
     def add_adapter(self, spec: AdapterSpec) -> None:
         raise NotImplementedError
@@ -76,11 +90,24 @@ class AdapterLayer(nn.Module):
         """The tensors of one adapter by their key in PEFT's file, relative to the layer."""
         raise NotImplementedError
 
+    def file_depth(self, name: str) -> int:
+        """How many wrappers PEFT puts around this layer for one adapter."""
+        return int(name in self.adapter_names())
+
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
         """The base parameters after merging ``names``, by parameter name, in the base's dtype.
 
         Raises MergeError where that cannot be had."""
         raise MergeError(f"a {self.plain_class.__name__} with this kind of adapter cannot be merged")
+
+    @property
+    def leader(self) -> AdapterLayer | None:
+        """The layer with which this one shares its weight, whose adapters count here too."""
+        return None
+
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that merging may change."""
+        return self.named_parameters(recurse=False)
 
     @property
     def base_layer(self) -> nn.Module:
@@ -190,7 +217,8 @@ def mixed_class(lora: type[AdapterLayer], kind: type[nn.Module]) -> type[Adapter
     if lora.plain_class is kind:
         return lora
     if (lora, kind) not in _mixed_classes:
-        name = f"{lora.__name__.removesuffix(lora.plain_class.__name__)}{kind.__name__}"
+        prefix = lora.__name__.removesuffix(lora.plain_class.__name__).removesuffix(kind.__name__)
+        name = f"{prefix}{kind.__name__}"
         members = {"plain_class": kind, "__module__": __name__}
         _mixed_classes[lora, kind] = cast(type[AdapterLayer], type(name, (lora, kind), members))
     return _mixed_classes[lora, kind]
@@ -201,20 +229,65 @@ def adapt(layer: nn.Module, lora: type[AdapterLayer] | None = None) -> AdapterLa
     if isinstance(layer, AdapterLayer):
         return layer
     kind = type(layer)
-    layer.__class__ = mixed_class(lora, kind) if lora is not None else cast(Any, lora_class(kind))
+    become(layer, mixed_class(lora, kind) if lora is not None else cast(Any, lora_class(kind)))
     adapted = cast(AdapterLayer, layer)
     adapted.start()
     return adapted
 
 
+def computes_otherwise(layer: nn.Module, plain: type[nn.Module], methods: Collection[str]) -> bool:
+    """Whether ``layer`` is of a subclass of ``plain`` that replaces one of ``methods`` and that nobody has
+    registered: an update made for ``plain`` may then be no change of its weight."""
+    kind = layer.plain_class if isinstance(layer, AdapterLayer) else type(layer)
+    replaced = any(getattr(kind, method) is not getattr(plain, method) for method in methods)
+    return replaced and kind not in LORA_CLASSES
+
+
 def restore(layer: AdapterLayer) -> None:
     """Turn an adapter layer back into the plain layer it was made from, in place."""
     layer.end()
-    layer.__class__ = layer.plain_class  # type: ignore[assignment]
+    become(layer, layer.plain_class)
+
+
+def become(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class of ``layer``, and with it a bound ``forward`` of the old one that the object holds:
+    accelerate's hooks keep one, without which the adapter would be passed over in silence."""
+    before = type(layer).forward
+    layer.__class__ = kind
+    for name in OWN_FORWARDS & layer.__dict__.keys():
+        if getattr(layer.__dict__[name], "__func__", None) is before:
+            layer.__dict__[name] = MethodType(kind.forward, layer)
+
+
+def replaced_forward(layer: nn.Module) -> bool:
+    """Whether the object holds a ``forward`` of its own that does not end in that of its class."""
+    innermost = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
+    return innermost is not None and getattr(innermost, "__func__", None) is not type(layer).forward
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without what adapters have added: six modules fewer a layer to walk."""
+    seen: set[nn.Module] = set()
+    pending = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        added = type(module).added if isinstance(module, AdapterLayer) else ()
+        children = [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in module._modules.items()
+            if child is not None and name not in added
+        ]
+        pending += reversed(children)
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
-    """Every adapter layer of ``model`` with its dotted name."""
-    for name, module in model.named_modules():
+    """Every adapter layer of ``model`` with its dotted name, what stands beside a module before it."""
+    for path, module in base_modules(model):
+        if HELD in module.__dict__:
+            yield path, module.__dict__[HELD]
         if isinstance(module, AdapterLayer):
-            yield name, module
+            yield path, module

@@ -2,55 +2,129 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Collection
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rankfold.kernels.low_rank import low_rank_delta, low_rank_update
+from rankfold.errors import MergeError
+from rankfold.kernels.low_rank import add_low_rank_update, low_rank_delta
+from rankfold.lora.config import changes_base
+from rankfold.lora.dora import add_rescaled_update, row_factors
 from rankfold.lora.factors import LoraLayer, linear_factor
-from rankfold.lora.layers import AdapterSpec, register_layer
+from rankfold.lora.layers import AdapterSpec, register_layer, wide
+from rankfold.lora.quick import LOOK, QuickUpdate, quick_update
+
+MATRIX = 2  # dimensions
 
 
 class LinearUpdates(LoraLayer):
     """The low-rank update of a layer that maps (..., in) to (..., out)."""
 
+    row_dim: ClassVar[int | None] = 0
+    is_matrix: ClassVar[bool] = True
+
     in_features: int
     out_features: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = cast(Tensor, super().forward(x, *args, **kwargs))
+        out = base = cast(Tensor, super().forward(x, *args, **kwargs))
         for name in self.applied:
-            out = self.updated(name, x, out)
+            dora = self.specs[name].config.use_dora
+            out = self.rescaled(name, x, out, base) if dora else self.updated(name, x, out)
         return out
 
     def updated(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         """``out`` with the update of one adapter."""
-        factor = self.lora_B[name]
-        update = low_rank_update(self.lora_dropout[name](x), *self.factors(name), self.scaling[name])
-        if factor.bias is not None:
-            update = update + self.scaling[name] * cast(Tensor, factor.bias)
-        return out + update.to(out.dtype)
+        scale = self.scaling[name]
+        if self.training and self.specs[name].config.lora_dropout:
+            x = self.lora_dropout[name](x)
+        if self.specs[name].config.lora_bias:
+            out = out + (scale * cast(Tensor, self.lora_B[name].bias)).to(out.dtype)
+        return add_low_rank_update(out, x, *self.factors(name), scale)
+
+    def rescaled(self, name: str, x: Tensor, out: Tensor, base: Tensor) -> Tensor:
+        """``out`` with the update of one DoRA adapter; ``base`` is the plain layer's output for x.
+
+        Under dropout the base part of the update sees the dropped-out x too, as in PEFT."""
+        if self.training and self.specs[name].config.lora_dropout:
+            x = self.lora_dropout[name](x)
+            base = cast(Tensor, super().forward(x))
+        bias = self._parameters.get("bias")
+        base = wide(base) if bias is None else wide(base) - bias
+        factors = row_factors(self, name, self.base_weight())
+        return add_rescaled_update(out, base, x, self.factors(name), factors, self.scaling[name])
 
     def make_factors(self, spec: AdapterSpec) -> None:
-        self.lora_A[spec.name] = linear_factor(self.in_features, spec.rank)
-        self.lora_B[spec.name] = linear_factor(spec.rank, self.out_features, bias=spec.config.lora_bias)
+        lora_a = linear_factor(self.in_features, spec.rank)
+        lora_b = linear_factor(spec.rank, self.out_features, bias=spec.config.lora_bias)
+        self.lora_A._modules[spec.name], self.lora_B._modules[spec.name] = lora_a, lora_b
 
     def delta(self, name: str) -> Tensor:
         """``scale * B A`` (out, in), at least float32."""
         return low_rank_delta(*self.factors(name), self.scaling[name])
 
 
-class LoraLinear(LinearUpdates, nn.Linear):  # type: ignore[misc] # forward takes more than it must
+class LoraLinear(LinearUpdates, nn.Linear):
     """``nn.Linear`` plus the low-rank updates of its active adapters.
 
     Adds the state dict keys ``lora_A.<adapter>.weight`` (rank, in) and ``lora_B.<adapter>.weight``
     (out, rank); ``weight`` and ``bias`` keep their names."""
 
     plain_class = nn.Linear
+    added: ClassVar[tuple[str, ...]] = ("_quick", *LinearUpdates.added)
+
+    _quick: QuickUpdate | None
+
+    @classmethod
+    def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
+        found = super().problems(layer, spec)
+        if is_torchao(layer.weight) and (spec.config.use_dora or changes_base(spec.config.init_lora_weights)):
+            found.append(
+                f"its weight is a torchao {type(layer.weight).__name__}, which use_dora and the starts that "
+                "change the base weight cannot work with; dequantise(model) first"
+            )
+        return found
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        quick = self._quick
+        if quick is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dim() != MATRIX:
+            return super().forward(x, *args, **kwargs)
+        if not quick.is_current():
+            quick = self.__dict__["_quick"] = self._look_for_quick()
+        if quick is None or x.dtype is not quick.dtype or (quick.drops and self.training):
+            return super().forward(x, *args, **kwargs)
+        own = self._parameters
+        out = F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
+        if out.dtype is not quick.dtype:  # under autocast
+            return self.updated(quick.name, x, out)
+        return quick.add(out, x, self.scaling[quick.name])
+
+    def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
+        if is_torchao(self.weight):
+            kind = type(self.weight).__name__
+            raise MergeError(f"its weight is a torchao {kind}, which holds no sum; dequantise(model) first")
+        return super().merged_values(names)
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.__dict__["_quick"] = LOOK
+
+    def _look_for_quick(self) -> QuickUpdate | None:
+        if type(self) is not LoraLinear or len(self.applied) != 1:
+            return None
+        name, config = self.applied[0], self.specs[self.applied[0]].config
+        if config.lora_bias or config.use_dora:
+            return None
+        return quick_update(name, self.lora_A[name], self.lora_B[name], config.lora_dropout > 0)
 
 
 class LoraConv1D(LinearUpdates):
     """transformers' ``Conv1D``, a linear layer that stores its weight as (in, out)."""
+
+    row_dim: ClassVar[int | None] = 1
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
@@ -62,6 +136,11 @@ class LoraConv1D(LinearUpdates):
 
     def delta(self, name: str) -> Tensor:
         return super().delta(name).T
+
+
+def is_torchao(weight: object) -> bool:
+    """Whether a weight is one of torchao's quantised tensors: the layer around it stays an ``nn.Linear``."""
+    return type(weight).__module__.partition(".")[0] == "torchao"
 
 
 register_layer(nn.Linear, LoraLinear)

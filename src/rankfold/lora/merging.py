@@ -24,8 +24,8 @@ def merge(model: nn.Module, names: Collection[str], *, keep: bool = True) -> Non
 
 
 def unmerge(model: nn.Module) -> None:
-    """Give every merged layer its original bits back."""
-    for _, layer in adapter_layers(model):
+    """Give every merged layer its original bits back, last merged first."""
+    for _, layer in reversed(list(adapter_layers(model))):
         if layer.merged:
             layer.unmerge()
 
@@ -63,13 +63,15 @@ def _shared_weights(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[s
     owners = {
         id(parameter): (path, layer, key)
         for path, layer in layers.items()
-        for key, parameter in layer.named_parameters(recurse=False)
+        for key, parameter in layer.base_parameters()
+        if layer.leader is None
     }
     problems = []
     for path, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             owner_path, owner, owner_key = owners.get(id(parameter), (path, module, key))
-            if owner is not module:
+            follows = isinstance(module, AdapterLayer) and module.leader is owner
+            if (owner_path, owner_key) != (path, key) and not follows:
                 problems.append(
                     f"{owner_path}.{owner_key} is tied to {path}.{key}, which merging would change too"
                 )

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from rankfold.errors import ConfigError, MergeError
 from rankfold.lora import merging
-from rankfold.lora.checkpoint import load_adapter_file, save_adapter
+from rankfold.lora.brought import embedding_tensors, embeddings_in
+from rankfold.lora.checkpoint import file_tensors, save_adapter
 from rankfold.lora.config import LoraConfig
-from rankfold.lora.inject import activate, check_ranks, check_targets, freeze, inject, remove, remove_adapter
-from rankfold.lora.layers import AdapterLayer, adapter_layers
-from rankfold.lora.targets import ALL_LINEAR, find_targets, module_names, resolve, shortest_list
+from rankfold.lora.conversion import as_plain_adapter
+from rankfold.lora.extras import check_together, find_extras, place_extras
+from rankfold.lora.facts import AdapterFacts
+from rankfold.lora.fingerprint import BaseFingerprint, fingerprint
+from rankfold.lora.inject import (
+    activate,
+    freeze,
+    inject,
+    no_garbage_collection,
+    remove,
+    remove_adapter,
+)
+from rankfold.lora.layers import adapter_layers
+from rankfold.lora.loading import load_onto
+from rankfold.lora.names import check_adapter_name
+from rankfold.lora.parameter_targets import (
+    checked_parameters,
+    inject_parameters,
+    owners_of,
+    parameter_targets,
+)
+from rankfold.lora.prepare import prepared, read_config, refuse_adapted
+from rankfold.lora.stored import AdapterSource, LoadOptions, LoadResult
 
 
 class LoraModel(nn.Module):
@@ -44,6 +65,10 @@ class PeftModel(nn.Module):
     The layers are adapted in place: the model passed in is the one inside (``get_base_model``).
     Attributes that are not found here are looked up on that model."""
 
+    # transformers' Trainer asks this before it trains a quantised model: adapters are on it.
+    _hf_peft_config_loaded = True
+
+    @no_garbage_collection()
     def __init__(
         self,
         model: nn.Module,
@@ -51,21 +76,23 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         *,
         autocast_adapter_dtype: bool = True,
-        folder: Path | None = None,
+        source: AdapterSource | None = None,
     ) -> None:
-        """Wrap ``model`` with a fresh adapter, or with the one in ``folder``, whose config is given."""
+        """Wrap ``model`` with a fresh adapter, or with the one in ``source``, whose config is given."""
         super().__init__()
         refuse_adapted(model)
         self.widen = autocast_adapter_dtype
         self.peft_config: dict[str, LoraConfig] = {}
+        self.adapter_facts: dict[str, AdapterFacts] = {}
         self.targeted_module_names: list[str] = []
         self._active: list[str] = [adapter_name]
         self.base_model = LoraModel(model)
-        if folder is None:
+        base_parameters = list(model.parameters())
+        if source is None:
             self._place(adapter_name, *prepared(model, peft_config))
         else:
-            self._load(adapter_name, peft_config, folder)
-        freeze(model)
+            load_onto(self, adapter_name, peft_config, source)
+        freeze(base_parameters)
         activate(model, self._active, trainable=not peft_config.inference_mode)
 
     def __getattr__(self, name: str) -> Any:
@@ -91,6 +118,16 @@ class PeftModel(nn.Module):
     def active_adapter(self) -> str | list[str]:
         return self._active[0] if len(self._active) == 1 else list(self._active)
 
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """What the adapters name in ``modules_to_save``, or None if they name nothing."""
+        return {n for config in self.peft_config.values() for n in config.modules_to_save or ()} or None
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The dotted names of the parameters that carry adapters (``target_parameters``)."""
+        return parameter_targets(self.get_base_model())
+
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig) -> None:
         """Add an adapter beside the others, not active yet.
 
@@ -99,18 +136,27 @@ class PeftModel(nn.Module):
         self._place(adapter_name, *prepared(model, peft_config))
         activate(model, self._active, trainable=trainable)
 
-    def load_adapter(self, folder: str | Path, adapter_name: str, is_trainable: bool = False) -> None:
-        """Load an adapter folder beside the others, not active yet.
+    @no_garbage_collection()
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        **options: Unpack[LoadOptions],
+    ) -> LoadResult:
+        """Load an adapter folder beside the others, not active yet; ``options`` are LoadOptions.
 
         Raises AdapterError listing all that does not fit; the model is then as it was."""
-        trainable = self._any_trainable()
-        self._load(adapter_name, read_config(folder, is_trainable), Path(folder))
+        trainable, source = self._any_trainable(), AdapterSource.of(model_id, options)
+        result = load_onto(self, adapter_name, read_config(source.folder, is_trainable), source)
         activate(self.get_base_model(), self._active, trainable=trainable)
+        return result
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several whose updates are added, the active and trainable ones."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_known(names)
+        check_together(self.get_base_model(), names)
         merging.unmerge(self.get_base_model())
         self._active = names
         activate(self.get_base_model(), names, trainable=not inference_mode)
@@ -124,6 +170,7 @@ class PeftModel(nn.Module):
             raise MergeError(f"{adapter_name!r} is merged; unmerge_adapter() first")
         remove_adapter(self.get_base_model(), adapter_name)
         del self.peft_config[adapter_name]
+        self.adapter_facts.pop(adapter_name, None)
         self._active = [name for name in self._active if name != adapter_name] or [
             next(iter(self.peft_config))
         ]
@@ -138,33 +185,70 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         *,
         autocast_adapter_dtype: bool = True,
+        **options: Unpack[LoadOptions],
     ) -> PeftModel:
-        """Load an adapter folder (written by rankfold or PEFT) onto ``model``.
+        """Load an adapter folder (written by rankfold or PEFT) onto ``model``; ``options`` are LoadOptions.
 
-        Every tensor must find its place with the right shape and finite values, and every place its
-        tensor.  Raises AdapterError listing all that do not; ``model`` is then as it was."""
+        Every tensor must find its place with the right shape and finite values, every place its tensor,
+        and the base must be the one it was saved with.  Raises AdapterError listing all that is not so;
+        ``model`` is then as it was."""
         from rankfold.lora.tasks import model_class
 
-        config = read_config(model_id, is_trainable)
+        source = AdapterSource.of(model_id, options)
+        config = read_config(source.folder, is_trainable)
         loaded = model_class(config)(
             model,
             config,
             adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            folder=Path(model_id),
+            source=source,
         )
         return loaded.train(is_trainable)
 
     def save_pretrained(
-        self, save_directory: str | Path, selected_adapters: Sequence[str] | None = None, **_: Any
+        self,
+        save_directory: str | Path,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        *,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        facts: Mapping[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json``, readable by PEFT: the adapter
-        "default" into the folder itself, any other into a folder of its name inside it."""
+        "default" into the folder itself, any other into a folder of its name inside it.
+
+        With ``path_initial_model_for_weight_conversion``, the folder of the adapter as saved before it was
+        trained, an adapter whose start changed the base weights (pissa, olora) is written as a plain one
+        of twice the rank, which makes the tuned model of the base as it was.
+
+        ``rankfold.json`` beside them holds what lets a later load tell that all is as it was; ``facts``
+        are fields of AdapterFacts to put into it.  No model card (README.md) is written.  Words of PEFT
+        that are not named here change nothing: the file is always one, and always safetensors."""
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._check_known(names)
+        model, initial = self.get_base_model(), path_initial_model_for_weight_conversion
+        forms: dict[str, tuple[LoraConfig, dict[str, Tensor]]] = {}
         for name in names:
+            config = self.peft_config[name]
+            if initial is None:
+                forms[name] = config, {**file_tensors(model, name, config)}
+            else:
+                forms[name] = as_plain_adapter(model, name, config, Path(initial))
+        for name, (config, tensors) in forms.items():
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            save_adapter(self.get_base_model(), name, self.peft_config[name], folder)
+            known = dataclasses.replace(self.adapter_facts.get(name, AdapterFacts()), **(facts or {}))
+            brought = embedding_tensors(model, name, config, save_embedding_layers)
+            complete = tensors | brought
+            save_adapter(complete, config, folder, known, self.base_fingerprint(name, complete))
+            self.adapter_facts[name] = known
+
+    def base_fingerprint(self, adapter_name: str, saved: Collection[str] = ()) -> BaseFingerprint:
+        """The fingerprint of the base as the adapter found it, whatever is merged or split now, without
+        the embeddings among ``saved``, keys of the adapter's file."""
+        left_out = self.peft_config[adapter_name].modules_to_save or ()
+        model = self.get_base_model()
+        return fingerprint(model, [*left_out, *embeddings_in(model, saved)])
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
         """Merge the named (or the active) adapters into the weights until ``unmerge_adapter``.
@@ -230,19 +314,14 @@ class PeftModel(nn.Module):
     def _place(self, name: str, targets: list[str], config: LoraConfig) -> None:
         """Inject an adapter and note it."""
         check_adapter_name(name, self.peft_config)
+        parameters = checked_parameters(self.get_base_model(), targets, config, new=False)
+        taken = [*targets, *owners_of(parameters)]
+        extras = find_extras(self.get_base_model(), taken, config, self.peft_config)
         inject(self.get_base_model(), targets, config, name, widen=self.widen)
+        inject_parameters(self.get_base_model(), parameters, config, name, widen=self.widen)
+        place_extras(self.get_base_model(), extras, name, config, widen=self.widen)
         self.peft_config[name] = config
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *targets]))
-
-    def _load(self, name: str, config: LoraConfig, folder: Path) -> None:
-        model = self.get_base_model()
-        self._place(name, find_targets(model, config, every_entry=False), config)
-        try:
-            load_adapter_file(model, name, config, folder)
-        except BaseException:
-            remove_adapter(model, name)
-            del self.peft_config[name]
-            raise
 
     def _any_trainable(self) -> bool:
         return any(p.requires_grad for _, layer in adapter_layers(self) for p in layer.parameters())
@@ -273,54 +352,3 @@ def get_peft_model(
     return model_class(peft_config)(
         model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
     )
-
-
-def read_config(folder: str | Path, is_trainable: bool) -> LoraConfig:
-    """The config of an adapter folder.  Raises AdapterError."""
-    config = LoraConfig.from_pretrained(folder)
-    config.inference_mode = not is_trainable
-    return config
-
-
-def prepared(model: nn.Module, given: LoraConfig) -> tuple[list[str], LoraConfig]:
-    """The targets of a new adapter and the model's own copy of its config, all of it checked."""
-    targets = find_targets(model, given)
-    check_targets({target: model.get_submodule(target) for target in targets})
-    check_ranks(model, targets, given)
-    config = dataclasses.replace(given, **_spelt_out(model, targets, given))
-    base_name = getattr(model, "name_or_path", None) or getattr(
-        getattr(model, "config", None), "name_or_path", None
-    )
-    config.base_model_name_or_path = config.base_model_name_or_path or base_name or None
-    if config.task_type is None:
-        kind = type(model)
-        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    return targets, config
-
-
-def _spelt_out(model: nn.Module, targets: list[str], config: LoraConfig) -> dict[str, Any]:
-    """``target_modules`` as names where the config left the choice to the model."""
-    wanted = config.target_modules
-    if wanted is None:
-        usual = resolve(model, config)
-        return {"target_modules": usual if isinstance(usual, str) else sorted(usual)}
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        return {"target_modules": shortest_list(targets, module_names(model)), "exclude_modules": None}
-    return {}
-
-
-def refuse_adapted(model: nn.Module) -> None:
-    if any(isinstance(module, AdapterLayer) for module in model.modules()):
-        raise ConfigError(
-            "this model carries an adapter already; use add_adapter() or load_adapter() on the wrapped "
-            "model, or merge_and_unload() or unload() it first"
-        )
-
-
-def check_adapter_name(name: str, taken: dict[str, LoraConfig]) -> None:
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ConfigError(
-            f"{name!r} cannot name an adapter: a name has no dot and is not one of torch's own words"
-        )
-    if name in taken:
-        raise ConfigError(f"the model has an adapter {name!r} already; delete_adapter() it first")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator, Set
+from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from rankfold.errors import ConfigError, TargetError
+from rankfold.errors import ConfigError, TargetError, nearest
 from rankfold.lora.config import LoraConfig, TaskType
-from rankfold.lora.layers import adapter_layers
+from rankfold.lora.layers import base_modules
 
 ALL_LINEAR = "all-linear"
 CLASSIFIER_NAMES = ("score", "classifier")
@@ -49,14 +51,16 @@ def find_targets(model: nn.Module, config: LoraConfig, *, every_entry: bool = Tr
     """The dotted names of the modules to adapt, in ``named_modules`` order.
 
     Raises TargetError if nothing matches, and, with ``every_entry``, if any listed name matches
-    nothing: a misspelt entry beside good ones would otherwise train less than was asked for."""
+    nothing: a misspelt entry beside good ones would otherwise train less than was asked for.  With
+    ``target_parameters`` there need be no module."""
     names = module_names(model)
     wanted = resolve(model, config)
     targets = [name for name in names if is_target(name, wanted, config)]
     unmatched: list[str] = []
     if every_entry and not isinstance(wanted, str) and config.target_modules is not None:
         unmatched = sorted(wanted - {ending for name in names for ending in _endings(name)})
-    if unmatched or not targets:
+    may_be_none = bool(config.target_parameters) and not (every_entry and wanted)
+    if unmatched or not (targets or may_be_none):
         entries = [wanted] if isinstance(wanted, str) else sorted(wanted)
         raise TargetError(_nothing_matched(unmatched or entries, names, config))
     return targets
@@ -64,10 +68,36 @@ def find_targets(model: nn.Module, config: LoraConfig, *, every_entry: bool = Tr
 
 def module_names(model: nn.Module) -> list[str]:
     """Names of all modules but the root and what adapters have added."""
-    added = tuple(f"{path}.{part}" for path, layer in adapter_layers(model) for part in type(layer).added)
-    inside = tuple(f"{path}." for path in added)
-    names = (name for name, _ in model.named_modules() if name)
-    return [name for name in names if name not in added and not name.startswith(inside)]
+    return [name for name, _ in base_modules(model) if name]
+
+
+def find_parameters(model: nn.Module, config: LoraConfig, *, every_entry: bool = True) -> list[str]:
+    """The dotted names of the parameters that ``target_parameters`` means, in the order of their modules.
+
+    PEFT's rule (``_inject_parameters``): an entry is the whole name or its dotted ending, but the whole
+    name only in a module with a parametrisation; layers_to_transform and exclude_modules do not count.
+    Raises TargetError if an entry matches nothing, or, without ``every_entry``, if there is no target at
+    all."""
+    entries, found, matched = set(config.target_parameters or ()), [], set()
+    known = []
+    for path, module in base_modules(model) if entries else ():
+        for own in _parameter_names(module):
+            name = f"{path}.{own}" if path else own
+            endings = [name] if is_parametrized(module) else _endings(name)
+            known.append(own)
+            if hits := entries.intersection(endings):
+                found.append(name)
+                matched |= hits
+    unmatched = sorted(entries - matched)
+    if unmatched and (every_entry or not (found or config.target_modules)):
+        words = [f"{entry!r}{nearest(entry.rpartition('.')[2], known)}" for entry in unmatched]
+        raise TargetError(f"target_parameters matched no parameter: {', '.join(words)}")
+    return found
+
+
+def _parameter_names(module: nn.Module) -> list[str]:
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    return sorted([*own, *cast(Any, module).parametrizations]) if is_parametrized(module) else own
 
 
 def resolve(model: nn.Module, config: LoraConfig) -> Set[str] | str:
@@ -78,6 +108,8 @@ def resolve(model: nn.Module, config: LoraConfig) -> Set[str] | str:
     if wanted is not None:
         return wanted if isinstance(wanted, str) else frozenset(wanted)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in USUAL_TARGETS and config.target_parameters:
+        return frozenset()
     if model_type not in USUAL_TARGETS:
         raise TargetError(
             f"no usual target modules are known for model type {model_type!r}; "
@@ -88,9 +120,12 @@ def resolve(model: nn.Module, config: LoraConfig) -> Set[str] | str:
 
 
 def is_target(name: str, wanted: Set[str] | str, config: LoraConfig) -> bool:
-    """PEFT's rule (``check_target_module_exists``): excluded names lose; a pattern matches the whole
-    name; an entry matches the name or its dotted ending, the latter only in the chosen layers."""
+    """PEFT's rule (``check_target_module_exists``): excluded names and all of ``modules_to_save`` lose; a
+    pattern matches the whole name; an entry matches the name or its dotted ending, the latter only in
+    the chosen layers."""
     if config.exclude_modules and _matches(name, config.exclude_modules):
+        return False
+    if any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ()):
         return False
     if isinstance(wanted, str):
         return _matches(name, wanted)
@@ -152,8 +187,7 @@ def _in_chosen_layer(name: str, config: LoraConfig) -> bool:
 
 def _all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
     head = _output_head(model, config)
-    inside = set(module_names(model))
-    linear = {n for n, m in model.named_modules() if n in inside and _is_linear(m) and m is not head}
+    linear = {n for n, m in base_modules(model) if n and _is_linear(m) and m is not head}
     if not linear:
         raise TargetError(f"{ALL_LINEAR!r} matched nothing: {type(model).__name__} has no linear layer")
     return linear
@@ -161,7 +195,7 @@ def _all_linear(model: nn.Module, config: LoraConfig) -> set[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     """A linear layer that is called as one; the output projection inside an attention layer is not."""
-    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
     return isinstance(module, nn.Linear) or any(k.__name__ == "Conv1D" for k in type(module).__mro__)
 

@@ -1,54 +1,46 @@
-"""``rankfold.json``: what rankfold must know of an adapter and PEFT's files have no room for."""
+"""What an adapter tells about itself (``rankfold.json``), and the marks of a tokenizer in it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any
 
-from rankfold.errors import AdapterError
-from rankfold.files import write_whole
+from rankfold.lora.facts import FACTS_NAME, SCHEMA_VERSION, AdapterFacts, PromptStyle
 
-FACTS_NAME = "rankfold.json"
-SCHEMA_VERSION = 1
+__all__ = [
+    "FACTS_NAME",
+    "SCHEMA_VERSION",
+    "AdapterFacts",
+    "PromptStyle",
+    "tokenizer_changes",
+    "tokenizer_marks",
+]
 
-PromptStyle = Literal["chat", "plain"]
+
+def tokenizer_marks(tokenizer: Any) -> dict[str, str]:
+    """sha256 of the vocabulary (tokens and their numbers), of the merges or whatever else the tokenizer
+    splits text by, and of the chat template; the same for every copy of one tokenizer."""
+    parts = {
+        "vocabulary": json.dumps(tokenizer.get_vocab(), sort_keys=True),
+        "splitting": _splitting(tokenizer),
+        "chat_template": json.dumps(tokenizer.chat_template, sort_keys=True),
+    }
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items() if text}
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterFacts:
-    """``prompt_style``: "chat" if it was trained in the chat template, "plain" if on running text."""
+def tokenizer_changes(saved: Mapping[str, str], tokenizer: Any) -> list[str]:
+    """In which of its marks ``tokenizer`` differs from the one in ``saved``."""
+    now = tokenizer_marks(tokenizer)
+    return [name for name, mark in saved.items() if name in now and now[name] != mark]
 
-    prompt_style: PromptStyle = "chat"
-    base_description: str = ""
-    schema_version: int = SCHEMA_VERSION
 
-    def write(self, folder: Path) -> None:
-        write_whole(folder / FACTS_NAME, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> AdapterFacts:
-        """The facts of an adapter folder; the defaults where it was written by something else.
-
-        Raises AdapterError for a damaged file or one of a newer rankfold."""
-        path = folder / FACTS_NAME
-        if not path.is_file():
-            return cls()
-        try:
-            facts = json.loads(path.read_bytes())
-            version = facts["schema_version"]
-            if version > SCHEMA_VERSION:
-                raise AdapterError(
-                    f"{path} was written by a newer rankfold (schema {version}); update rankfold"
-                )
-            style = facts["prompt_style"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if isinstance(error, AdapterError):
-                raise
-            raise AdapterError(
-                f"{path} is damaged ({error!r}); remove it to load the adapter without it"
-            ) from error
-        if style not in ("chat", "plain"):
-            raise AdapterError(f"{path}: prompt_style must be 'chat' or 'plain', got {style!r}")
-        return cls(prompt_style=style, base_description=str(facts.get("base_description", "")))
+def _splitting(tokenizer: Any) -> str:
+    """Normaliser, pre-tokeniser and model of a fast tokenizer as JSON; empty for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return ""
+    whole = json.loads(backend.to_str())
+    kept = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    return json.dumps(kept, sort_keys=True)

@@ -6,7 +6,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from rankfold.errors import ModelError, OutputError
 from rankfold.files import require_space, staged_folder
 from rankfold.lora import LoraConfig, PeftModel
-from rankfold.models.facts import AdapterFacts
+from rankfold.lora.stored import Fault
+from rankfold.models.facts import FACTS_NAME, AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
 
 EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
@@ -54,9 +55,10 @@ def load_base(name: str) -> Base:
     return Base(model.to(device=device, dtype=dtype).eval(), tokenizer, source, notes)
 
 
-def load_tuned(adapter: str | Path, model_name: str | None = None) -> Base:
+def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = ()) -> Base:
     """Load the base that ``adapter`` names (or ``model_name``) and merge the adapter into it.
 
+    ``allow``: faults to let through (see LoadOptions); "base" stands for another tokenizer too.
     Raises AdapterError or ModelError."""
     config = LoraConfig.from_pretrained(adapter)
     name = model_name or config.base_model_name_or_path
@@ -64,9 +66,38 @@ def load_tuned(adapter: str | Path, model_name: str | None = None) -> Base:
         raise ModelError(f"{adapter} does not say which base model it belongs to; name it with --model")
     facts = AdapterFacts.read(Path(adapter))
     base = load_base(name)
-    base.model = PeftModel.from_pretrained(base.model, adapter).merge_and_unload()
+    changed = tokenizer_changes(facts.tokenizer, base.tokenizer)
+    if changed and "base" not in allow:
+        raise ModelError(
+            f"the tokenizer of {name} is not the one that {adapter} was trained with: another "
+            f"{' and another '.join(changed)}; name the right base with --model, or remove the tokenizer's "
+            f"marks from {FACTS_NAME} to use it all the same"
+        )
+    base.notes += [f"the tokenizer has another {part} than in training" for part in changed]
+    base.model = PeftModel.from_pretrained(base.model, adapter, allow=allow).merge_and_unload()
     base.prompt_style = facts.prompt_style
     return base
+
+
+def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str | None = None) -> Any:
+    """A model of the transformers class ``kind`` from ``source``, in ``dtype`` or, by default, its own.
+
+    Only safetensors weights are read, a GGUF file's for a causal language model; no code from a model
+    folder is run.  Raises ModelError."""
+    if source.gguf_file is not None:
+        if kind.__name__ != "AutoModelForCausalLM":
+            raise ModelError(f"{source.name}: a GGUF file can be loaded as a causal language model only")
+        model = load_base(source.name).model
+        return model if dtype is None else model.to(dtype)
+    with _quiet_transformers():
+        try:
+            model = kind.from_pretrained(
+                source.location, dtype=dtype or "auto", use_safetensors=True, revision=revision or "main"
+            )
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise _cannot_load(source.location, source.name, error) from error
+    model.name_or_path = model.config.name_or_path = source.name
+    return model.eval()
 
 
 def load(adapter: Path | None, model_name: str | None) -> Base:
@@ -81,20 +112,24 @@ def _placement() -> tuple[torch.device, torch.dtype]:
 
 
 def _load_transformers(location: str | Path, name: str, **options: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     with _quiet_transformers():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
             model = AutoModelForCausalLM.from_pretrained(
                 location, dtype=torch.float32, use_safetensors=True, **options
             )
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            reason = str(error).strip().splitlines()[0][:200]
-            if isinstance(location, Path):
-                raise ModelError(f"cannot load the model {name}: {reason}") from error
-            raise not_found(name, reason) from error
+            raise _cannot_load(location, name, error) from error
     return model, tokenizer
+
+
+def _cannot_load(location: str | Path, name: str, error: Exception) -> ModelError:
+    reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    if isinstance(location, Path):
+        return ModelError(f"cannot load the model {name}: {reason}")
+    return not_found(name, reason)
 
 
 def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
@@ -148,6 +183,10 @@ def _quiet_transformers() -> Iterator[None]:
     """No progress bars or advice from transformers inside the block; errors still raise.
 
     Standard error is set aside because the GGUF reader's bar obeys no switch."""
+    # transformers imports torchao where it is installed, and torch has something to say about that.
+    pytree = logging.getLogger("torch.utils._pytree")
+    pytree_level = pytree.level
+    pytree.setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
@@ -158,6 +197,7 @@ def _quiet_transformers() -> Iterator[None]:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
+        pytree.setLevel(pytree_level)
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()

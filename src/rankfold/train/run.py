@@ -19,7 +19,7 @@ from rankfold.data.batches import epoch_steps
 from rankfold.data.formats import Example
 from rankfold.errors import OutputError
 from rankfold.files import require_space, staged_folder, write_whole
-from rankfold.models.facts import AdapterFacts
+from rankfold.models.facts import tokenizer_marks
 from rankfold.models.generate import reply
 from rankfold.models.sampling import Sampling
 from rankfold.train.evaluate import compare, row_losses
@@ -78,9 +78,12 @@ def refuse_used_folder(out: Path) -> None:
 
 
 def _save_adapter(plan: Plan, folder: Path) -> None:
-    plan.model.save_pretrained(folder)
-    described = plan.base.source.description
-    AdapterFacts(prompt_style=plan.rows.prompt_style, base_description=described).write(folder)
+    facts = {
+        "prompt_style": plan.rows.prompt_style,
+        "base_description": plan.base.source.description,
+        "tokenizer": tokenizer_marks(plan.base.tokenizer),
+    }
+    plan.model.save_pretrained(folder, facts=facts)
 
 
 def _judge(plan: Plan, result: RunResult, base_losses: Tensor, base_answers: list[str]) -> RunResult:

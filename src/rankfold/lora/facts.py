@@ -1,0 +1,121 @@
+"""``rankfold.json``: what rankfold must know of an adapter and PEFT's files have no room for."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from rankfold.errors import AdapterError
+from rankfold.files import write_whole
+from rankfold.lora.fingerprint import BaseFingerprint
+from rankfold.lora.strict_json import read_json_object
+
+FACTS_NAME = "rankfold.json"
+SCHEMA_VERSION = 2  # 1 knew prompt_style and base_description
+MAX_FACTS_BYTES = 1_000_000
+
+PromptStyle = Literal["chat", "plain"]
+log = logging.getLogger("rankfold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """Facts of one adapter.
+
+    ``prompt_style``: "chat" if it was trained in the chat template, "plain" if on running text.
+    ``tokenizer``: sha256 of the vocabulary and of the chat template it was trained with, if given.
+    ``versions``: of the libraries that wrote it.  ``sha256``: of the two files beside this one.
+    ``base``: the fingerprint of the base that it belongs to."""
+
+    prompt_style: PromptStyle = "chat"
+    base_description: str = ""
+    tokenizer: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    base: BaseFingerprint | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def sealed(self, files: Mapping[str, bytes], base: BaseFingerprint | None) -> AdapterFacts:
+        """These facts with the versions of now, the hashes of ``files`` and the fingerprint."""
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        return replace(self, versions=versions(), sha256=sums, base=base, schema_version=SCHEMA_VERSION)
+
+    def write(self, folder: Path) -> None:
+        write_whole(folder / FACTS_NAME, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterFacts:
+        """The facts of an adapter folder; the defaults where it was written by something else.
+
+        Raises AdapterError for a damaged file or one of a newer rankfold."""
+        path = folder / FACTS_NAME
+        if not path.is_file():
+            return cls()
+        try:
+            content = read_json_object(path, MAX_FACTS_BYTES)
+            version = _whole(content.pop("schema_version"))
+        except (KeyError, TypeError, AdapterError) as error:
+            raise _damaged(path, error) from error
+        if version > SCHEMA_VERSION:
+            raise AdapterError(f"{path} was written by a newer rankfold (schema {version}); update rankfold")
+        try:
+            return cls(**_checked(content))
+        except (KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions of what takes part in writing an adapter; transformers only if it is in use."""
+    found = {"rankfold": importlib.import_module("rankfold").__version__, "torch": str(torch.__version__)}
+    transformers = sys.modules.get("transformers")
+    return found if transformers is None else found | {"transformers": str(transformers.__version__)}
+
+
+def _damaged(path: Path, error: Exception) -> AdapterError:
+    return AdapterError(f"{path} is damaged ({error!r}); remove it to load the adapter without it")
+
+
+def _checked(content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of AdapterFacts in ``content``.  Raises KeyError, TypeError or ValueError."""
+    style, base = content["prompt_style"], content.get("base")
+    if style not in get_args(PromptStyle):
+        raise ValueError(f"prompt_style must be 'chat' or 'plain', got {style!r}")
+    facts: dict[str, Any] = {
+        "prompt_style": style,
+        "base_description": _text(content.get("base_description", "")),
+        "base": None,
+    }
+    for name in ("tokenizer", "versions", "sha256"):
+        facts[name] = _texts(content.get(name, {}))
+    if base is not None:
+        facts["base"] = BaseFingerprint(**_texts(base))
+    return facts
+
+
+def _texts(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is not an object")
+    return {key: _text(text) for key, text in value.items()}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
