@@ -228,7 +228,7 @@ class LoraLayer(AdapterLayer):
 
 
 def linear_factor(in_features: int, out_features: int, *, bias: bool = False) -> nn.Linear:
-    """``nn.Linear(in_features, out_features, bias)`` with the same random draws, in a fifth of the time."""
+    """``nn.Linear(in_features, out_features, bias)`` with the same random draws, made faster."""
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
     weight = torch.empty(out_features, in_features)

@@ -47,7 +47,7 @@ def inject(
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Thousands of new small objects set the collector off again and again, a third of the time, to find
+    """Thousands of new small objects set the collector off again and again, to find
     nothing: all of them stay."""
     was_on = gc.isenabled()
     gc.disable()

@@ -39,7 +39,7 @@ def load_base(name: str) -> Base:
     """Load ``name`` (see ``find_base``) in float32 on a CPU, bfloat16 on a GPU that computes in it.
 
     A GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
-    ``~/.cache/rankfold``), because reading it takes ten times as long as reading the result.
+    ``~/.cache/rankfold``), because reading it takes far longer than reading the result.
     Only safetensors and GGUF weights are read, and no code from a model folder is run.
 
     Raises ModelError."""

@@ -15,7 +15,7 @@ def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy in nats of each trained token, 0 elsewhere: (rows, columns that hold one).
 
     Only the columns that some row trains reach the output head: on short chats the prompt is half of
-    the tokens, and the head a fifth of a small model's work."""
+    the tokens, and the head a good part of a small model's work."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     columns = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
