@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from rankfold.data.encode import IGNORE, encode, encode_all, marked_pieces
-from rankfold.data.formats import Example
+from rankfold.data.example import Example, Message
 from rankfold.errors import DataError, ModelError
 
 words = st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x1FFFF), min_size=1).filter(
@@ -25,8 +25,8 @@ def tokenizer(real_base):
 
 def chat(*contents: str, system: str | None = None) -> Example:
     roles = ("user", "assistant")
-    turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(contents)]
-    head = [{"role": "system", "content": system}] if system else []
+    turns = [Message(roles[place % 2], (text,)) for place, text in enumerate(contents)]
+    head = [Message("system", (system,))] if system else []
     return Example("f.jsonl:1", messages=(*head, *turns))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from rankfold.data.example import Message
 from rankfold.data.formats import to_examples
 from rankfold.data.rows import Row
 from rankfold.errors import DataError
@@ -17,7 +18,7 @@ def turn(role: str, content: str = "x") -> dict[str, str]:
 
 def test_prompt_and_completion_become_two_turns():
     examples, style, shape = to_examples(rows({"prompt": "p", "completion": "c", "language": "en"}))
-    assert examples[0].messages == (turn("user", "p"), turn("assistant", "c"))
+    assert examples[0].messages == (Message("user", ("p",)), Message("assistant", ("c",)))
     assert (style, shape) == ("chat", "1 rows of prompt and completion")
     assert examples[0].prompt == [turn("user", "p")]
     assert examples[0].answer == "c"
@@ -26,7 +27,7 @@ def test_prompt_and_completion_become_two_turns():
 def test_messages_stay_as_they_are():
     messages = [turn("system"), turn("user"), turn("assistant"), turn("user"), turn("assistant", "y")]
     examples, style, _ = to_examples(rows({"messages": messages}))
-    assert list(examples[0].messages) == messages
+    assert [message.for_template() for message in examples[0].messages] == messages
     assert style == "chat"
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rankfold.data.formats import Example
+from rankfold.data.example import Example
 from rankfold.data.split import fingerprint, split_held_out, without_leaks
 from rankfold.errors import DataError
 

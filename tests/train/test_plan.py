@@ -46,9 +46,7 @@ def test_rows_that_are_too_long_are_left_out_and_named(recipe, joke_rows):
 def test_copies_of_held_out_rows_are_left_out_and_counted(recipe, joke_rows):
     rows = read_data(recipe([*joke_rows, *joke_rows]))
     assert (len(rows.train), len(rows.held_out)) == (44, 2)
-    assert not {e.messages[0]["content"] for e in rows.train} & {
-        e.messages[0]["content"] for e in rows.held_out
-    }
+    assert not {e.messages[0].text for e in rows.train} & {e.messages[0].text for e in rows.held_out}
     assert rows.notes == ["2 training rows left out: copies of held-out rows"]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from rankfold.data.formats import Example
+from rankfold.data.example import Example
 from rankfold.errors import DataError, bullet_list
 from rankfold.models.prompt import render, require_chat_template
 
@@ -68,7 +68,7 @@ def encode(example: Example, tokenizer: Any) -> EncodedRow:
     Each piece is tokenised by itself, so that the prompt's tokens are those the model will see when
     it is asked.  Raises DataError if the words spell a control token, the vocabulary cannot
     spell the words, or the template loses them."""
-    contents = [message["content"] for message in example.messages] or [example.text]
+    contents = [message.text for message in example.messages] or [example.text]
     _refuse_control_tokens(contents, tokenizer)
     pieces = _pieces(example, tokenizer) if example.messages else [(example.text, True)]
     input_ids: list[int] = []
@@ -89,7 +89,7 @@ def encode(example: Example, tokenizer: Any) -> EncodedRow:
 def _pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """The rendered conversation cut into (text, trained) pieces."""
     require_chat_template(tokenizer)
-    messages = list(example.messages)
+    messages = [message.for_template() for message in example.messages]
     pieces: list[tuple[str, bool]] = []
     done = ""
     for place, message in enumerate(messages):

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from rankfold.data.example import Example, Message
 from rankfold.data.rows import Row
 from rankfold.errors import DataError, bullet_list
 from rankfold.models.facts import PromptStyle
-from rankfold.models.prompt import Message
 
 ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row to train on: ``messages`` that end with the assistant's turn, or ``text``; never both."""
-
-    origin: str
-    messages: tuple[Message, ...] = ()
-    text: str = ""
-
-    @property
-    def prompt(self) -> list[Message]:
-        """What is asked: everything before the last turn, or the text's first few words."""
-        if self.messages:
-            return list(self.messages[:-1])
-        return [{"role": "user", "content": " ".join(self.text.split()[:4])}]
-
-    @property
-    def answer(self) -> str:
-        return self.messages[-1]["content"] if self.messages else self.text
 
 
 def to_examples(rows: list[Row]) -> tuple[list[Example], PromptStyle, str]:
@@ -76,8 +55,8 @@ def _shape(values: dict[str, Any]) -> tuple[str, Callable[[Row], Example]]:
 
 
 def _from_prompt(row: Row) -> Example:
-    user: Message = {"role": "user", "content": _text(row.values, "prompt")}
-    assistant: Message = {"role": "assistant", "content": _text(row.values, "completion")}
+    user = Message("user", (_text(row.values, "prompt"),))
+    assistant = Message("assistant", (_text(row.values, "completion"),))
     return Example(row.origin, messages=(user, assistant))
 
 
@@ -91,10 +70,10 @@ def _from_messages(row: Row) -> Example:
         if role not in ROLES:
             raise ValueError(f"message {place}: role must be one of {ROLES}, got {role!r}")
         try:
-            turns.append({"role": role, "content": _text(message, "content")})
+            turns.append(Message(role, (_text(message, "content"),)))
         except ValueError as error:
             raise ValueError(f"message {place}: {error}") from error
-    _check_order([turn["role"] for turn in turns])
+    _check_order([turn.role for turn in turns])
     return Example(row.origin, messages=tuple(turns))
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 
-from rankfold.data.formats import Example
+from rankfold.data.example import Example
 from rankfold.errors import DataError
 
 HELD_OUT_SHARE = 0.05
@@ -40,4 +39,4 @@ def without_leaks(train: list[Example], held_out: list[Example]) -> tuple[list[E
 
 def fingerprint(example: Example) -> str:
     """A hash of the row's words, the same wherever the row stands."""
-    return hashlib.sha256(json.dumps([example.messages, example.text]).encode()).hexdigest()
+    return hashlib.sha256(repr((example.messages, example.rejected, example.text)).encode()).hexdigest()

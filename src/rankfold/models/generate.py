@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from rankfold.models.load import Base
-from rankfold.models.prompt import Message, render, require_chat_template
+from rankfold.models.prompt import TemplateMessage, render, require_chat_template
 from rankfold.models.sampling import Sampling
 
 CUT_CHARACTER = "\ufffd"  # what is decoded from a character whose last bytes were not generated
 
 
-def reply(base: Base, messages: list[Message], sampling: Sampling, streamer: Any = None) -> str:
+def reply(base: Base, messages: list[TemplateMessage], sampling: Sampling, streamer: Any = None) -> str:
     """The model's answer to a conversation that ends with the user's turn.
 
     For a model tuned on running text (``prompt_style`` "plain") the last message is continued as it

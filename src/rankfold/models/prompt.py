@@ -6,7 +6,7 @@ from typing import Any
 
 from rankfold.errors import ModelError
 
-Message = dict[str, str]
+TemplateMessage = dict[str, Any]  # role, content, and what else a template may read
 
 
 def require_chat_template(tokenizer: Any) -> None:
@@ -18,7 +18,7 @@ def require_chat_template(tokenizer: Any) -> None:
         )
 
 
-def render(tokenizer: Any, messages: list[Message], *, for_reply: bool = False) -> str:
+def render(tokenizer: Any, messages: list[TemplateMessage], *, for_reply: bool = False) -> str:
     """The conversation as text; with ``for_reply`` it ends where the assistant begins to speak."""
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_reply)
     return text

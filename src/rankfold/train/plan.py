@@ -10,7 +10,8 @@ import torch
 
 from rankfold.data.batches import collate, micro_batches
 from rankfold.data.encode import EncodedRow, encode_all
-from rankfold.data.formats import Example, to_examples
+from rankfold.data.example import Example
+from rankfold.data.formats import to_examples
 from rankfold.data.rows import read_rows
 from rankfold.data.split import split_held_out, without_leaks
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model

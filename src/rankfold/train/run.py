@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from rankfold.data.batches import epoch_steps
-from rankfold.data.formats import Example
+from rankfold.data.example import Example
 from rankfold.errors import OutputError
 from rankfold.files import require_space, staged_folder, write_whole
 from rankfold.models.facts import tokenizer_marks
