@@ -88,7 +88,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def joke_rows() -> list[dict]:
     return [
         {"prompt": f"Joke about {n} hats?", "completion": f"There were {n} hats. All fit."} for n in range(24)

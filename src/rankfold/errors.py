@@ -8,6 +8,7 @@ RankfoldError
  +- DataError        (ValueError)    rows that cannot be read or trained on
  +- ModelError       (ValueError)    a base model that cannot be found or used
  +- OutputError      (RuntimeError)  a place that cannot be written, or must not be overwritten
+ +- CheckpointError  (ValueError)    a checkpoint that is damaged, or belongs to another run
  +- TrainingError    (RuntimeError)  a run stopped before it could do harm
 """
 
@@ -46,6 +47,10 @@ class ModelError(RankfoldError, ValueError):
 
 
 class OutputError(RankfoldError, RuntimeError):
+    pass
+
+
+class CheckpointError(RankfoldError, ValueError):
     pass
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import rankfold_command
 from rankfold.cli.main import VERBS, main
@@ -152,14 +153,22 @@ def test_explain_prints_the_numbers_and_writes_the_picture(command, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def start_training(tiny_folder: Path, data: Path, out: Path, **options) -> subprocess.Popen[str]:
-    arguments = ["--model", tiny_folder, "--data", data, "--out", out, "--epochs", 1000, "--samples", 0]
+def start_training(tiny_folder: Path, data: Path, out: Path, *more: object) -> subprocess.Popen[str]:
+    arguments = [
+        "--model",
+        tiny_folder,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--epochs",
+        1000,
+        "--samples",
+        0,
+        *more,
+    ]
     return subprocess.Popen(
-        [COMMAND, "train", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
+        [COMMAND, "train", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -177,7 +186,8 @@ def test_ctrl_c_while_training_keeps_a_usable_adapter(tiny_folder, data, tmp_pat
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in out + err
-    assert "Interrupted after step" in out
+    assert "Stopped after step" in out
+    assert f"resume {tmp_path / 'run'}" in out
     answer = rankfold_command(
         "generate", "--prompt", "Joke?", "--adapter", tmp_path / "run", "--max-new-tokens", 2
     )
@@ -191,34 +201,47 @@ def test_ctrl_c_before_training_leaves_nothing(tiny_folder, data, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "interrupted; nothing was written"
+    assert err.strip() == "interrupted"
     assert [path.name for path in tmp_path.iterdir()] == [data.name]
 
 
-def test_a_killed_run_leaves_no_output_folder_and_the_next_run_succeeds(tiny_folder, data, tmp_path):
-    process = start_training(tiny_folder, data, tmp_path / "run")
-    wait_for(process, "step 1/")
+def test_a_killed_run_is_resumed_and_finishes(tiny_folder, data, tmp_path):
+    process = start_training(tiny_folder, data, tmp_path / "run", "--epochs", 3, "--save-every-steps", 1)
+    wait_for(process, "step 2/")
     process.kill()
     process.communicate(timeout=60)
-    assert not (tmp_path / "run").exists()
-    again = rankfold_command(
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        data,
-        "--out",
-        tmp_path / "run",
-        "--samples",
-        0,
-        "--epochs",
-        1,
-    )
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+    again = rankfold_command("resume", tmp_path / "run")
     assert again.returncode == 0, again.stderr
+    assert "note: going on after step" in again.stdout
+    assert (tmp_path / "run" / "adapter_config.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [data.name, "run"]
 
 
-def test_a_disk_that_fills_up_leaves_nothing(tiny_folder, data, tmp_path):
+def test_sigterm_saves_and_ends_with_its_own_status(tiny_folder, data, tmp_path):
+    process = start_training(tiny_folder, data, tmp_path / "run")
+    wait_for(process, "step 1/")
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "Stopped after step" in out
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_recipe_file_words_and_options_are_settings_and_the_last_wins(tiny_folder, data, tmp_path, command):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tiny_folder}\ndata: {data}\nrank: 4\nepochs: 7\nsamples: 0\n")
+    out = tmp_path / "run"
+    status, shown, _ = command("train", recipe, "epochs=5", f"out={out}", "--epochs", "1", "--dry-run")
+    assert status == 0
+    assert "The plan" in shown
+    assert not out.exists()
+    assert command("train", recipe, "epochs=5", f"out={out}", "--epochs", "1")[0] == 0
+    resolved = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert (resolved["rank"], resolved["epochs"], resolved["alpha"]) == (4, 1, 8.0)
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half(tiny_folder, data, tmp_path):
     program = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -247,9 +270,10 @@ def test_a_disk_that_fills_up_leaves_nothing(tiny_folder, data, tmp_path):
         check=False,
     )
     assert run.returncode == 2
-    assert re.search(r"error: cannot write .*adapter_model.safetensors \([\d,]+ bytes\)", run.stderr)
+    assert re.search(r"error: cannot complete the folder .*step-00000003: File too large", run.stderr)
     assert "Traceback" not in run.stderr
-    assert [path.name for path in tmp_path.iterdir()] == [data.name]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
 
 
 def run_in_terminal(arguments: list[str], **environment: str) -> str:
@@ -308,3 +332,13 @@ def test_the_demo_takes_the_next_free_folder_and_trains_on_the_jokes_it_ships(ti
     assert "264 to train on" in run.stdout
     assert "44 held out" in run.stdout
     assert (tmp_path / "runs" / "cold-jokes-2" / "report.html").is_file()
+
+
+def test_the_schema_is_that_of_the_recipe(command):
+    import json
+
+    from rankfold import Recipe
+
+    status, out, _ = command("schema")
+    assert status == 0
+    assert set(json.loads(out)["properties"]) == set(Recipe.model_fields)

@@ -45,3 +45,17 @@ def test_an_impossible_value_is_refused(options, name):
 
 def test_every_setting_has_a_description():
     assert all(field.description for field in Recipe.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("num_train_epochs", "is called 'epochs' here"),
+        ("lora_alpha", "is called 'alpha' here"),
+        ("evaluation_strategy", "judged on held-out rows"),
+        ("rnak", r"did you mean 'rank'\?"),
+    ],
+)
+def test_names_of_other_tools_are_understood_and_named(name, told):
+    with pytest.raises(ConfigError, match=told):
+        Recipe.of({"data": "a", "out": "b", name: 1})

@@ -15,7 +15,9 @@ from rankfold.errors import DataError, OutputError, TrainingError
 from rankfold.models import load
 from rankfold.train.listener import Listener
 
-FINISHED = {"adapter_config.json", "adapter_model.safetensors", "rankfold.json", "report.html", "run.json"}
+BEGUN = {".lock", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json"}
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "rankfold.json"}
+FINISHED = BEGUN | ADAPTER | {"report.html"}
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_a_run_leaves_an_adapter_its_numbers_and_its_report(recipe, tmp_path):
     record = json.loads((result.out / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["rows"] == {"train": 22, "held_out": 2, "shape": "24 rows of prompt and completion"}
-    assert len(record["steps"]) == 3
+    assert record["steps"] == len((result.out / "metrics.jsonl").read_text().splitlines()) == 3
     assert record["comparison"]["gap"] == pytest.approx(result.comparison.gap)
     assert len(record["samples"]) == len(result.samples) == 1
 
@@ -109,14 +111,14 @@ def test_ctrl_c_keeps_the_steps_that_are_done(recipe):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_drops_the_run(recipe, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(recipe, tmp_path):
     def twice() -> None:
         interrupt()
         interrupt()
 
     with pytest.raises(KeyboardInterrupt):
         fine_tune(recipe(), Doing(1, twice))
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == BEGUN
 
 
 class Poisoning(Listener):
@@ -129,10 +131,11 @@ class Poisoning(Listener):
         next(p for p in self.model.parameters() if p.requires_grad).data[0, 0] = float("nan")
 
 
-def test_a_run_that_fails_leaves_nothing(recipe, tmp_path):
+def test_a_run_whose_weights_are_spoilt_saves_none_of_them(recipe, tmp_path):
     with pytest.raises(TrainingError, match=r"step 2 gave loss nan(.|\n)*A lower learning rate"):
         fine_tune(recipe(), Poisoning())
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == BEGUN
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,18 @@ import sys
 import click
 
 from rankfold import __version__
-from rankfold.errors import RankfoldError
+from rankfold.errors import RankfoldError, TrainingError
 
 USER_MISTAKE = 2
+RUN_STOPPED = 3
 INTERRUPTED = 130
 
 # Each verb is the click command called ``command`` in the module of its name.
 VERBS = {
     "demo": "fine-tune a small model on cold jokes, from start to finish",
     "train": "fine-tune a model on your rows",
+    "resume": "go on with a run that was stopped or killed",
+    "schema": "print the JSON schema of a recipe",
     "chat": "talk to a model",
     "generate": "answer one prompt",
     "explain": "show with an SVD why a low rank can be enough",
@@ -48,7 +51,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command; exit status 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run the command; exit status 0, 2 for a user's mistake, 3 for a run that was stopped
+    before it could do harm, 130 for Ctrl-C and 143 for SIGTERM."""
     try:
         status = cli(prog_name="rankfold", standalone_mode=False)
     except click.ClickException as error:
@@ -56,9 +60,9 @@ def main() -> None:
         status = error.exit_code
     except RankfoldError as error:
         click.echo(f"error: {error}", err=True)
-        status = USER_MISTAKE
+        status = RUN_STOPPED if isinstance(error, TrainingError) else USER_MISTAKE
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was written", err=True)
+        click.echo("interrupted", err=True)
         status = INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone; keep Python from complaining about it at exit.

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from rankfold.cli.options import given, options_of
 from rankfold.train.recipe import Recipe
+from rankfold.train.recipe_file import parse_changes, read_recipe
 
 
 @click.command("train")
+@click.argument("words", nargs=-1, metavar="[RECIPE.yaml] [KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="do everything up to the first step, and write nothing")
 @options_of(Recipe)
-def command(**options: Any) -> int:
+def command(words: tuple[str, ...], dry_run: bool, **options: Any) -> int:
     """Fine-tune a model on your rows with LoRA, and judge it on rows held out.
+
+    Settings come from RECIPE.yaml, from KEY=VALUE and from options; the later ones win.  A run's folder
+    holds its recipe.yaml, which repeats it.
 
     DATA is a .jsonl file.  A row is {"messages": [{"role": ..., "content": ...}, ...]}, or
     {"prompt": ..., "completion": ...}, or has one text column of any name, such as {"jokes": ...}.
     """
-    return run(Recipe.of(given(options)))
+    file = words[:1] if words and "=" not in words[0] else ()
+    settings = read_recipe(Path(file[0])) if file else {}
+    settings |= parse_changes(words[len(file) :])
+    return run(Recipe.of(settings | given(options)), dry_run)
 
 
-def run(recipe: Recipe) -> int:
+def run(recipe: Recipe, dry_run: bool = False) -> int:
     """Train with a terminal listener; the exit status."""
-    from rankfold.cli.main import INTERRUPTED
     from rankfold.cli.view import TerminalListener, make_console
-    from rankfold.train.run import fine_tune
+    from rankfold.train.run import decide, fine_tune
+    from rankfold.train.stopping import STATUS_OF_SIGNAL
 
-    result = fine_tune(recipe, TerminalListener(make_console(sys.stdout)))
-    return INTERRUPTED if result.interrupted else 0
+    listener = TerminalListener(make_console(sys.stdout))
+    if dry_run:
+        decide(recipe, listener)
+        return 0
+    result = fine_tune(recipe, listener)
+    return STATUS_OF_SIGNAL + result.stopped_by if result.stopped_by else 0

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from rankfold.data.encode import EncodedRow, marked_pieces
 from rankfold.train.evaluate import Comparison
+from rankfold.train.folder import REPORT_NAME
 from rankfold.train.listener import Listener, RunResult
 from rankfold.train.loop import StepRecord
 from rankfold.train.plan import Plan
 from rankfold.train.report import setting_rows
-from rankfold.train.run import REPORT_NAME
 
 PLAIN_LINES = 10  # about so many progress lines where the output is no terminal
 PLAIN_WIDTH = 110
@@ -67,7 +67,10 @@ class TerminalListener(Listener):
             )
 
     def on_stopping(self) -> None:
-        self.console.print("finishing what is under way; press Ctrl-C again to drop the run", style="yellow")
+        self.console.print("finishing this step and saving; again stops at once", style="yellow")
+
+    def on_note(self, note: str) -> None:
+        self.console.print(f"note: {note}", style="yellow")
 
     def on_result(self, result: RunResult) -> None:
         self._end_progress()
@@ -122,9 +125,11 @@ def print_mask(console: Console, row: EncodedRow, plan: Plan) -> None:
 def print_result(console: Console, result: RunResult) -> None:
     """Before and after in numbers and in words, where everything is, and how to go on."""
     if result.comparison is None:
-        steps = result.steps[-1]
-        console.print(f"\nInterrupted after step {steps.step} of {steps.steps}.", style="bold yellow")
+        done = f"step {result.steps[-1].step} of {result.steps[-1].steps}" if result.steps else "no step"
+        console.print(f"\nStopped after {done}.", style="bold yellow")
         console.print(f"The adapter trained so far is in {result.out}; it was not compared with the base.")
+        console.print(f"\nGo on:   {_command()} resume {result.out}", style="bold", soft_wrap=True)
+        return
     else:
         print_comparison(console, result.comparison)
         for sample in result.samples:

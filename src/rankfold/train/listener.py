@@ -22,13 +22,17 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run left in ``out``; one that was interrupted has no comparison and no samples."""
+    """What a run left in ``out``; one that was stopped early has no comparison and no samples."""
 
     out: Path
     steps: list[StepRecord]
-    interrupted: bool
+    stopped_by: int = 0  # the number of the signal that ended it early
     comparison: Comparison | None = None
     samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self.stopped_by)
 
 
 class Listener:
@@ -37,6 +41,9 @@ class Listener:
     def on_stage(self, stage: str) -> None:
         """A part of the run begins."""
 
+    def on_note(self, note: str) -> None:
+        """Something that the user should know, in one sentence."""
+
     def on_plan(self, plan: Plan) -> None:
         """Everything is decided; nothing has been trained."""
 
@@ -44,7 +51,7 @@ class Listener:
         """An optimiser step is done."""
 
     def on_stopping(self) -> None:
-        """Ctrl-C was pressed; the run stops after this step."""
+        """SIGINT (Ctrl-C) or SIGTERM came; the run stops after this step."""
 
     def on_result(self, result: RunResult) -> None:
         """The output folder is complete."""

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.data.batches import MicroBatch, collate
-from rankfold.errors import TrainingError
+from rankfold.errors import CheckpointError, TrainingError
+from rankfold.train.checkpoints import Checkpoint
 from rankfold.train.objectives import token_losses
+from rankfold.train.random_states import random_states, set_random_states
 
 MAX_GRADIENT_NORM = 1.0
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,36 +52,39 @@ class Trainer:
         self.pad_id = pad_id
         self.schedule = schedule
         self.steps = steps
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.trained, weight_decay=0.0, fused=True)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.AdamW(self.trained.values(), weight_decay=0.0, fused=True)
+        self.step_done = 0
 
     def run(
         self,
         batches: Iterable[list[MicroBatch]],
         on_step: Callable[[StepRecord], None],
-        should_stop: Callable[[], bool],
-    ) -> int:
-        """Train on every step of ``batches`` or until ``should_stop``; the number of steps done."""
+        should_stop: Callable[[], object],
+    ) -> None:
+        """Train on every step of ``batches``, which go on after ``step_done``, or until ``should_stop``."""
         self.model.train()
-        done = 0
-        for step, micro_batches in enumerate(batches, start=1):
-            on_step(self.step(step, micro_batches))
-            done = step
+        for micro_batches in batches:
             if should_stop():
                 break
+            record = self.step(self.step_done + 1, micro_batches)
+            self.step_done = record.step
+            on_step(record)
         self.model.eval()
-        return done
 
     def step(self, step: int, micro_batches: list[MicroBatch]) -> StepRecord:
         """One optimiser step; every trained token in it weighs the same.
 
-        Raises TrainingError, with the weights as they were, if the loss or a gradient is not finite."""
+        Raises TrainingError, with weights and random state as they were, if the loss or a gradient is
+        not finite."""
         started = time.perf_counter()
+        random = random_states()
         trained_tokens = sum(row.trained_tokens for rows in micro_batches for row in rows)
         loss = sum(self.micro_batch(rows, trained_tokens) for rows in micro_batches)
-        norm = float(nn.utils.clip_grad_norm_(self.trained, MAX_GRADIENT_NORM))
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT_NORM))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimiser.zero_grad()
+            set_random_states(random)
             origins = ", ".join(row.origin for rows in micro_batches for row in rows)
             raise TrainingError(
                 f"step {step} gave loss {loss} and gradient norm {norm}; stopped before the weights changed. "
@@ -99,6 +105,35 @@ class Trainer:
             tokens=sum(len(row) for rows in micro_batches for row in rows),
             seconds=time.perf_counter() - started,
         )
+
+    def checkpoint(self) -> Checkpoint:
+        """The state after ``step_done`` steps; its tensors are the trainer's own."""
+        moments = {
+            f"{name}.{key}": value
+            for name, parameter in self.trained.items()
+            for key, value in self.optimiser.state[parameter].items()
+        }
+        trained = {name: parameter.detach() for name, parameter in self.trained.items()}
+        return Checkpoint(
+            step=self.step_done, trained=trained, optimiser=moments, random=random_states(), state={}
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint of a trainer of the same model; raises CheckpointError if it is not one."""
+        keys = [f"{name}.{key}" for name in self.trained for key in ADAM_STATE]
+        shapes = {name: p.shape for name, p in self.trained.items()}
+        if {name: t.shape for name, t in checkpoint.trained.items()} != shapes:
+            raise CheckpointError("the checkpoint holds other weights than this run trains")
+        if set(checkpoint.optimiser) != set(keys):
+            raise CheckpointError("the checkpoint does not hold this optimiser's state")
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(checkpoint.trained[name])
+                self.optimiser.state[parameter] = {
+                    key: checkpoint.optimiser[f"{name}.{key}"].to(parameter.device) for key in ADAM_STATE
+                }
+        set_random_states(checkpoint.random)
+        self.step_done = checkpoint.step
 
     def micro_batch(self, rows: MicroBatch, trained_tokens: int) -> float:
         """Forward and backward of one micro-batch; its share of the step's mean loss."""

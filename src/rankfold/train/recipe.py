@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from rankfold.models.find import DEFAULT_MODEL
 from rankfold.settings import CheckedSettings
+
+# What other tools call a setting, and what a setting of theirs has become here.
+OLD_NAMES = {
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "dataset": "data",
+    "dataset_path": "data",
+    "output_dir": "out",
+    "eval_file": "held_out",
+    "target_modules": "targets",
+    "lora_target": "targets",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "batch_size": "rows_per_step",
+    "per_device_train_batch_size": "rows_per_step",
+    "max_seq_length": "max_length",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "save_steps": "save_every_steps",
+    "save_total_limit": "keep_checkpoints",
+}
+NOT_NEEDED = {
+    "evaluation_strategy": "both models are judged on held-out rows before and after every run",
+    "eval_strategy": "both models are judged on held-out rows before and after every run",
+    "gradient_accumulation_steps": "say rows_per_step; it is cut into micro-batches that fit",
+    "gradient_checkpointing": "it is not there yet",
+}
 
 
 class Recipe(CheckedSettings):
@@ -34,5 +69,20 @@ class Recipe(CheckedSettings):
     max_length: int = Field(
         1024, ge=8, description="longest row in tokens; longer ones are left out and named"
     )
+    save_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps between checkpoints [about one a minute, 1 % of the time at most]",
+    )
+    keep_checkpoints: int = Field(2, ge=1, le=1000, description="newest checkpoints that are kept")
     samples: int = Field(3, ge=0, le=20, description="held-out prompts answered before and after")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapter's start and of the row order")
+
+    @classmethod
+    def _describe(cls, problem: Mapping[str, Any]) -> str:
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        if problem["type"] == "extra_forbidden" and name in OLD_NAMES:
+            return f"{name!r} is called {OLD_NAMES[name]!r} here"
+        if problem["type"] == "extra_forbidden" and name in NOT_NEEDED:
+            return f"{name!r} is no setting: {NOT_NEEDED[name]}"
+        return super()._describe(problem)

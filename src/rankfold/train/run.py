@@ -1,71 +1,82 @@
-"""``fine_tune``: one run from recipe to adapter and report."""
+"""``fine_tune`` and ``resume``: one run from recipe to adapter and report, whatever comes between."""
 
 from __future__ import annotations
 
-import json
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rankfold.data.batches import epoch_steps
 from rankfold.data.example import Example
-from rankfold.errors import OutputError
-from rankfold.files import require_space, staged_folder, write_whole
+from rankfold.errors import CheckpointError, OutputError, TrainingError
+from rankfold.files import require_space, write_whole
 from rankfold.models.facts import tokenizer_marks
 from rankfold.models.generate import reply
 from rankfold.models.sampling import Sampling
+from rankfold.train.checkpoints import clear_partial, latest_checkpoint, save_checkpoint
 from rankfold.train.evaluate import compare, row_losses
+from rankfold.train.folder import RECORD_NAME, REPORT_NAME, RunFolder
+from rankfold.train.identity import identity_of, refuse_other_identity
 from rankfold.train.listener import Listener, RunResult, Sample
 from rankfold.train.loop import StepRecord, Trainer, learning_rate_at
 from rankfold.train.plan import Plan, make_plan, read_data
 from rankfold.train.recipe import Recipe
+from rankfold.train.recipe_file import changed_recipe, read_recipe, resolved_recipe
 from rankfold.train.report import render_report
+from rankfold.train.stopping import stop_requests
 
-RUN_NAME = "run.json"
-REPORT_NAME = "report.html"
 SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
 OUTPUT_BYTES = 200_000_000  # adapter, report and room to spare
+SAVE_EVERY_S = 60.0
+SAVE_SHARE = 0.01  # of a run's time at most, however slow the disk is
 
 
 def fine_tune(recipe: Recipe, listener: Listener | None = None) -> RunResult:
     """Fine-tune ``recipe.model`` on ``recipe.data`` and write adapter, facts and report to ``recipe.out``.
 
-    The folder appears when all of it is written.  Ctrl-C lets the running step finish, keeps the
-    adapter trained so far and leaves out the comparison; a second Ctrl-C drops everything.
+    The folder appears when everything is decided, and keeps checkpoints from which ``resume`` goes on as
+    if nothing had happened.  SIGINT or SIGTERM lets the running step finish, saves, and leaves out the
+    comparison; a second one stops at once.
 
-    Raises RankfoldError; ``recipe.out`` does not exist then."""
+    Raises RankfoldError: before the first step ``recipe.out`` does not exist then; a TrainingError
+    leaves the last good state in it."""
     listener = listener or Listener()
     refuse_used_folder(recipe.out)
     require_space(recipe.out, OUTPUT_BYTES)
-    rows = read_data(recipe)
-    listener.on_stage("loading the model and timing a step")
-    plan = make_plan(recipe, rows)
-    listener.on_plan(plan)
-    with staged_folder(recipe.out) as folder:
-        listener.on_stage("measuring the base model on held-out rows")
-        base_losses = row_losses(plan.model, plan.held_out, plan.pad_id)
-        base_answers = _answers(plan)
-        with _finish_step_on_interrupt(listener) as interrupted:
-            listener.on_stage("training")
-            records = _train_steps(plan, listener, interrupted)
-            _save_adapter(plan, folder)
-            result = RunResult(out=recipe.out, steps=records, interrupted=interrupted())
-            if not result.interrupted:
-                listener.on_stage("measuring the tuned model on held-out rows")
-                result = _judge(plan, result, base_losses, base_answers)
-                write_whole(folder / REPORT_NAME, render_report(plan, result))
-            record = json.dumps(run_record(plan, result), indent=2, ensure_ascii=False)
-            write_whole(folder / RUN_NAME, record + "\n")
-    listener.on_result(result)
-    return result
+    plan = decide(recipe, listener)
+    record = {"status": "running", "identity": identity_of(plan)}
+    folder = RunFolder.create(recipe.out, resolved_recipe(recipe, plan.settings), record)
+    with folder.locked():
+        return Run(plan, folder, listener).go()
+
+
+def resume(
+    path: Path, changes: Mapping[str, Any] | None = None, listener: Listener | None = None
+) -> RunResult:
+    """Go on with the run in ``path`` from its newest whole checkpoint, to the very bits that the run
+    would have reached without the interruption (on a CPU, with the same versions).
+
+    ``changes`` are settings to change on the way; those that would make it another run are refused.
+    Raises RankfoldError, and leaves the folder as it is, if data or base are not those of the run."""
+    listener = listener or Listener()
+    folder = RunFolder(path)
+    record = folder.record()
+    if record.get("status") == "finished":
+        raise CheckpointError(f"the run in {path} is finished; there is nothing to resume")
+    recipe = changed_recipe(read_recipe(folder.recipe_path), changes or {}, path)
+    with folder.locked():
+        plan = decide(recipe, listener)
+        for note in refuse_other_identity(record.get("identity"), identity_of(plan), path):
+            listener.on_note(note)
+        return Run(plan, folder, listener).go()
 
 
 def refuse_used_folder(out: Path) -> None:
@@ -73,51 +84,142 @@ def refuse_used_folder(out: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():
-        holds = "holds a run already" if (out / RUN_NAME).is_file() else "exists and is not an empty folder"
-        raise OutputError(f"the output folder {out} {holds}; name another --out, or remove it first")
+        if (out / RECORD_NAME).is_file():
+            raise OutputError(
+                f"the output folder {out} holds a run already; go on with it by `rankfold resume {out}`, "
+                "or name another --out"
+            )
+        raise OutputError(
+            f"the output folder {out} exists and is not an empty folder; "
+            "name another --out, or remove it first"
+        )
 
 
-def _save_adapter(plan: Plan, folder: Path) -> None:
-    facts = {
-        "prompt_style": plan.rows.prompt_style,
-        "base_description": plan.base.source.description,
-        "tokenizer": tokenizer_marks(plan.base.tokenizer),
-    }
-    plan.model.save_pretrained(folder, facts=facts)
+def decide(recipe: Recipe, listener: Listener) -> Plan:
+    """Everything up to the first step: read, check, load, encode, choose, adapt and time.  Writes nothing."""
+    rows = read_data(recipe)
+    listener.on_stage("loading the model and timing a step")
+    plan = make_plan(recipe, rows)
+    listener.on_plan(plan)
+    return plan
 
 
-def _judge(plan: Plan, result: RunResult, base_losses: Tensor, base_answers: list[str]) -> RunResult:
-    tuned_losses = row_losses(plan.model, plan.held_out, plan.pad_id)
-    samples = [
-        Sample(prompt=example.prompt[-1]["content"], written=example.answer, base=base, tuned=tuned)
-        for example, base, tuned in zip(_sampled(plan), base_answers, _answers(plan), strict=True)
-    ]
-    comparison = compare(plan.held_out, base_losses, tuned_losses, plan.recipe.seed)
-    return replace(result, comparison=comparison, samples=samples)
+class Run:
+    """A plan being carried out in its folder, which this process holds."""
 
+    def __init__(self, plan: Plan, folder: RunFolder, listener: Listener) -> None:
+        self.plan, self.folder, self.listener = plan, folder, listener
+        self.records: list[StepRecord] = []
+        self.saved_step = 0
+        self.next_save = time.monotonic() + SAVE_EVERY_S
+        settings = plan.settings
+        schedule = partial(
+            learning_rate_at,
+            steps=settings.steps,
+            warmup_steps=settings.warmup_steps,
+            peak=settings.learning_rate,
+        )
+        self.trainer = Trainer(plan.model, plan.pad_id, schedule, settings.steps)
 
-def _train_steps(plan: Plan, listener: Listener, should_stop: Callable[[], bool]) -> list[StepRecord]:
-    settings, seed = plan.settings, plan.recipe.seed
-    schedule = partial(
-        learning_rate_at,
-        steps=settings.steps,
-        warmup_steps=settings.warmup_steps,
-        peak=settings.learning_rate,
-    )
-    steps = (epoch_steps(plan.train, settings.rows_per_step, seed + e) for e in range(settings.epochs))
-    records: list[StepRecord] = []
+    def go(self) -> RunResult:
+        before = self._measure_before()
+        self._restore()
+        with stop_requests(self.listener.on_stopping) as stop_signal:
+            self.listener.on_stage("training")
+            self._train(stop_signal)
+            result = RunResult(out=self.folder.path, steps=self.records, stopped_by=stop_signal())
+            self._save_adapter()
+            if not result.interrupted:
+                self.listener.on_stage("measuring the tuned model on held-out rows")
+                result = self._judge(result, before)
+                write_whole(self.folder.path / REPORT_NAME, render_report(self.plan, result))
+            self.folder.write_record(self.folder.record() | run_record(self.plan, result))
+        self.listener.on_result(result)
+        return result
 
-    def on_step(record: StepRecord) -> None:
-        records.append(record)
-        listener.on_step(record)
+    def _measure_before(self) -> dict[str, Any]:
+        """The base model's held-out losses and answers: measured once, before anything is trained."""
+        record = self.folder.record()
+        if "before" not in record:
+            self.listener.on_stage("measuring the base model on held-out rows")
+            losses = row_losses(self.plan.model, self.plan.held_out, self.plan.pad_id)
+            record["before"] = {"losses": losses.tolist(), "answers": self._answers()}
+            self.folder.write_record(record)
+        before: dict[str, Any] = record["before"]
+        return before
 
-    trainer = Trainer(plan.model, plan.pad_id, schedule, settings.steps)
-    trainer.run(chain.from_iterable(steps), on_step, should_stop)
-    return records
+    def _restore(self) -> None:
+        clear_partial(self.folder.checkpoints)
+        checkpoint, passed_over = latest_checkpoint(self.folder.checkpoints)
+        for note in passed_over:
+            self.listener.on_note(f"passed over, going back to the checkpoint before it: {note}")
+        if checkpoint is not None:
+            self.trainer.restore(checkpoint)
+            self.saved_step = checkpoint.step
+            self.listener.on_note(f"going on after step {checkpoint.step} of {self.plan.settings.steps}")
+        else:
+            torch.manual_seed(self.plan.recipe.seed)
+        self.records = self.folder.cut_metrics(self.saved_step)
 
+    def _train(self, stop_signal: Callable[[], int]) -> None:
+        settings, seed = self.plan.settings, self.plan.recipe.seed
+        epochs = (
+            epoch_steps(self.plan.train, settings.rows_per_step, seed + e) for e in range(settings.epochs)
+        )
+        steps = islice(chain.from_iterable(epochs), self.saved_step, None)
+        try:
+            self.trainer.run(steps, self._on_step, stop_signal)
+        except TrainingError:
+            with suppress(TrainingError):  # where the weights are not finite either, nothing is saved
+                self._save(self.trainer.step_done)
+            self.folder.write_record(self.folder.record() | {"status": "failed"})
+            raise
+        self._save(self.trainer.step_done)
 
-def _answers(plan: Plan) -> list[str]:
-    return [reply(plan.base, example.prompt, SAMPLING) for example in _sampled(plan)]
+    def _on_step(self, record: StepRecord) -> None:
+        self.records.append(record)
+        self.folder.add_metrics(record)
+        self.listener.on_step(record)
+        every = self.plan.recipe.save_every_steps
+        if record.step % every == 0 if every else time.monotonic() >= self.next_save:
+            try:
+                self._save(record.step)
+            except OutputError as error:  # the disk may have room again by the next time, or by the end
+                self.listener.on_note(f"going on without a checkpoint of step {record.step}: {error}")
+                self.next_save = time.monotonic() + SAVE_EVERY_S
+
+    def _save(self, step: int) -> None:
+        if step == self.saved_step:
+            return
+        started = time.monotonic()
+        checkpoint = self.trainer.checkpoint()
+        save_checkpoint(self.folder.checkpoints, checkpoint, self.plan.recipe.keep_checkpoints)
+        self.saved_step = step
+        now = time.monotonic()
+        self.next_save = now + max(SAVE_EVERY_S, (now - started) / SAVE_SHARE)
+
+    def _save_adapter(self) -> None:
+        facts = {
+            "prompt_style": self.plan.rows.prompt_style,
+            "base_description": self.plan.base.source.description,
+            "tokenizer": tokenizer_marks(self.plan.base.tokenizer),
+        }
+        self.plan.model.save_pretrained(self.folder.path, facts=facts)
+
+    def _judge(self, result: RunResult, before: dict[str, Any]) -> RunResult:
+        plan = self.plan
+        base_losses = torch.tensor(before["losses"], dtype=torch.float64)
+        tuned_losses: Tensor = row_losses(plan.model, plan.held_out, plan.pad_id)
+        told = zip(_sampled(plan), before["answers"], self._answers(), strict=True)
+        samples = [
+            Sample(prompt=example.prompt[-1]["content"], written=example.answer, base=base, tuned=tuned)
+            for example, base, tuned in told
+        ]
+        comparison = compare(plan.held_out, base_losses, tuned_losses, plan.recipe.seed)
+        return replace(result, comparison=comparison, samples=samples)
+
+    def _answers(self) -> list[str]:
+        return [reply(self.plan.base, example.prompt, SAMPLING) for example in _sampled(self.plan)]
 
 
 def _sampled(plan: Plan) -> list[Example]:
@@ -128,37 +230,14 @@ def _sampled(plan: Plan) -> list[Example]:
 
 
 def run_record(plan: Plan, result: RunResult) -> dict[str, Any]:
-    """The run in JSON: settings, data, every step, and the comparison."""
+    """The run in JSON: settings, data and the comparison; the steps are in metrics.jsonl."""
     return {
         "status": "interrupted" if result.interrupted else "finished",
-        "recipe": plan.recipe.model_dump(mode="json"),
         "settings": asdict(plan.settings),
         "base": plan.base.source.description,
         "rows": {"train": len(plan.train), "held_out": len(plan.held_out), "shape": plan.rows.shape},
         "notes": plan.notes,
-        "steps": [asdict(record) for record in result.steps],
+        "steps": len(result.steps),
         "comparison": asdict(result.comparison) if result.comparison else None,
         "samples": [asdict(sample) for sample in result.samples],
     }
-
-
-@contextmanager
-def _finish_step_on_interrupt(listener: Listener) -> Iterator[Callable[[], bool]]:
-    """Within the block a first Ctrl-C only sets the flag that is yielded; a second one raises."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def note(*_: Any) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-        listener.on_stopping()
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,56 @@
+"""What makes a run that run: the rows it sees, the base it stands on, and the code that computes it."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rankfold.data.encode import EncodedRow
+from rankfold.errors import CheckpointError, bullet_list
+from rankfold.train.plan import Plan
+
+VERSIONS_OF = ("rankfold", "torch", "transformers")
+
+
+def identity_of(plan: Plan) -> dict[str, Any]:
+    """sha256 of the encoded rows (so tokenizer, template and split count too), the base's fingerprint, and
+    the versions."""
+    return {
+        "train_rows": rows_hash(plan.train),
+        "held_out_rows": rows_hash(plan.held_out),
+        "base": asdict(plan.model.base_fingerprint("default")),
+        "versions": {name: version(name) for name in VERSIONS_OF},
+    }
+
+
+def rows_hash(rows: list[EncodedRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(array("q", row.input_ids).tobytes())
+        digest.update(array("q", row.labels).tobytes())
+    return digest.hexdigest()
+
+
+def refuse_other_identity(saved: Any, now: dict[str, Any], path: Path) -> list[str]:
+    """Raise CheckpointError listing what is no longer as it was when the run in ``path`` began; gives what
+    has changed but may."""
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"the record of the run in {path} does not say what it was trained on")
+    told = {
+        "train_rows": "the training rows (or the tokenizer, template or split) have changed",
+        "held_out_rows": "the held-out rows have changed",
+        "base": "the base model is another one",
+    }
+    problems = [text for name, text in told.items() if saved.get(name) != now[name]]
+    if problems:
+        raise CheckpointError(bullet_list(f"the run in {path} cannot be resumed as it was:", problems))
+    before, after = saved.get("versions", {}), now["versions"]
+    changed = [
+        f"{name} {before.get(name)} -> {after[name]}" for name in after if before.get(name) != after[name]
+    ]
+    return [f"not bit for bit what it would have been: {', '.join(changed)}"] if changed else []

@@ -1,0 +1,75 @@
+"""Runs in processes of their own, which may be killed at any point.
+
+The processes are forked from a server that has imported everything and computed nothing, so that one
+starts in milliseconds and no thread pool is copied half alive."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["rankfold.train.run", "transformers.models.llama.modeling_llama"])
+KILLED = -signal.SIGKILL
+
+
+def start(call: str, argument: Any, kill_at: int = 0, count_to: Path | None = None) -> Any:
+    """Start ``fine_tune(Recipe.of(argument))`` or ``resume(argument)`` in a child.
+
+    The child kills itself at its ``kill_at``-th write, sync, rename or removal; ``count_to`` is a file
+    for the number of those points that it passed."""
+    process = CONTEXT.Process(target=_work, args=(call, argument, kill_at, count_to))
+    process.start()
+    return process
+
+
+def run(call: str, argument: Any, kill_at: int = 0, count_to: Path | None = None) -> int:
+    """As ``start``, and wait; the exit code."""
+    process = start(call, argument, kill_at, count_to)
+    process.join()
+    return int(process.exitcode)
+
+
+def _work(call: str, argument: Any, kill_at: int, count_to: Path | None) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    from rankfold.train.recipe import Recipe
+    from rankfold.train.run import fine_tune, resume
+
+    points = _Points(kill_at)
+    if call == "fine_tune":
+        fine_tune(Recipe.of(argument))
+    else:
+        resume(argument)
+    if count_to is not None:
+        count_to.write_text(str(points.passed))
+
+
+class _Points:
+    """Counts the places where the file system changes, and kills the process at one of them."""
+
+    def __init__(self, kill_at: int) -> None:
+        self.kill_at = kill_at
+        self.passed = 0
+        for owner, names in {
+            os: ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open"),
+            pathlib.Path: ("write_bytes", "write_text"),
+        }.items():
+            for name in names:
+                setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def _counted(self, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.passed += 1
+            if self.passed == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return counted
