@@ -193,3 +193,13 @@ def test_the_report_is_one_page_with_nothing_from_elsewhere(recipe, write_rows, 
     assert f"{result.comparison.base_loss:.4f}" in page
     assert f"{result.comparison.tuned_loss:.4f}" in page
     assert page.count("<svg") == 1
+
+
+def test_a_run_can_be_limited_in_steps_and_in_minutes(recipe, tmp_path):
+    limited = fine_tune(recipe(epochs=3, max_steps=2))
+    assert [record.step for record in limited.steps] == [1, 2]
+    assert limited.steps[0].steps == 2
+    hurried = fine_tune(recipe(epochs=3, max_minutes=1e-9, out=tmp_path / "hurried"))
+    assert len(hurried.steps) == 1
+    assert not hurried.interrupted
+    assert hurried.comparison is not None

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A recipe's numbers, all chosen.  ``steps`` counts optimiser steps over all epochs."""
+    """A recipe's numbers, all chosen.  ``steps`` counts optimiser steps, over all epochs."""
 
     rank: int
     alpha: float
@@ -45,7 +45,7 @@ def settle(recipe: Recipe, rows: int, model_parameters: int) -> Settings:
     rows_per_step = chosen("rows_per_step", recipe.rows_per_step, *_rows_per_step(rows))
     steps_per_epoch = math.ceil(rows / rows_per_step)
     epochs = chosen("epochs", recipe.epochs, *_epochs(steps_per_epoch))
-    steps = steps_per_epoch * epochs
+    steps = min(steps_per_epoch * epochs, recipe.max_steps or steps_per_epoch * epochs)
     rate = chosen("learning_rate", recipe.learning_rate, *_learning_rate(model_parameters, steps))
     return Settings(
         rank=rank,

@@ -17,7 +17,6 @@ from rankfold.train.checkpoints import Checkpoint
 from rankfold.train.objectives import token_losses
 from rankfold.train.random_states import random_states, set_random_states
 
-MAX_GRADIENT_NORM = 1.0
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -35,25 +34,39 @@ class StepRecord:
     seconds: float
 
 
-def learning_rate_at(step: int, steps: int, warmup_steps: int, peak: float) -> float:
-    """The rate of step ``step`` (1-based): linear warm-up to ``peak``, then half a cosine down to 0,
-    which the step after the last would have.  Loshchilov & Hutter 2017 (arXiv 1608.03983), eq. 5."""
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - warmup_steps) / (steps - warmup_steps + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 class Trainer:
-    """Model, optimiser and schedule of one run."""
+    """Model, optimiser and schedule of one run.
 
-    def __init__(self, model: Any, pad_id: int, schedule: Callable[[int], float], steps: int) -> None:
+    ``rates`` gives the learning rate of a step; ``lora_B`` learns ``b_rate_factor`` times as fast
+    (LoRA+, Hayou et al. 2024, arXiv 2402.12354, sec. 4)."""
+
+    def __init__(
+        self,
+        model: Any,
+        pad_id: int,
+        rates: Callable[[int], float],
+        steps: int,
+        *,
+        b_rate_factor: float = 1.0,
+        max_gradient_norm: float = 1.0,
+    ) -> None:
         self.model = model
         self.pad_id = pad_id
-        self.schedule = schedule
+        self.rates = rates
         self.steps = steps
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimiser = torch.optim.AdamW(self.trained.values(), weight_decay=0.0, fused=True)
+        self.max_gradient_norm = max_gradient_norm
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": [p for name, p in self.trained.items() if ".lora_B." not in name], "factor": 1.0},
+                {
+                    "params": [p for name, p in self.trained.items() if ".lora_B." in name],
+                    "factor": b_rate_factor,
+                },
+            ],
+            weight_decay=0.0,
+            fused=True,
+        )
         self.step_done = 0
 
     def run(
@@ -81,7 +94,7 @@ class Trainer:
         random = random_states()
         trained_tokens = sum(row.trained_tokens for rows in micro_batches for row in rows)
         loss = sum(self.micro_batch(rows, trained_tokens) for rows in micro_batches)
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT_NORM))
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.max_gradient_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimiser.zero_grad()
             set_random_states(random)
@@ -90,9 +103,9 @@ class Trainer:
                 f"step {step} gave loss {loss} and gradient norm {norm}; stopped before the weights changed. "
                 f"Rows of the step: {origins}. A lower learning rate is the usual remedy"
             )
-        rate = self.schedule(step)
+        rate = self.rates(step)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimiser.step()
         self.optimiser.zero_grad()
         return StepRecord(

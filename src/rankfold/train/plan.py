@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,9 @@ class Plan:
     @property
     def expected_minutes(self) -> float:
         """Training at the speed just measured, and two evaluations at twice that speed."""
-        tokens = self.settings.epochs * sum(map(len, self.train)) + sum(map(len, self.held_out))
+        steps_per_epoch = math.ceil(len(self.train) / self.settings.rows_per_step)
+        per_step = sum(map(len, self.train)) / steps_per_epoch
+        tokens = self.settings.steps * per_step + sum(map(len, self.held_out))
         return tokens / self.tokens_per_second / 60
 
 

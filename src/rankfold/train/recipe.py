@@ -10,6 +10,7 @@ from pydantic import Field
 
 from rankfold.models.find import DEFAULT_MODEL
 from rankfold.settings import CheckedSettings
+from rankfold.train.schedule import Schedule
 
 # What other tools call a setting, and what a setting of theirs has become here.
 OLD_NAMES = {
@@ -27,6 +28,9 @@ OLD_NAMES = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "loraplus_lr_ratio": "b_rate_factor",
+    "max_grad_norm": "max_gradient_norm",
     "num_train_epochs": "epochs",
     "num_epochs": "epochs",
     "batch_size": "rows_per_step",
@@ -61,6 +65,19 @@ class Recipe(CheckedSettings):
     dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="dropout before lora_A")
     learning_rate: float | None = Field(
         None, gt=0, le=1, allow_inf_nan=False, description="peak learning rate [by model size and steps]"
+    )
+    schedule: Schedule = Field(
+        "cosine", description="how the learning rate falls: cosine, linear, constant, wsd"
+    )
+    b_rate_factor: float = Field(
+        1.0, gt=0, le=1000, allow_inf_nan=False, description="how much faster lora_B learns; LoRA+ takes 16"
+    )
+    max_gradient_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="gradients above this norm are scaled down to it"
+    )
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps at most [all of the epochs]")
+    max_minutes: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="minutes of training at most, then it is judged as it is"
     )
     epochs: int | None = Field(None, ge=1, le=1000, description="passes over the data [by steps, at most 3]")
     rows_per_step: int | None = Field(

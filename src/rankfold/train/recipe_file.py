@@ -13,7 +13,12 @@ from rankfold.errors import ConfigError, bullet_list
 from rankfold.train.advise import Settings
 from rankfold.train.recipe import Recipe
 
-CHANGEABLE = {"samples", "save_every_steps", "keep_checkpoints"}  # without becoming another run
+CHANGEABLE = {
+    "max_minutes",
+    "samples",
+    "save_every_steps",
+    "keep_checkpoints",
+}  # without becoming another run
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

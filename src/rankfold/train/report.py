@@ -15,6 +15,12 @@ from rankfold.train.loop import StepRecord
 from rankfold.train.plan import Plan
 
 VERSIONS_OF = ("rankfold", "torch", "transformers")
+FALLS = {
+    "cosine": "a cosine to 0",
+    "linear": "a line to 0",
+    "constant": "constant",
+    "wsd": "constant, and a line to 0 over the last fifth",
+}
 SMOOTHING = 0.8  # weight of the past in the curve's running mean
 
 
@@ -49,7 +55,7 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
         "rows_per_step": settings.rows_per_step,
     }
     rows = [(name.replace("_", " "), str(value), settings.reasons[name]) for name, value in values.items()]
-    warm_up = f"{settings.warmup_steps} warm-up, then a cosine to 0"
+    warm_up = f"{settings.warmup_steps} warm-up, then {FALLS[recipe.schedule]}"
     rows.append(("steps", str(settings.steps), warm_up))
     rows.append(
         ("targets", recipe.targets, f"{len(plan.model.targeted_module_names)} layers carry an adapter")

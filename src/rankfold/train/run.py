@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,11 +27,12 @@ from rankfold.train.evaluate import compare, row_losses
 from rankfold.train.folder import RECORD_NAME, REPORT_NAME, RunFolder
 from rankfold.train.identity import identity_of, refuse_other_identity
 from rankfold.train.listener import Listener, RunResult, Sample
-from rankfold.train.loop import StepRecord, Trainer, learning_rate_at
+from rankfold.train.loop import StepRecord, Trainer
 from rankfold.train.plan import Plan, make_plan, read_data
 from rankfold.train.recipe import Recipe
 from rankfold.train.recipe_file import changed_recipe, read_recipe, resolved_recipe
 from rankfold.train.report import render_report
+from rankfold.train.schedule import learning_rate_at
 from rankfold.train.stopping import stop_requests
 
 SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
@@ -113,13 +115,21 @@ class Run:
         self.saved_step = 0
         self.next_save = time.monotonic() + SAVE_EVERY_S
         settings = plan.settings
-        schedule = partial(
+        rates = partial(
             learning_rate_at,
+            schedule=plan.recipe.schedule,
             steps=settings.steps,
             warmup_steps=settings.warmup_steps,
             peak=settings.learning_rate,
         )
-        self.trainer = Trainer(plan.model, plan.pad_id, schedule, settings.steps)
+        self.trainer = Trainer(
+            plan.model,
+            plan.pad_id,
+            rates,
+            settings.steps,
+            b_rate_factor=plan.recipe.b_rate_factor,
+            max_gradient_norm=plan.recipe.max_gradient_norm,
+        )
 
     def go(self) -> RunResult:
         before = self._measure_before()
@@ -166,9 +176,13 @@ class Run:
         epochs = (
             epoch_steps(self.plan.train, settings.rows_per_step, seed + e) for e in range(settings.epochs)
         )
-        steps = islice(chain.from_iterable(epochs), self.saved_step, None)
+        steps = islice(chain.from_iterable(epochs), self.saved_step, settings.steps)
+        minutes = self.plan.recipe.max_minutes
+        until = time.monotonic() + 60 * minutes if minutes else math.inf
         try:
-            self.trainer.run(steps, self._on_step, stop_signal)
+            self.trainer.run(
+                steps, self._on_step, lambda: stop_signal() or (self.records and time.monotonic() > until)
+            )
         except TrainingError:
             with suppress(TrainingError):  # where the weights are not finite either, nothing is saved
                 self._save(self.trainer.step_done)
