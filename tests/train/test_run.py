@@ -203,3 +203,12 @@ def test_a_run_can_be_limited_in_steps_and_in_minutes(recipe, tmp_path):
     assert len(hurried.steps) == 1
     assert not hurried.interrupted
     assert hurried.comparison is not None
+
+
+def test_packed_and_padded_runs_learn_the_same(recipe, tmp_path):
+    packed, padded = (
+        fine_tune(recipe(out=tmp_path / kind, batching=kind, samples=0)) for kind in ("packed", "padded")
+    )
+    assert [r.loss for r in packed.steps] == pytest.approx([r.loss for r in padded.steps], rel=1e-4)
+    assert packed.comparison.tuned_loss == pytest.approx(padded.comparison.tuned_loss, rel=1e-4)
+    assert json.loads((packed.out / "run.json").read_text())["batching"]["kind"] == "packed"

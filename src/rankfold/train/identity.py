@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ def identity_of(plan: Plan) -> dict[str, Any]:
     }
 
 
-def rows_hash(rows: list[EncodedRow]) -> str:
+def rows_hash(rows: Sequence[EncodedRow]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(len(row).to_bytes(8, "little"))

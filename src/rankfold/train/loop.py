@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.data.batches import MicroBatch, collate
+from rankfold.data.batches import MicroBatch
+from rankfold.data.encode import EncodedRow
+from rankfold.data.pack import Batching
 from rankfold.errors import CheckpointError, TrainingError
 from rankfold.train.checkpoints import Checkpoint
 from rankfold.train.objectives import token_losses
 from rankfold.train.random_states import random_states, set_random_states
 
+MAX_GRADIENT_NORM = 1.0
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -46,16 +49,15 @@ class Trainer:
         pad_id: int,
         rates: Callable[[int], float],
         steps: int,
-        *,
+        batching: Batching = Batching(),  # noqa: B008 - frozen
         b_rate_factor: float = 1.0,
-        max_gradient_norm: float = 1.0,
     ) -> None:
         self.model = model
+        self.batching = batching
         self.pad_id = pad_id
         self.rates = rates
         self.steps = steps
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.max_gradient_norm = max_gradient_norm
         self.optimiser = torch.optim.AdamW(
             [
                 {"params": [p for name, p in self.trained.items() if ".lora_B." not in name], "factor": 1.0},
@@ -71,16 +73,16 @@ class Trainer:
 
     def run(
         self,
-        batches: Iterable[list[MicroBatch]],
+        steps: Iterable[list[EncodedRow]],
         on_step: Callable[[StepRecord], None],
         should_stop: Callable[[], object],
     ) -> None:
-        """Train on every step of ``batches``, which go on after ``step_done``, or until ``should_stop``."""
+        """Train on the rows of each step, which go on after ``step_done``, or until ``should_stop``."""
         self.model.train()
-        for micro_batches in batches:
+        for rows in steps:
             if should_stop():
                 break
-            record = self.step(self.step_done + 1, micro_batches)
+            record = self.step(self.step_done + 1, self.batching.cut(rows))
             self.step_done = record.step
             on_step(record)
         self.model.eval()
@@ -94,7 +96,7 @@ class Trainer:
         random = random_states()
         trained_tokens = sum(row.trained_tokens for rows in micro_batches for row in rows)
         loss = sum(self.micro_batch(rows, trained_tokens) for rows in micro_batches)
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.max_gradient_norm))
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRADIENT_NORM))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.optimiser.zero_grad()
             set_random_states(random)
@@ -150,7 +152,7 @@ class Trainer:
 
     def micro_batch(self, rows: MicroBatch, trained_tokens: int) -> float:
         """Forward and backward of one micro-batch; its share of the step's mean loss."""
-        batch = collate(rows, self.pad_id, self.model.device)
+        batch = self.batching.collate(rows, self.pad_id, self.model.device)
         loss: Tensor = token_losses(self.model, batch).sum() / trained_tokens
         loss.backward()
         return float(loss.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,6 @@ OLD_NAMES = {
     "lr": "learning_rate",
     "lr_scheduler_type": "schedule",
     "loraplus_lr_ratio": "b_rate_factor",
-    "max_grad_norm": "max_gradient_norm",
     "num_train_epochs": "epochs",
     "num_epochs": "epochs",
     "batch_size": "rows_per_step",
@@ -42,6 +41,7 @@ OLD_NAMES = {
     "save_total_limit": "keep_checkpoints",
 }
 NOT_NEEDED = {
+    "max_grad_norm": "gradients above norm 1 are scaled down to it",
     "evaluation_strategy": "both models are judged on held-out rows before and after every run",
     "eval_strategy": "both models are judged on held-out rows before and after every run",
     "gradient_accumulation_steps": "say rows_per_step; it is cut into micro-batches that fit",
@@ -72,9 +72,6 @@ class Recipe(CheckedSettings):
     b_rate_factor: float = Field(
         1.0, gt=0, le=1000, allow_inf_nan=False, description="how much faster lora_B learns; LoRA+ takes 16"
     )
-    max_gradient_norm: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="gradients above this norm are scaled down to it"
-    )
     max_steps: int | None = Field(None, ge=1, description="optimiser steps at most [all of the epochs]")
     max_minutes: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="minutes of training at most, then it is judged as it is"
@@ -82,6 +79,9 @@ class Recipe(CheckedSettings):
     epochs: int | None = Field(None, ge=1, le=1000, description="passes over the data [by steps, at most 3]")
     rows_per_step: int | None = Field(
         None, ge=1, le=4096, description="rows an optimiser step sees [8 or 16]"
+    )
+    batching: Literal["packed", "padded"] | None = Field(
+        None, description="packed: rows one after another; padded: side by side [what takes less arithmetic]"
     )
     max_length: int = Field(
         1024, ge=8, description="longest row in tokens; longer ones are left out and named"

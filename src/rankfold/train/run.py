@@ -55,7 +55,9 @@ def fine_tune(recipe: Recipe, listener: Listener | None = None) -> RunResult:
     require_space(recipe.out, OUTPUT_BYTES)
     plan = decide(recipe, listener)
     record = {"status": "running", "identity": identity_of(plan)}
-    folder = RunFolder.create(recipe.out, resolved_recipe(recipe, plan.settings), record)
+    folder = RunFolder.create(
+        recipe.out, resolved_recipe(recipe, plan.settings) | {"batching": plan.batching.kind}, record
+    )
     with folder.locked():
         return Run(plan, folder, listener).go()
 
@@ -127,8 +129,8 @@ class Run:
             plan.pad_id,
             rates,
             settings.steps,
-            b_rate_factor=plan.recipe.b_rate_factor,
-            max_gradient_norm=plan.recipe.max_gradient_norm,
+            plan.batching,
+            plan.recipe.b_rate_factor,
         )
 
     def go(self) -> RunResult:
@@ -174,7 +176,7 @@ class Run:
     def _train(self, stop_signal: Callable[[], int]) -> None:
         settings, seed = self.plan.settings, self.plan.recipe.seed
         epochs = (
-            epoch_steps(self.plan.train, settings.rows_per_step, seed + e) for e in range(settings.epochs)
+            epoch_steps(self.plan.train, settings.rows_per_step, seed, e) for e in range(settings.epochs)
         )
         steps = islice(chain.from_iterable(epochs), self.saved_step, settings.steps)
         minutes = self.plan.recipe.max_minutes
@@ -248,6 +250,7 @@ def run_record(plan: Plan, result: RunResult) -> dict[str, Any]:
     return {
         "status": "interrupted" if result.interrupted else "finished",
         "settings": asdict(plan.settings),
+        "batching": asdict(plan.batching),
         "base": plan.base.source.description,
         "rows": {"train": len(plan.train), "held_out": len(plan.held_out), "shape": plan.rows.shape},
         "notes": plan.notes,
