@@ -54,7 +54,7 @@ def test_a_bad_line_is_named_with_line_column_and_excerpt(tmp_path, line, messag
 
 def test_all_bad_lines_are_told_at_once(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"ok": 1}\n{\n{"ok": 2}\n}\n')
-    with pytest.raises(DataError, match=r"2 of the lines(.|\n)*jsonl:2:(.|\n)*jsonl:4:"):
+    with pytest.raises(DataError, match=r"2 of the rows(.|\n)*jsonl:2:(.|\n)*jsonl:4:"):
         read_rows(tmp_path / "bad.jsonl")
 
 
@@ -74,5 +74,5 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     with pytest.raises(DataError, match="no such data file: .*nope.jsonl"):
         read_rows(tmp_path / "nope.jsonl")
-    with pytest.raises(DataError, match="is not a file"):
+    with pytest.raises(DataError, match="holds no data files"):
         read_rows(tmp_path)

@@ -1,0 +1,41 @@
+"""Rows of a data set on the Hugging Face hub, read by ``datasets`` as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rankfold.data.arrow_rows import choose_split, name_classes
+from rankfold.data.row import Row
+from rankfold.errors import DataError
+
+
+def hub_rows(name: str) -> Iterator[Row]:
+    """The rows of ``organisation/name``, ``organisation/name:split`` or ``organisation/name:config:split``,
+    placed as ``name:split:row`` from 1.  Without a split: ``train``, else the only one.
+
+    Code from the hub is never run.  Raises DataError if the hub does not give the data set."""
+    path, *rest = name.split(":")
+    config, split = [None, *rest][-2:] if rest else (None, "")
+    try:
+        import datasets
+
+        splits = datasets.get_dataset_split_names(path, config)
+        chosen = choose_split(splits, split or "", path if config is None else f"{path}:{config}")
+        data = datasets.load_dataset(path, config, split=chosen, streaming=True)
+    except DataError:
+        raise
+    except Exception as error:  # network, hub and format errors share no base class
+        raise DataError(
+            f"cannot load the data set {path!r}: there is no such path here, and the hub did not give it "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return _rows_of(data.decode(False), f"{path}:{chosen}")
+
+
+def _rows_of(data: Any, name: str) -> Iterator[Row]:
+    features = (data.features or {}).items()
+    classes = {column: feature.names for column, feature in features if hasattr(feature, "names")}
+    for number, values in enumerate(data, start=1):
+        name_classes(values, classes)
+        yield Row(values, f"{name}:{number}")
