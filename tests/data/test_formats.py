@@ -19,7 +19,7 @@ def turn(role: str, content: str = "x") -> dict[str, str]:
 def test_prompt_and_completion_become_two_turns():
     examples, style, shape = to_examples(rows({"prompt": "p", "completion": "c", "language": "en"}))
     assert examples[0].messages == (Message("user", ("p",)), Message("assistant", ("c",)))
-    assert (style, shape) == ("chat", "1 rows of prompt and completion")
+    assert (style, shape) == ("chat", "1 rows of prompt-completion (columns prompt, completion)")
     assert examples[0].prompt == [turn("user", "p")]
     assert examples[0].answer == "c"
 
@@ -40,23 +40,29 @@ def test_a_single_text_column_of_any_name_is_running_text(row):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "no text found"),
-        ({"a": "x", "b": "y"}, r"no text found in the keys \['a', 'b'\]"),
+        ({}, r"no shape fits the columns \[\]"),
+        ({"a": "x", "b": "y"}, r"no shape fits the columns \['a', 'b'\]"),
         ({"prompt": "p"}, "'completion' is missing"),
         ({"completion": "p"}, "'prompt' is missing"),
-        ({"prompt": "p", "completion": ""}, "'completion' is empty"),
-        ({"prompt": "p", "completion": None}, "'completion' must be text, got nothing"),
-        ({"prompt": 3, "completion": "c"}, "'prompt' must be text, got int"),
-        ({"jokes": "  \n"}, "'jokes' is empty"),
+        ({"prompt": "p", "completion": ""}, r"message 2 \(assistant\): empty"),
+        ({"prompt": "p", "completion": None}, r"message 2 \(assistant\): the content is missing or null"),
+        ({"prompt": 3, "completion": "c"}, "'prompt' must be text or a list of messages, got int"),
+        ({"jokes": "  \n"}, "the text is empty"),
         ({"jokes": ["a"]}, "'jokes' must be text, got list"),
         ({"jokes": "\ud800"}, "surrogate"),
-        ({"messages": []}, "turns must alternate"),
+        ({"messages": []}, "holds no messages"),
         ({"messages": "hi"}, "must be a list"),
-        ({"messages": [turn("user")]}, "end with assistant"),
-        ({"messages": [turn("assistant"), turn("user")]}, "turns must alternate"),
-        ({"messages": [turn("user"), turn("user"), turn("assistant")]}, "turns must alternate"),
-        ({"messages": [turn("human"), turn("assistant")]}, "message 1: role must be one of"),
-        ({"messages": [turn("user"), {"role": "assistant"}]}, "message 2: 'content' must be text"),
+        ({"messages": [turn("user")]}, "the last message is the user's"),
+        ({"messages": [turn("assistant"), turn("user")]}, "message 1 is the assistant's at the start"),
+        (
+            {"messages": [turn("user"), turn("user"), turn("assistant")]},
+            "message 2 is the user's after the user",
+        ),
+        ({"messages": [turn("narrator"), turn("assistant")]}, "unknown role 'narrator'"),
+        (
+            {"messages": [turn("user"), {"role": "assistant"}]},
+            r"message 2 \(assistant\): the content is missing",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_named(row, message):
