@@ -17,6 +17,7 @@ INTERRUPTED = 130
 # Each verb is the click command called ``command`` in the module of its name.
 VERBS = {
     "demo": "fine-tune a small model on cold jokes, from start to finish",
+    "check": "look at your rows before a run does",
     "train": "fine-tune a model on your rows",
     "chat": "talk to a model",
     "generate": "answer one prompt",
@@ -48,7 +49,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command; exit status 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run the command; exit status 0, 1 for rows that would stop a run, 2 for a user's mistake,
+    130 for Ctrl-C."""
     try:
         status = cli(prog_name="rankfold", standalone_mode=False)
     except click.ClickException as error:

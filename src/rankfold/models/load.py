@@ -55,6 +55,28 @@ def load_base(name: str) -> Base:
     return Base(model.to(device=device, dtype=dtype).eval(), tokenizer, source, notes)
 
 
+def load_tokenizer(name: str) -> tuple[Any, int | None]:
+    """The tokenizer of ``name`` (see ``find_base``) without its weights, and the longest input in tokens
+    that the model was made for, if its config says so.
+
+    Raises ModelError."""
+    source = find_base(name)
+    location, options = source.location, {}
+    if source.gguf_file is not None:
+        cached = _cache_folder() / "expanded" / _sha256(source.gguf_file)
+        location = cached if cached.is_dir() else source.gguf_file.parent
+        options = {} if cached.is_dir() else {"gguf_file": source.gguf_file.name}
+    with _quiet_transformers():
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            config = AutoConfig.from_pretrained(location, **options).get_text_config()
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise _cannot_load(source.location, source.name, error) from error
+    return tokenizer, getattr(config, "max_position_embeddings", None)
+
+
 def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = ()) -> Base:
     """Load the base that ``adapter`` names (or ``model_name``) and merge the adapter into it.
 
