@@ -72,7 +72,7 @@ def test_training_learns_the_rows_and_leaves_the_base_alone():
     base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     trainer = Trainer(model, 0, lambda _: 2e-2, 30)
     losses: list[float] = []
-    steps = [step for epoch in range(15) for step in epoch_steps(rows, 6, epoch)]
+    steps = [step for epoch in range(15) for step in epoch_steps(rows, 6, 0, epoch)]
     assert trainer.run(steps, lambda record: losses.append(record.loss), lambda: False) == 30
     assert losses[-1] < 0.8 * losses[0]
     for name, parameter in model.named_parameters():

@@ -5,8 +5,10 @@ import torch
 
 from conftest import tiny_llama
 from rankfold import Recipe
+from rankfold.data import cache
 from rankfold.errors import ConfigError, DataError
 from rankfold.train.plan import make_plan, read_data
+from rankfold.train.report import setting_rows
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def test_copies_of_held_out_rows_are_left_out_and_counted(recipe, joke_rows):
     rows = read_data(recipe([*joke_rows, *joke_rows]))
     assert (len(rows.train), len(rows.held_out)) == (44, 2)
     assert not {e.messages[0].text for e in rows.train} & {e.messages[0].text for e in rows.held_out}
-    assert rows.notes == ["2 training rows left out: copies of held-out rows"]
+    assert rows.notes == ["2 training rows left out: copies or near copies of held-out rows"]
 
 
 def test_the_expected_time_follows_tokens_and_speed(recipe):
@@ -69,3 +71,35 @@ def test_a_rank_that_no_weight_can_hold_is_refused(recipe):
 def test_every_row_too_long_is_an_error(recipe):
     with pytest.raises(DataError, match=r"raise --max-length(.|\n)*rows.jsonl:1 has"):
         plan_of(recipe(max_length=8))
+
+
+def test_a_plan_from_the_cache_is_the_same_plan(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANKFOLD_CACHE", str(tmp_path / "cache"))
+    plain = plan_of(recipe())
+    monkeypatch.setattr(cache, "LEAST_ROWS", 1)
+    for _ in range(2):
+        cached = plan_of(recipe())
+        assert isinstance(cached.train, cache.CachedRows)
+        assert list(cached.train) == plain.train
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+def test_the_batching_is_as_given_and_told(recipe, kind):
+    plan = plan_of(recipe(batching=kind))
+    assert (plan.batching.kind, plan.batching.reason) == (kind, "as given")
+    assert ("batching", kind, "as given") in setting_rows(plan)
+
+
+def test_the_batching_is_chosen_with_a_reason(recipe):
+    assert "of padded batches is padding, and packed blocks take" in plan_of(recipe()).batching.reason
+
+
+def test_near_copies_of_rows_in_the_held_out_file_are_told(recipe, write_rows, joke_rows):
+    told = joke_rows[3]["completion"] + " Nobody laughed, but they were polite about it. " * 4
+    rows = [*joke_rows, {"prompt": "Joke?", "completion": told + "!"}]
+    held_out = write_rows([{"prompt": "Joke?", "completion": told}], "held_out.jsonl")
+    notes = read_data(recipe(rows, held_out=held_out)).notes
+    assert len(notes) == 1
+    assert "1 training rows are near copies of rows in the held-out file" in notes[0]
+    assert "rows.jsonl:25" in notes[0]

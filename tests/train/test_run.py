@@ -190,3 +190,12 @@ def test_the_report_is_one_page_with_nothing_from_elsewhere(recipe, write_rows, 
     assert f"{result.comparison.base_loss:.4f}" in page
     assert f"{result.comparison.tuned_loss:.4f}" in page
     assert page.count("<svg") == 1
+
+
+def test_packed_and_padded_runs_learn_the_same(recipe, tmp_path):
+    packed, padded = (
+        fine_tune(recipe(out=tmp_path / kind, batching=kind, samples=0)) for kind in ("packed", "padded")
+    )
+    assert [r.loss for r in packed.steps] == pytest.approx([r.loss for r in padded.steps], rel=1e-4)
+    assert packed.comparison.tuned_loss == pytest.approx(padded.comparison.tuned_loss, rel=1e-4)
+    assert json.loads((packed.out / "run.json").read_text())["batching"]["kind"] == "packed"

@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 from rankfold.data.example import Example
+from rankfold.data.near import NearDuplicates
 from rankfold.errors import DataError
 
 HELD_OUT_SHARE = 0.05
 HELD_OUT_MOST = 200
+LARGE_GROUP = 10  # copies of one row; holding out a group with more would cost too many training rows
 
 
 def split_held_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """Training and held-out rows: 5 % of the different rows, at least one, at most 200, picked by a hash
-    of their content; copies of a held-out row are in neither.
+    """Training and held-out rows, each in the order of ``examples``.
 
-    Raises DataError if fewer than two different rows are there."""
-    different = {fingerprint(example): example for example in examples}
-    if len(different) == 1:
+    Rows that are copies or near copies of each other, as far as ``NearDuplicates`` finds them, are one
+    group and never stand on both sides.  Held out is one row each of 5 % of the groups, at least one and at
+    most 200: those whose number, a hash of content, is lowest.  The other rows of these groups are on
+    neither side.  Groups of more than LARGE_GROUP rows are trained on, unless there are no others.
+
+    So the split depends on no seed and on no order.  Adding a row that is no near copy of another moves
+    at most one of the earlier rows to the other side.  Where all rows are near copies of each other, only
+    exact copies are a group.  Raises DataError if fewer than two different rows are there."""
+    groups = near_groups(examples)
+    if len(groups) == 1:
+        groups = exact_groups(examples)
+    if len(groups) == 1:
         raise DataError("all rows are the same; one to train on and another to judge on are the least")
-    count = min(HELD_OUT_MOST, math.ceil(HELD_OUT_SHARE * len(different)))
-    held_out = [different[key] for key in sorted(different)[:count]]
-    train, _ = without_leaks(examples, held_out)
-    return train, held_out
+    groups = [group for group in groups if len(group) <= LARGE_GROUP] or groups
+    keys = [fingerprint(example) for example in examples]
+    judged_of = {min(group, key=lambda row: (keys[row], row)): group for group in groups}
+    count = min(HELD_OUT_MOST, math.ceil(HELD_OUT_SHARE * len(groups)))
+    # Hashed again: the lowest of several keys tends to be low, so larger groups would be picked more often.
+    picked = sorted(judged_of, key=lambda row: hashlib.sha256(keys[row].encode()).digest())[:count]
+    away = {row for judged in picked for row in judged_of[judged]}
+    train = [example for row, example in enumerate(examples) if row not in away]
+    return train, [examples[row] for row in sorted(picked)]
 
 
 def without_leaks(train: list[Example], held_out: list[Example]) -> tuple[list[Example], list[str]]:
@@ -35,6 +51,41 @@ def without_leaks(train: list[Example], held_out: list[Example]) -> tuple[list[E
     if not kept:
         raise DataError("every training row is in the held-out rows too; nothing is left to train on")
     return kept, [example.origin for example in train if fingerprint(example) in seen]
+
+
+def near_leaks(train: list[Example], held_out: list[Example]) -> list[str]:
+    """The places of the rows of ``train`` that are in one group of near copies with a held-out row."""
+    groups = near_groups([*train, *held_out])
+    straddling = (group for group in groups if group[0] < len(train) <= group[-1])
+    return [train[row].origin for group in straddling for row in group if row < len(train)]
+
+
+def near_groups(examples: Iterable[Example]) -> list[list[int]]:
+    """The numbers of the rows that are copies or near copies of each other; most groups hold one row."""
+    finder = NearDuplicates()
+    count = 0
+    for count, example in enumerate(examples, start=1):  # noqa: B007 - counted for what follows
+        finder.add(compared_words(example))
+    groups = finder.groups()
+    alone = set(range(count)).difference(*groups)
+    return [*groups, *([row] for row in sorted(alone))]
+
+
+def exact_groups(examples: list[Example]) -> list[list[int]]:
+    """The numbers of the rows that are exact copies of each other."""
+    groups: dict[str, list[int]] = {}
+    for row, example in enumerate(examples):
+        groups.setdefault(fingerprint(example), []).append(row)
+    return list(groups.values())
+
+
+def compared_words(example: Example) -> str:
+    """What makes a row a near copy: its words, images and tool calls.  Not its system prompt, which is
+    often long and the same in rows that have nothing else in common."""
+    turns = [message for message in (*example.messages, *example.rejected) if message.role != "system"]
+    calls = (repr(call) for message in turns for call in message.tool_calls)
+    parts = (str(getattr(part, "path", part)) for message in turns for part in message.parts)
+    return "\n".join([*parts, *calls, example.text])
 
 
 def fingerprint(example: Example) -> str:

@@ -155,7 +155,7 @@ def _cannot_load(location: str | Path, name: str, error: Exception) -> ModelErro
 
 
 def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
-    cached = _cache_folder() / "expanded" / _sha256(file)
+    cached = cache_folder() / "expanded" / _sha256(file)
     if not cached.is_dir():
         options = {"gguf_file": file.name}
         model, tokenizer = _load_transformers(file.parent, str(file), **options)
@@ -190,7 +190,8 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
         )
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: ``RANKFOLD_CACHE``, else ``~/.cache/rankfold``."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("RANKFOLD_CACHE") or Path(home) / "rankfold")
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.data.batches import MicroBatch, collate
+from rankfold.data.batches import MicroBatch
+from rankfold.data.encode import EncodedRow
+from rankfold.data.pack import Batching
 from rankfold.errors import TrainingError
 from rankfold.train.objectives import token_losses
 
@@ -44,8 +46,16 @@ def learning_rate_at(step: int, steps: int, warmup_steps: int, peak: float) -> f
 class Trainer:
     """Model, optimiser and schedule of one run."""
 
-    def __init__(self, model: Any, pad_id: int, schedule: Callable[[int], float], steps: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        pad_id: int,
+        schedule: Callable[[int], float],
+        steps: int,
+        batching: Batching = Batching(),  # noqa: B008 - frozen
+    ) -> None:
         self.model = model
+        self.batching = batching
         self.pad_id = pad_id
         self.schedule = schedule
         self.steps = steps
@@ -54,15 +64,15 @@ class Trainer:
 
     def run(
         self,
-        batches: Iterable[list[MicroBatch]],
+        batches: Iterable[list[EncodedRow]],
         on_step: Callable[[StepRecord], None],
         should_stop: Callable[[], bool],
     ) -> int:
-        """Train on every step of ``batches`` or until ``should_stop``; the number of steps done."""
+        """Train on the rows of each step, or until ``should_stop``; the number of steps done."""
         self.model.train()
         done = 0
-        for step, micro_batches in enumerate(batches, start=1):
-            on_step(self.step(step, micro_batches))
+        for step, rows in enumerate(batches, start=1):
+            on_step(self.step(step, self.batching.cut(rows)))
             done = step
             if should_stop():
                 break
@@ -102,7 +112,7 @@ class Trainer:
 
     def micro_batch(self, rows: MicroBatch, trained_tokens: int) -> float:
         """Forward and backward of one micro-batch; its share of the step's mean loss."""
-        batch = collate(rows, self.pad_id, self.model.device)
+        batch = self.batching.collate(rows, self.pad_id, self.model.device)
         loss: Tensor = token_losses(self.model, batch).sum() / trained_tokens
         loss.backward()
         return float(loss.detach())

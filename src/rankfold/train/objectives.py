@@ -10,15 +10,18 @@ from torch.nn import functional as F
 
 from rankfold.data.encode import IGNORE
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
 
 def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy in nats of each trained token, 0 elsewhere: (rows, columns that hold one).
+    """Cross-entropy in nats of each trained token, 0 elsewhere: (rows, columns that hold one); of a packed
+    block (1, trained tokens).
 
     Only the columns that some row trains reach the output head: on short chats the prompt is half of
     the tokens, and the head a good part of a small model's work."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     columns = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     if _can_choose_columns(model):
         logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
     else:

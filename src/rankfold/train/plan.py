@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import heapq
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from rankfold.data.batches import collate, micro_batches
+from rankfold.data.cache import encode_cached, encoding_marks
 from rankfold.data.encode import EncodedRow, encode_all
 from rankfold.data.example import Example
 from rankfold.data.formats import to_examples
+from rankfold.data.pack import Batching, choose_batching
 from rankfold.data.rows import read_rows
-from rankfold.data.split import split_held_out, without_leaks
+from rankfold.data.split import near_leaks, split_held_out, without_leaks
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.models.facts import PromptStyle
 from rankfold.models.load import Base, load_base
 from rankfold.train.advise import Settings, settle
 from rankfold.train.objectives import token_losses
 from rankfold.train.recipe import Recipe
+
+LONGEST_ROWS = 64  # enough to fill a micro-batch with short rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +48,10 @@ class Plan:
     base: Base
     model: PeftModel
     rows: Rows
-    train: list[EncodedRow]
+    train: Sequence[EncodedRow]
     held_out: list[EncodedRow]
     notes: list[str]
+    batching: Batching
     tokens_per_second: float
 
     @property
@@ -66,13 +73,18 @@ def read_data(recipe: Recipe) -> Rows:
         train, held_out = split_held_out(examples)
         dropped = len(examples) - len(train) - len(held_out)
         if dropped:
-            notes.append(f"{dropped} training rows left out: copies of held-out rows")
+            notes.append(f"{dropped} training rows left out: copies or near copies of held-out rows")
     else:
         held_out, held_out_style, _ = to_examples(read_rows(recipe.held_out))
         train, leaked = without_leaks(examples, held_out)
         if leaked:
             notes.append(
                 f"{len(leaked)} training rows left out: they are in the held-out file too ({leaked[0]} ...)"
+            )
+        if near := near_leaks(train, held_out):
+            notes.append(
+                f"{len(near)} training rows are near copies of rows in the held-out file ({near[0]} ...); "
+                "they stay, and make the tuned model look better than it is"
             )
         if held_out_style != style:
             notes.append(f"the held-out rows are {held_out_style}, the training rows {style}")
@@ -85,13 +97,16 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
     Raises ModelError, DataError, TargetError or ConfigError."""
     base = load_base(recipe.model)
     base.prompt_style = rows.prompt_style
-    train, cut_train = encode_all(rows.train, base.tokenizer, recipe.max_length)
-    held_out, cut_held_out = encode_all(rows.held_out, base.tokenizer, recipe.max_length)
+    encode = partial(encode_all, tokenizer=base.tokenizer, max_length=recipe.max_length)
+    marks = encoding_marks(base.tokenizer, max_length=recipe.max_length)
+    train, cut_train = encode_cached(partial(encode, rows.train), rows.train, marks)
+    held_out, cut_held_out = encode(rows.held_out)
     cut = [*cut_train, *cut_held_out]
     notes = [*base.notes, *rows.notes, *(f"left out, too long: {row}" for row in cut[:10])]
     if len(cut) > len(cut[:10]):
         notes.append(f"and {len(cut) - 10} more rows over {recipe.max_length:,} tokens")
     settings = settle(recipe, len(train), base.model.num_parameters())
+    batching = choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching)
     torch.manual_seed(recipe.seed)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -112,20 +127,22 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
         train=train,
         held_out=held_out,
         notes=notes,
-        tokens_per_second=_measure_speed(model, train, pad_id),
+        batching=batching,
+        tokens_per_second=_measure_speed(model, train, pad_id, batching),
     )
 
 
-def _measure_speed(model: Any, rows: list[EncodedRow], pad_id: int) -> float:
+def _measure_speed(model: Any, rows: Sequence[EncodedRow], pad_id: int, batching: Batching) -> float:
     """Tokens per second of forward and backward on the longest micro-batch, the second time it runs.
 
     Nothing remains of it but the warm memory: the gradients are dropped."""
-    worst = micro_batches(rows)[-1]
+    longest = heapq.nlargest(LONGEST_ROWS, rows, key=len)
+    worst = max(batching.cut(longest), key=lambda group: len(group[0]))
     seconds = 0.0
     with torch.random.fork_rng():
         for _ in range(2):
             started = time.perf_counter()
-            token_losses(model, collate(worst, pad_id, model.device)).sum().backward()
+            token_losses(model, batching.collate(worst, pad_id, model.device)).sum().backward()
             model.zero_grad()
             seconds = time.perf_counter() - started
     return sum(map(len, worst)) / seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -30,6 +31,9 @@ class Recipe(CheckedSettings):
     epochs: int | None = Field(None, ge=1, le=1000, description="passes over the data [by steps, at most 3]")
     rows_per_step: int | None = Field(
         None, ge=1, le=4096, description="rows an optimiser step sees [8 or 16]"
+    )
+    batching: Literal["packed", "padded"] | None = Field(
+        None, description="packed: rows one after another; padded: side by side [what takes less arithmetic]"
     )
     max_length: int = Field(
         1024, ge=8, description="longest row in tokens; longer ones are left out and named"

@@ -51,6 +51,7 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows = [(name.replace("_", " "), str(value), settings.reasons[name]) for name, value in values.items()]
     warm_up = f"{settings.warmup_steps} warm-up, then a cosine to 0"
     rows.append(("steps", str(settings.steps), warm_up))
+    rows.append(("batching", plan.batching.kind, plan.batching.reason))
     rows.append(
         ("targets", recipe.targets, f"{len(plan.model.targeted_module_names)} layers carry an adapter")
     )

@@ -104,14 +104,14 @@ def _train_steps(plan: Plan, listener: Listener, should_stop: Callable[[], bool]
         warmup_steps=settings.warmup_steps,
         peak=settings.learning_rate,
     )
-    steps = (epoch_steps(plan.train, settings.rows_per_step, seed + e) for e in range(settings.epochs))
+    steps = (epoch_steps(plan.train, settings.rows_per_step, seed, e) for e in range(settings.epochs))
     records: list[StepRecord] = []
 
     def on_step(record: StepRecord) -> None:
         records.append(record)
         listener.on_step(record)
 
-    trainer = Trainer(plan.model, plan.pad_id, schedule, settings.steps)
+    trainer = Trainer(plan.model, plan.pad_id, schedule, settings.steps, plan.batching)
     trainer.run(chain.from_iterable(steps), on_step, should_stop)
     return records
 
@@ -133,6 +133,7 @@ def run_record(plan: Plan, result: RunResult) -> dict[str, Any]:
         "status": "interrupted" if result.interrupted else "finished",
         "recipe": plan.recipe.model_dump(mode="json"),
         "settings": asdict(plan.settings),
+        "batching": asdict(plan.batching),
         "base": plan.base.source.description,
         "rows": {"train": len(plan.train), "held_out": len(plan.held_out), "shape": plan.rows.shape},
         "notes": plan.notes,
