@@ -18,14 +18,18 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = (
+COPIES = 1 / 50  # of the rows; as many are near copies
+PERSONAL = 1 / 1000
+RECENT = 1000
+COMMON = (
     "the of and to in is that it was for on are as with they be at have this from or had by word but what "
     "some we can out other were all there when up use your how said each she which do their time if will "
     "way about many then them write would like so these her long make thing see him two has look more day "
     "could go come did number sound no most people my over know water than call first who may down side "
     "been now find any new work part take get place made live where after back little only round man year "
     "came show every good me give our under name very through just form sentence great think say help low"
-).split()
+)
+WORDS = COMMON.split()
 RARE = [
     f"{a}{b}{c}"
     for a in ("ba", "ko", "ri", "tu", "me")
@@ -43,22 +47,22 @@ def sentence(draw: random.Random, words: int) -> str:
 
 def rows(count: int, seed: int = 0):
     draw = random.Random(seed)
-    recent: list[dict[str, str]] = []
+    recent: list[dict[str, str]] = []  # copies and near copies are of these
     for number in range(count):
         luck = draw.random()
-        if recent and luck < 0.02:
+        if recent and luck < COPIES:
             row = draw.choice(recent)
-        elif recent and luck < 0.04:
+        elif recent and luck < 2 * COPIES:
             old = draw.choice(recent)
             row = {**old, "completion": old["completion"] + " Indeed."}
         else:
             row = {"prompt": sentence(draw, 14), "completion": sentence(draw, 26)}
-            if luck > 0.999:
+            if luck > 1 - PERSONAL:
                 row["prompt"] += f" Write to person{number}@mail.example."
-        if len(recent) < 1000:
+        if len(recent) < RECENT:
             recent.append(row)
         else:
-            recent[draw.randrange(1000)] = row
+            recent[draw.randrange(RECENT)] = row
         yield row
 
 

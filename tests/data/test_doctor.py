@@ -73,8 +73,7 @@ def test_mended_rows_can_be_trained_on_and_need_no_mending(tmp_path, rows):
     before = path.read_bytes()
     try:
         fixed = examined(path, fix=str(first)).fixed
-    except DataError as error:
-        assert "can be used or mended" in str(error)
+    except DataError:  # nothing is left
         assert not first.exists()
         return
     assert path.read_bytes() == before

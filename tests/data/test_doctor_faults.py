@@ -1,4 +1,4 @@
-"""The data doctor on every fault of rows and files that we know of, by their numbers in the list of faults."""
+"""The data doctor on every fault of rows and files that we know of, by the numbers of our list of faults."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(folder: Path, *rows: dict | bytes, name: str = "rows.jsonl", end: byte
 
 
 def good(number: int) -> dict:
-    words = "apple brick cloud delta eagle frost grape honey ivory jelly".split()
+    words = ("apple", "brick", "cloud", "delta", "eagle", "frost", "grape", "honey", "ivory", "jelly")
     return {
         "prompt": f"Tell me about the {words[number % 10]} and number {number * 7919}.",
         "completion": f"{words[(number + 3) % 10]} is {number * 104729}, and no more is known of it.",

@@ -83,8 +83,8 @@ def test_the_page_does_not_grow_with_the_rows(tmp_path):
 
 def test_the_histogram_has_a_bar_for_every_count_and_marks_what_is_over_the_cut():
     lengths = Lengths(
-        unit="tokens", shortest=1, median=5, mean=5.0, percentile_99=20, longest=90, total=100, cut=20, over=3,
-        reason="as asked", bars=[(10, 7), (20, 0), (30, 2), (90, 1)],
+        unit="tokens", shortest=1, median=5, mean=5.0, percentile_99=20, longest=90, total=100,
+        cut=20, over=3, reason="as asked", bars=[(10, 7), (20, 0), (30, 2), (90, 1)],
     )  # fmt: skip
     picture = str(histogram(lengths))
     heights = [float(height) for height in re.findall(r'<rect [^>]*height="([\d.]+)"', picture)]

@@ -10,7 +10,8 @@ from rankfold.data.encode import encode
 from rankfold.data.example import Example, Message
 from rankfold.data.measure import CharacterMeter, TokenMeter, token_counts
 
-WORDS = "Alpha beta, gamma; delta: 12 (epsilon) don't zeta! 34.5 eta theta_iota\nkappa".split(" ")
+TEXT = "Alpha beta, gamma; delta: 12 (epsilon) don't zeta! 34.5 eta theta_iota\nkappa"
+WORDS = TEXT.split(" ")
 
 
 def chat(draw: random.Random, number: int) -> Example:

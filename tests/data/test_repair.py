@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -99,7 +100,7 @@ def test_no_answer_is_put_behind_another_question_than_its_own(turns):
     numbered = [(role, content and f"{content}{place}") for place, (role, content) in enumerate(turns)]
     values, _ = repaired(chat(*numbered))
     spoken = [(turn["role"], turn["content"]) for turn in values["messages"]]
-    for (role, content), (next_role, answer) in zip(spoken, spoken[1:], strict=False):
+    for (role, content), (next_role, answer) in pairwise(spoken):
         if role == "user" and next_role == "assistant" and content and answer:
             last_question = int(content.strip()[-1])
             first_answer = int(answer.split("\n")[0].strip()[-1])

@@ -131,10 +131,8 @@ def _print_counted(console: Console, title: str, counted: list[tuple[str, int]],
 
 
 def _print_fixed(console: Console, fixed: FixedFile) -> None:
-    console.print(
-        f"\n{fixed.rows:,} rows written to {fixed.path}: {fixed.mended:,} mended, {fixed.left_out:,} left out",
-        style="bold",
-    )
+    told = f"{fixed.mended:,} mended, {fixed.left_out:,} left out"
+    console.print(f"\n{fixed.rows:,} rows written to {fixed.path}: {told}", style="bold", soft_wrap=True)
     for origin, what in fixed.first:
         console.print(f"    {printable(origin)}: {what}", soft_wrap=True)
     if (more := sum(fixed.done.values()) - LISTED) > 0:

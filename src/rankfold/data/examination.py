@@ -23,9 +23,9 @@ from rankfold.data.hints import (
     special_token_pattern,
     special_token_spans,
 )
+from rankfold.data.interpret import interpret
 from rankfold.data.ledger import Ledger
 from rankfold.data.measure import CharacterMeter, Meter, TokenMeter, texts_of
-from rankfold.data.interpret import interpret
 from rankfold.data.near import NearDuplicates
 from rankfold.data.picked import Picked
 from rankfold.data.rows import BadRow, Row, stream_rows

@@ -10,8 +10,8 @@ MEANINGS = {
     "shape": f"is of no shape that can be trained on. {MEND}",
     "unknown-role": f"has a turn of a role that nobody knows. {MEND}",
     "role-order": f"has turns in an order that no template can render. {MEND}",
-    "last-is-answer": "does not end with an answer, so there is nothing to learn. --fix drops what comes after "
-    "the last answer.",
+    "last-is-answer": "does not end with an answer, so there is nothing to learn. --fix drops what comes "
+    "after the last answer.",
     "null-content": f"has a turn without content. {MEND}",
     "empty-turn": "has an empty question or answer. --fix drops such pairs.",
     "empty-system": "has an empty system message, which is not the same as none. --fix drops it.",
@@ -25,8 +25,8 @@ MEANINGS = {
     "too-many-turns": f"has too many turns for a conversation. {MEND}",
     "template": f"cannot be encoded: the model's template or vocabulary refuses it. {MEND}",
     "over-length": "is longer than the chosen length and is left out. Raise --max-length to keep it.",
-    "partly-over-length": "becomes several training rows (the template drops earlier thoughts), and those over "
-    "the chosen length are left out.",
+    "partly-over-length": "becomes several training rows (the template drops earlier thoughts), and those "
+    "over the chosen length are left out.",
     "duplicate": "is the same as an earlier row. Kept, and so counts twice; --fix leaves copies out.",
     "near-duplicate": "is almost the same as an earlier row (Jaccard similarity of 5-character pieces of at "
     "least 0.8). Kept; look at some.",

@@ -10,6 +10,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 
 CONTEXT_CHARS = 30  # shown on either side of a find
+LEAST_DIGITS, MOST_DIGITS = 8, 15  # of a phone number; ITU-T E.164 has the upper one
 FIND_CHARS = 120  # shown of a find at most, with what follows it
 
 # Special tokens of well-known templates, for a check without a model; with one, its own are looked for.
@@ -43,8 +44,8 @@ Span = tuple[int, int, str]  # start, end (exclusive) and the rule of a find
 
 def _luhn(digits: str) -> bool:
     """The check digit of payment cards.  ISO/IEC 7812-1, annex B."""
-    doubled = [int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits))]
-    return sum(value - 9 if value > 9 else value for value in doubled) % 10 == 0
+    doubled = (int(digit) * (1 + place % 2) for place, digit in enumerate(reversed(digits)))
+    return sum(sum(divmod(value, 10)) for value in doubled) % 10 == 0
 
 
 def _is_card(found: str) -> bool:
@@ -53,7 +54,7 @@ def _is_card(found: str) -> bool:
 
 
 def _is_phone(found: str) -> bool:
-    return 8 <= len(re.sub(r"\D", "", found)) <= 15
+    return LEAST_DIGITS <= len(re.sub(r"\D", "", found)) <= MOST_DIGITS
 
 
 def _always(_: str) -> bool:
@@ -215,7 +216,8 @@ def _meant(text: str) -> str | None:
         try:
             data += char.encode("cp1252")
         except UnicodeEncodeError:
-            if ord(char) > 0xFF:
+            # Bytes without a character in Windows-1252 were kept as they were.
+            if char > "\xff":
                 return None
             data.append(ord(char))
     try:

@@ -71,7 +71,7 @@ def _mend_role(turn: Turn, role: str, done: list[str]) -> Turn:
     wanted = given.strip().lower()
     wanted = ROLE_NAMES.get(wanted, wanted)
     # ShareGPT's own names are no mistake.
-    if role == "from" and given in ROLE_NAMES or wanted == given:
+    if (role == "from" and given in ROLE_NAMES) or wanted == given:
         return {**turn, role: wanted}
     done.append(f"role {given!r} written {wanted!r}")
     return {**turn, role: wanted}

@@ -63,7 +63,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     source = find_base(name)
     location, options = source.location, {}
     if source.gguf_file is not None:
-        cached = _cache_folder() / "expanded" / _sha256(source.gguf_file)
+        cached = cache_folder() / "expanded" / _sha256(source.gguf_file)
         location = cached if cached.is_dir() else source.gguf_file.parent
         options = {} if cached.is_dir() else {"gguf_file": source.gguf_file.name}
     with _quiet_transformers():
