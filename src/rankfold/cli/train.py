@@ -16,8 +16,8 @@ from rankfold.train.recipe import Recipe
 def command(**options: Any) -> int:
     """Fine-tune a model on your rows with LoRA, and judge it on rows held out.
 
-    DATA is a .jsonl file.  A row is {"messages": [{"role": ..., "content": ...}, ...]}, or
-    {"prompt": ..., "completion": ...}, or has one text column of any name, such as {"jokes": ...}.
+    DATA is a file (json, jsonl, csv, tsv, parquet, arrow, xlsx, txt or md, also .gz and .zst), a folder of
+    them, a folder that datasets saved, or a hub data set. What its rows are is seen from their columns.
     """
     return run(Recipe.of(given(options)))
 

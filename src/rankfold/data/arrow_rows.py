@@ -80,11 +80,23 @@ def _rows_of(batches: Any, schema: Any, name: str, folder: str) -> Iterator[Row]
         batch.validate(full=True)  # offsets in a file are not to be trusted
         for values in batch.to_pylist():
             number += 1
-            name_classes(values, classes)
-            yield Row(values, f"{name}:{number}", folder)
+            yield Row(as_written(values, classes), f"{name}:{number}", folder)
 
 
-def name_classes(values: dict[str, Any], classes: dict[str, list[str]]) -> None:
+def as_written(values: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, Any]:
+    """The record as it was before it was a table's: classes by name, and the objects inside it without the
+    nulls that arrow puts where one object of a column has a key and another has not."""
+    _name_classes(values, classes)
+    return {column: _without_nulls(value) for column, value in values.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _name_classes(values: dict[str, Any], classes: dict[str, list[str]]) -> None:
     """Put the class's name in the place of its number."""
     for column, names in classes.items():
         value = values.get(column)

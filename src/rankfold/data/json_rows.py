@@ -130,20 +130,20 @@ class _Text:
         self.ended = False
 
     def grow(self) -> bool:
-        """Read on, doubling what is not used yet.  False at the end of the file."""
+        """Read on, doubling what is not used yet.  False if nothing was left to read."""
         self.text, self.at = self.text[self.at :], 0
-        wanted = len(self.text) + max(len(self.text), CHUNK_BYTES // 2)
+        before = len(self.text)
+        wanted = before + max(before, CHUNK_BYTES // 2)
         while not self.ended and len(self.text) < wanted:
             chunk = next(self._chunks, b"")
             self.ended = not chunk
             try:
                 self.text += self._decoder.decode(chunk, final=self.ended)
             except UnicodeDecodeError as error:
-                before = self.text + error.object[: error.start].decode()
-                line = self.line + before.count("\n")
+                line = self.line + (self.text + error.object[: error.start].decode()).count("\n")
                 byte = error.object[error.start]
                 raise DataError(f"{self.name}:{line}: not UTF-8 (byte 0x{byte:02x})") from error
-        return not self.ended
+        return len(self.text) > before
 
     def advance(self, to: int) -> None:
         feeds = self.text.count("\n", self.at, to)
@@ -210,8 +210,9 @@ def _next_row(text: _Text, place: str, folder: str) -> Row | BadRow:
             value, end = decoder.raw_decode(text.text, text.at)
             break
         except json.JSONDecodeError as error:
+            ahead = error.pos - text.at
             if len(text.text) - text.at > MAX_LINE_BYTES or not text.grow():
-                text.advance(min(error.pos, len(text.text)))
+                text.advance(min(text.at + ahead, len(text.text)))
                 raise text.fail(error.msg) from error
         except RecursionError as error:
             raise text.fail("nested too deeply") from error
