@@ -12,14 +12,18 @@ from rankfold.data.batches import collate, micro_batches
 from rankfold.data.encode import EncodedRow, encode_all
 from rankfold.data.example import Example
 from rankfold.data.formats import to_examples
+from rankfold.data.proof import MaskProof, prove_mask
 from rankfold.data.rows import read_rows
 from rankfold.data.split import split_held_out, without_leaks
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.models.facts import PromptStyle
 from rankfold.models.load import Base, load_base
+from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
 from rankfold.train.objectives import token_losses
 from rankfold.train.recipe import Recipe
+
+SHOWN_ROWS = 3  # the longest, the shortest and one by chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class Plan:
     rows: Rows
     train: list[EncodedRow]
     held_out: list[EncodedRow]
+    proof: MaskProof
     notes: list[str]
     tokens_per_second: float
 
@@ -87,8 +92,11 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
     base.prompt_style = rows.prompt_style
     train, cut_train = encode_all(rows.train, base.tokenizer, recipe.max_length)
     held_out, cut_held_out = encode_all(rows.held_out, base.tokenizer, recipe.max_length)
+    proof = prove_mask(train, base.tokenizer, SHOWN_ROWS, recipe.seed)
     cut = [*cut_train, *cut_held_out]
-    notes = [*base.notes, *rows.notes, *(f"left out, too long: {row}" for row in cut[:10])]
+    template = template_of(base.tokenizer)[0] if rows.prompt_style == "chat" else ""
+    named = [f"the model has no chat template; messages are written in {template}"] if template else []
+    notes = [*base.notes, *named, *rows.notes, *(f"left out, too long: {row}" for row in cut[:10])]
     if len(cut) > len(cut[:10]):
         notes.append(f"and {len(cut) - 10} more rows over {recipe.max_length:,} tokens")
     settings = settle(recipe, len(train), base.model.num_parameters())
@@ -111,6 +119,7 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
         rows=rows,
         train=train,
         held_out=held_out,
+        proof=proof,
         notes=notes,
         tokens_per_second=_measure_speed(model, train, pad_id),
     )
