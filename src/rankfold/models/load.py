@@ -20,6 +20,7 @@ from rankfold.lora import LoraConfig, PeftModel
 from rankfold.lora.stored import Fault
 from rankfold.models.facts import FACTS_NAME, AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
+from rankfold.models.plain_template import plain_template
 
 EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
 
@@ -50,7 +51,7 @@ def load_base(name: str) -> Base:
     else:
         model, tokenizer = _load_transformers(source.location, source.name)
     _check_vocabulary(model, tokenizer, name)
-    model.name_or_path = model.config.name_or_path = name
+    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
     device, dtype = _placement()
     return Base(model.to(device=device, dtype=dtype).eval(), tokenizer, source, notes)
 
@@ -95,6 +96,8 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
             f"{' and another '.join(changed)}; name the right base with --model, or remove the tokenizer's "
             f"marks from {FACTS_NAME} to use it all the same"
         )
+    if facts.chat_template:
+        base.tokenizer.chat_template = plain_template(facts.chat_template)
     base.notes += [f"the tokenizer has another {part} than in training" for part in changed]
     base.model = PeftModel.from_pretrained(base.model, adapter, allow=allow).merge_and_unload()
     base.prompt_style = facts.prompt_style

@@ -16,17 +16,20 @@ from rankfold.data.encode import EncodedRow, encode_all
 from rankfold.data.example import Example
 from rankfold.data.formats import refuse_judged
 from rankfold.data.pack import Batching, choose_batching
+from rankfold.data.proof import MaskProof, prove_mask
 from rankfold.data.sources import Mixture, read_examples, sources_of
 from rankfold.data.split import near_leaks, split_held_out, without_leaks
 from rankfold.errors import bullet_list
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.models.facts import PromptStyle
 from rankfold.models.load import Base, load_base
+from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
 from rankfold.train.objectives import token_losses
 from rankfold.train.recipe import Recipe
 
 LONGEST_ROWS = 64  # enough to fill a micro-batch with short rows
+SHOWN_ROWS = 3  # the longest, the shortest and one by chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class Plan:
     rows: Rows
     train: Sequence[EncodedRow]
     held_out: list[EncodedRow]
+    proof: MaskProof
     notes: list[str]
     batching: Batching
     tokens_per_second: float
@@ -120,8 +124,11 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
     marks = encoding_marks(base.tokenizer, max_length=recipe.max_length)
     train, cut_train = encode_cached(partial(encode, rows.train), rows.train, marks)
     held_out, cut_held_out = encode(rows.held_out)
+    proof = prove_mask(train, base.tokenizer, SHOWN_ROWS, recipe.seed)
     cut = [*cut_train, *cut_held_out]
-    notes = [*base.notes, *rows.notes, *(f"left out, too long: {row}" for row in cut[:10])]
+    template = template_of(base.tokenizer)[0] if rows.prompt_style == "chat" else ""
+    named = [f"the model has no chat template; messages are written in {template}"] if template else []
+    notes = [*base.notes, *named, *rows.notes, *(f"left out, too long: {row}" for row in cut[:10])]
     if len(cut) > len(cut[:10]):
         notes.append(f"and {len(cut) - 10} more rows over {recipe.max_length:,} tokens")
     settings = settle(recipe, len(train), base.model.num_parameters())
@@ -145,6 +152,7 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
         rows=rows,
         train=train,
         held_out=held_out,
+        proof=proof,
         notes=notes,
         batching=batching,
         tokens_per_second=_measure_speed(model, train, pad_id, batching),

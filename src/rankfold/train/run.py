@@ -22,6 +22,7 @@ from rankfold.files import require_space, staged_folder, write_whole
 from rankfold.models.facts import tokenizer_marks
 from rankfold.models.generate import reply
 from rankfold.models.sampling import Sampling
+from rankfold.models.template import template_of
 from rankfold.train.evaluate import compare, row_losses
 from rankfold.train.listener import Listener, RunResult, Sample
 from rankfold.train.loop import StepRecord, Trainer, learning_rate_at
@@ -81,6 +82,7 @@ def _save_adapter(plan: Plan, folder: Path) -> None:
     facts = {
         "prompt_style": plan.rows.prompt_style,
         "base_description": plan.base.source.description,
+        "chat_template": template_of(plan.base.tokenizer)[0] if plan.rows.prompt_style == "chat" else "",
         "tokenizer": tokenizer_marks(plan.base.tokenizer),
     }
     plan.model.save_pretrained(folder, facts=facts)
