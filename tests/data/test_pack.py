@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model
 from rankfold.data.batches import MICRO_BATCH_TOKENS
 from rankfold.data.encode import IGNORE, EncodedRow
-from rankfold.data.pack import Batching, blocks, choose_batching, collate_packed, why_not_packed
+from rankfold.data.pack import Batching, blocks, choose_batching, collate_packed, operations, why_not_packed
 from rankfold.errors import ConfigError
 from rankfold.train.objectives import token_losses
 
@@ -172,6 +173,17 @@ def test_rows_of_like_length_are_padded_and_rows_of_spread_length_are_packed(rea
     assert (
         f"26.9% of padded batches is padding, and packed blocks take {packed / padded:.2f}" in spread.reason
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_arithmetic_is_what_torch_counts(tied):
+    model = tiny_llama(tied=tied)
+    model.set_attn_implementation("eager")
+    shapes = [(3, 40), (1, 200)]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for shape in shapes:
+            model.model(torch.zeros(shape, dtype=torch.long))
+    assert operations(model, shapes) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_a_given_way_is_kept():

@@ -101,7 +101,9 @@ def operations(model: Any, shapes: list[tuple[int, int]]) -> float:
     attention computes (Kaplan et al. 2020, arXiv 2001.08361, table 1).  The head is left out: it sees as many
     trained tokens either way."""
     config = model.config.get_text_config()
-    weights = model.num_parameters(exclude_embeddings=True)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    left_out = {id(weight) for end in ends if end is not None for weight in end.parameters()}
+    weights = sum(weight.numel() for weight in model.parameters() if id(weight) not in left_out)
     width = config.num_hidden_layers * config.hidden_size
     return float(sum(rows * length * (2 * weights + 4 * width * length) for rows, length in shapes))
 
