@@ -40,7 +40,7 @@ def test_rows_that_would_stop_a_run_end_with_status_1(command, write_rows):
     path = write_rows([*GOOD, {"prompt": "a", "completion": ""}])
     status, out, err = command(path)
     assert (status, err) == (1, "")
-    assert "1 of 10 rows break its rules" in out
+    assert "1 of 10 rows cannot be used" in out
     assert f"{path}:10: message 2 (assistant): empty" in out
     assert command(path, "--skip-bad", "0.1")[0] == 0
 

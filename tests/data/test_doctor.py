@@ -127,9 +127,9 @@ def test_rows_are_not_left_out_for_their_length_in_characters(write_rows):
 
 
 def test_the_mask_is_shown_with_personal_data_masked(write_rows, tiny_folder):
-    path = write_rows([{"prompt": "Whose is it?", "completion": "It is jane@mail.example's, I think."}] * 2)
+    path = write_rows([{"prompt": "Whose is it?", "completion": "It is jane@mail.example's, I think."}])
     report = examined(path, model=str(tiny_folder), show=1)
-    pieces = report.proofs[0].pieces
+    pieces = report.proof.shown[0].pieces
     assert [text for text, trained in pieces if trained] == ["It is [e-mail]'s, I think.<|im_end|>"]
     assert "Whose is it?" in "".join(text for text, trained in pieces if not trained)
 
@@ -206,7 +206,7 @@ def test_the_report_for_programs_is_the_report(tmp_path, write_rows):
 
 
 def test_who_waits_hears_how_many_rows_were_seen(write_rows, monkeypatch):
-    monkeypatch.setattr("rankfold.data.doctor.PROGRESS_ROWS", 10)
+    monkeypatch.setattr("rankfold.data.examination.PROGRESS_ROWS", 10)
     heard = []
     check(CheckRequest.of({"data": str(write_rows(questions(25)))}), heard.append)
     assert heard == [10, 20]

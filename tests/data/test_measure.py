@@ -9,6 +9,7 @@ from rankfold.data import measure
 from rankfold.data.encode import encode
 from rankfold.data.example import Example, Message
 from rankfold.data.measure import CharacterMeter, TokenMeter, token_counts
+from rankfold.errors import DataError
 
 TEXT = "Alpha beta, gamma; delta: 12 (epsilon) don't zeta! 34.5 eta theta_iota\nkappa"
 WORDS = TEXT.split(" ")
@@ -54,24 +55,30 @@ def test_running_text_counts_as_in_training(real_base, monkeypatch):
 def test_a_row_that_cannot_be_encoded_is_refused_with_the_reason_also_late(real_base, monkeypatch):
     monkeypatch.setattr(measure, "EXACT_ROWS", 2)
     monkeypatch.setattr(measure, "BATCH_ROWS", 2)
-    monkeypatch.setattr(measure, "encode", refuse_letter_z)
     draw = random.Random(0)
     examples = [chat(draw, number) for number in range(10)]
-    examples[7] = replace(
-        examples[7], messages=(Message("user", ("what about ζ",)), Message("assistant", ("no",)))
-    )
+    turns = (Message("user", ("what about \x1a and \U000f0000 <|im_end|>",)), Message("assistant", ("no",)))
+    examples[7] = replace(examples[7], messages=turns)
+    with pytest.raises(DataError) as wanted:
+        encode(examples[7], real_base.tokenizer)
     meter = TokenMeter(real_base.tokenizer)
     for row, example in enumerate(examples):
         meter.add(row, example)
     meter.finish()
-    assert meter.measured.refused == [(7, "cannot spell ζ")]
+    assert meter.measured.refused == [(7, str(wanted.value))]
     assert sorted(meter.measured.rows) == [row for row in range(10) if row != 7]
 
 
-def refuse_letter_z(example, tokenizer):
-    if any("ζ" in message.text for message in example.messages):
-        raise measure.DataError("cannot spell ζ")
-    return encode(example, tokenizer)
+def test_trained_tokens_are_counted_over_all_rows(real_base, monkeypatch):
+    monkeypatch.setattr(measure, "EXACT_ROWS", 20)
+    monkeypatch.setattr(measure, "BATCH_ROWS", 20)
+    draw = random.Random(0)
+    examples = [chat(draw, number) for number in range(100)]
+    meter = TokenMeter(real_base.tokenizer)
+    for row, example in enumerate(examples):
+        meter.add(row, example)
+    meter.finish()
+    assert meter.measured.trained == sum(encode(e, real_base.tokenizer).trained_tokens for e in examples)
 
 
 def test_characters_are_those_of_the_words_and_the_longer_answer_counts():

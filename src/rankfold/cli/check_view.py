@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rankfold.cli.view import print_proof
 from rankfold.data.balance import Lengths
 from rankfold.data.findings import explained
 from rankfold.data.fixed import LISTED, FixedFile
 from rankfold.data.hints import printable
-from rankfold.data.report import Proof, Report
+from rankfold.data.report import Report
 
 PLACES = 3  # shown of each finding; the page has more
 BAR = 30  # characters
@@ -40,8 +41,8 @@ def print_report(console: Console, report: Report) -> None:
     _print_counted(console, "Labels", report.labels, report.rows)
     if report.fixed:
         _print_fixed(console, report.fixed)
-    for proof in report.proofs:
-        print_proof(console, proof)
+    if report.proof:
+        print_proof(console, report.proof)
     console.print()
 
 
@@ -138,18 +139,3 @@ def _print_fixed(console: Console, fixed: FixedFile) -> None:
     if (more := sum(fixed.done.values()) - LISTED) > 0:
         console.print(f"    ... and {more:,} more")
     console.print(f"every change stands in {fixed.changes_file}", soft_wrap=True)
-
-
-def print_proof(console: Console, proof: Proof) -> None:
-    """A row with trained and untrained tokens told apart: by colour, or by {+ +} where there is none."""
-    coloured = console.is_terminal and not console.no_color
-    how = "trained tokens are green" if coloured else "trained tokens stand in {+ +}"
-    head = f"\n{proof.origin}: {proof.trained:,} of {proof.tokens:,} tokens trained ({how}):"
-    console.print(head, style="bold", soft_wrap=True)
-    text = Text()
-    for piece, trained in proof.pieces:
-        if coloured:
-            text.append(piece, style="bold green" if trained else "dim")
-        else:
-            text.append(f"{{+{piece}+}}" if trained else piece)
-    console.print(text, soft_wrap=True)

@@ -5,32 +5,36 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from rankfold.data.balance import Lengths, summarise
-from rankfold.data.encode import encode, marked_pieces
+from rankfold.data.encode import encode_each
 from rankfold.data.examination import Examination
 from rankfold.data.fixed import FixedFile, write_fixed
-from rankfold.data.formats import named_shape
+from rankfold.data.formats import refuse_judged
 from rankfold.data.hints import mask_personal
-from rankfold.data.report import OK, UNREADABLE, WOULD_STOP, Proof, Report
-from rankfold.data.rows import stream_rows
+from rankfold.data.proof import MaskProof, prove_mask
+from rankfold.data.report import OK, UNREADABLE, WOULD_STOP, Report
+from rankfold.data.sources import Source, sources_of
+from rankfold.data.split import HELD_OUT_MOST, HELD_OUT_SHARE
 from rankfold.errors import DataError, OutputError, bullet_list
 from rankfold.files import whole_file, write_whole
 from rankfold.models.load import load_tokenizer
 from rankfold.settings import CheckedSettings
 
-PROGRESS_ROWS = 10_000
 MOST_LISTED = 20  # languages and labels; the rest are counted together
 
 
 class CheckRequest(CheckedSettings):
     """What to check and what to write.  Build it with ``CheckRequest.of`` to get every mistake at once."""
 
-    data: str = Field(min_length=1, description="rows to check: a file, a folder or a hub data set")
+    data: str = Field(
+        min_length=1, description="rows to check: file, folder, hub data set, or several with weights"
+    )
     model: str | None = Field(None, min_length=1, description="count tokens as this model does")
     shape: str | None = Field(
         None, min_length=1, description="the shape of the rows, or their columns [detected]"
@@ -68,20 +72,17 @@ def check(request: CheckRequest, on_rows: Callable[[int], None] = lambda _: None
     started = time.perf_counter()
     _check_outputs(request)
     tokenizer, longest = load_tokenizer(request.model) if request.model else (None, None)
-    shape = named_shape(request.shape) if request.shape else None
-    examination = Examination(tokenizer, shape, shown=request.show, seed=request.seed)
-    if request.held_out:
-        examination.read_held_out(request.held_out)
-    for number, item in enumerate(stream_rows(request.data), start=1):
-        examination.add(item)
-        if number % PROGRESS_ROWS == 0:
-            on_rows(number)
-    if not len(examination.ledger):
-        raise DataError(f"{request.data} holds no rows")
+    examination = Examination(tokenizer, shown=request.show, seed=request.seed)
+    sources = sources_of(request.data, request.shape)
+    for source in sources_of(request.held_out, request.shape) if request.held_out else []:
+        examination.read_held_out(source)
+    for source in sources:
+        examination.read(source, on_rows)
     examination.finish()
     lengths = _choose_length(examination, longest, request.max_length)
-    fixed = write_fixed(request.data, request.fix, examination) if request.fix else None
-    report = _report(request, examination, lengths, fixed, _proofs(examination, tokenizer))
+    fixed = write_fixed(sources, request.fix, examination) if request.fix else None
+    proof = _proof(examination, tokenizer, request.seed) if request.show else None
+    report = _report(request, examination, lengths, fixed, proof)
     report.seconds = time.perf_counter() - started
     _write(request, report, examination)
     return report
@@ -103,7 +104,8 @@ def _check_outputs(request: CheckRequest) -> None:
 
 def _why_not(path: Path, request: CheckRequest) -> str:
     """Why ``path`` cannot be an output, or an empty string."""
-    for source in (Path(source) for source in (request.data, request.held_out) if source):
+    given = [text for text in (request.data, request.held_out) if text]
+    for source in (Path(source.path) for text in given for source in sources_of(text)):
         same = source.exists() and path.exists() and source.samefile(path)
         if same or (source.is_dir() and path.resolve().is_relative_to(source.resolve())):
             return f"{path} is, or lies in, the data to check; name another file"
@@ -128,16 +130,27 @@ def _choose_length(examination: Examination, longest: int | None, asked: int | N
     return lengths
 
 
-def _proofs(examination: Examination, tokenizer: Any) -> list[Proof]:
-    proofs = []
-    for example in examination.picked.examples():
-        try:
-            row = encode(example, tokenizer)
-        except DataError:
-            continue  # it stands in the ledger as refused
-        pieces = [(mask_personal(text), trained) for text, trained in marked_pieces(row, tokenizer)]
-        proofs.append(Proof(origin=row.origin, tokens=len(row), trained=row.trained_tokens, pieces=pieces))
-    return proofs
+def _proof(examination: Examination, tokenizer: Any, seed: int) -> MaskProof | None:
+    """The mask of the picked rows, with personal data masked, and the counts of all rows."""
+    picked = examination.picked
+    encoded = [
+        rows for _, rows in encode_each(picked.examples(), tokenizer) if not isinstance(rows, DataError)
+    ]
+    if not encoded:
+        return None
+    proof = prove_mask([row for rows in encoded for row in rows], tokenizer, picked.count, seed)
+    shown = [
+        replace(row, pieces=[(mask_personal(text), trained) for text, trained in row.pieces])
+        for row in proof.shown
+    ]
+    measured = examination.meter.measured
+    return replace(
+        proof,
+        rows=len(measured.rows),
+        tokens=sum(measured.lengths),
+        trained_tokens=measured.trained,
+        shown=shown,
+    )
 
 
 def _report(
@@ -145,7 +158,7 @@ def _report(
     examination: Examination,
     lengths: Lengths | None,
     fixed: FixedFile | None,
-    proofs: list[Proof],
+    proof: MaskProof | None,
 ) -> Report:
     ledger, balance = examination.ledger, examination.balance
     status, verdict = _verdict(examination, request.skip_bad)
@@ -161,9 +174,9 @@ def _report(
         labels=_listed(balance.labels, balance.other_labels),
         status=status,
         verdict=verdict,
-        notes=examination.notes,
+        notes=_notes(request, examination, sources_of(request.data, request.shape)),
         fixed=fixed,
-        proofs=proofs,
+        proof=proof,
     )
 
 
@@ -177,22 +190,55 @@ def _listed(counter: Any, others: int) -> list[tuple[str, int]]:
 def _verdict(examination: Examination, skip_bad: float) -> tuple[int, str]:
     """Exit status and the reason for it: would a run with this ``skip_bad`` start?"""
     ledger = examination.ledger
-    rows, stopping = len(ledger), ledger.stopping_rows()
-    unreadable = ledger.reasons().get(("dropped", "unreadable"), 0)
-    dropped = ledger.counts()["dropped"]
-    if unreadable > skip_bad * rows:
-        return UNREADABLE, f"Training would stop: {unreadable:,} of {rows:,} rows cannot be read."
-    if stopping > skip_bad * rows:
-        return WOULD_STOP, f"Training would stop: {stopping:,} of {rows:,} rows break its rules."
+    rows, dropped = len(ledger), ledger.counts()["dropped"]
+    for status, rules in ((UNREADABLE, {"unreadable"}), (WOULD_STOP, None)):
+        for name, start, end in examination.parts:
+            bad = sum(
+                count
+                for (_, rule), count in ledger.reasons(start, end).items()
+                if ledger.findings[rule].stops and (rules is None or rule in rules)
+            )
+            if bad > skip_bad * (end - start):
+                what = "cannot be read" if status == UNREADABLE else "cannot be used"
+                of = f" of {name}" if len(examination.parts) > 1 else ""
+                return status, f"Training would stop: {bad:,} of {end - start:,} rows{of} {what}."
+    if stop := _other_stop(examination, skip_bad):
+        return WOULD_STOP, f"Training would stop: {stop}."
     if dropped == rows:
         return WOULD_STOP, "Training would stop: no row is left."
-    if examination.bad_held_out:
-        bad = examination.bad_held_out
-        return WOULD_STOP, f"Training would stop: {len(bad):,} held-out rows cannot be used, first {bad[0]}"
-    if examination.mixed:
-        return WOULD_STOP, f"Training would stop: {examination.mixed}; split the data."
     left_out = f"; {dropped:,} of {rows:,} rows are left out" if dropped else ""
     return OK, f"Nothing here would stop training{left_out}."
+
+
+def _other_stop(examination: Examination, skip_bad: float) -> str:
+    """Why a run would stop whatever is skipped, or an empty string."""
+    if refused := examination.meter.measured.refused:
+        return f"{len(refused):,} rows cannot be encoded for this model"
+    bad = examination.bad_held_out
+    if len(bad) > skip_bad * examination.held_out_rows:
+        return f"{len(bad):,} held-out rows cannot be used, first {bad[0]}"
+    if examination.mixed:
+        return f"{examination.mixed}; split the data"
+    try:
+        refuse_judged(examination.judged.values())
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def _notes(request: CheckRequest, examination: Examination, sources: list[Source]) -> list[str]:
+    notes = []
+    if request.held_out:
+        count = examination.held_out_rows
+        notes.append(f"the rows were compared with {count:,} held-out rows of {request.held_out}")
+    else:
+        notes.append(
+            f"a run without --held-out holds out {100 * HELD_OUT_SHARE:g} % of the rows, at most "
+            f"{HELD_OUT_MOST}, and never puts copies or near copies on both sides"
+        )
+    if any(source.weight != 1 for source in sources):
+        notes.append("every row was looked at once, whatever the weight of its source")
+    return notes
 
 
 def _write(request: CheckRequest, report: Report, examination: Examination) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from rankfold.data.balance import Balance, language_of
-from rankfold.data.encode import control_tokens
 from rankfold.data.example import Example
+from rankfold.data.formats import named_shape
 from rankfold.data.hints import (
     KNOWN_SPECIAL_TOKENS,
-    Span,
     encoding_spans,
     excerpt,
     mask_personal,
@@ -30,55 +29,58 @@ from rankfold.data.near import NearDuplicates
 from rankfold.data.picked import Picked
 from rankfold.data.rows import BadRow, Row, stream_rows
 from rankfold.data.shape import Shape
+from rankfold.data.sources import Source
 from rankfold.data.split import compared_words, fingerprint
+from rankfold.errors import DataError
+from rankfold.models.prompt import prompt_encoder
 
+PROGRESS_ROWS = 10_000
 HELD_OUT = -1  # where the row of a held-out example would stand
 
 
 class Examination:
     """What is known of the rows so far; ``finish`` adds what only all of them together show."""
 
-    def __init__(
-        self, tokenizer: Any | None, shape: Shape | None = None, *, shown: int = 0, seed: int = 0
-    ) -> None:
-        self.shape = shape
+    def __init__(self, tokenizer: Any | None, *, shown: int = 0, seed: int = 0) -> None:
         self.ledger = Ledger()
         self.balance = Balance()
         self.meter: Meter = CharacterMeter() if tokenizer is None else TokenMeter(tokenizer)
         self.picked = Picked(shown, seed)
-        self.notes: list[str] = []
+        self.parts: list[tuple[str, int, int]] = []  # each source, its first row and the one after its last
+        self.held_out_rows = 0
         self.bad_held_out: list[str] = []
+        self.judged: dict[str, Example] = {}  # the first pair and the first judged answer
         self._kinds: dict[str, str] = {}  # text or messages, and where the first of each stands
         self._copies = bytearray()  # 1 for a row that is an exact copy of an earlier or a held-out one
-        spelt = KNOWN_SPECIAL_TOKENS if tokenizer is None else control_tokens(tokenizer)
+        spelt = KNOWN_SPECIAL_TOKENS if tokenizer is None else prompt_encoder(tokenizer).control
         self._special = special_token_pattern(spelt)
         self._near = NearDuplicates()
         self._compared = array("q")  # the row of each text in ``_near``, or HELD_OUT
         self._marks = array("Q")
 
-    def add(self, item: Row | BadRow) -> None:
-        """Look at the next row."""
+    def _add(self, item: Row | BadRow, shape: Shape | None) -> None:
         row = self.ledger.open(item.origin)
         self._copies.append(0)
-        example = self._interpreted(row, item)
+        example = self._interpreted(row, item, shape)
         if example is None:
             return
         text = "\n".join(texts_of(example))
-        for span in self._finds(text):
+        spelt = special_token_spans(text, self._special)
+        for span in (*personal_spans(text), *encoding_spans(text), *spelt):
             self.ledger.note(row, span[2], partial(excerpt, text, span))
         self.balance.add(example, language_of(text))
         if self.ledger.state(row) == "dropped":
             return
         self._compare(row, example)
-        self.meter.add(row, example)
+        self.meter.add(row, example, exact=bool(spelt))
         self.picked.offer(example, len(text))
 
-    def _interpreted(self, row: int, item: Row | BadRow) -> Example | None:
+    def _interpreted(self, row: int, item: Row | BadRow, given: Shape | None) -> Example | None:
         """The example, if the item is one; what is wrong goes into the ledger."""
         if isinstance(item, BadRow):
             self.ledger.drop(row, "unreadable", lambda: _shown(item.problem), stops=True)
             return None
-        example, problems, shape = interpret(item, self.shape)
+        example, problems, shape = interpret(item, given)
         for problem in problems:
             shown = partial(_shown, problem.text)
             if problem.fatal:
@@ -88,23 +90,35 @@ class Examination:
         if example is not None:
             self.balance.shapes[shape] += 1
             self._kinds.setdefault("running text" if example.kind == "text" else "messages", item.origin)
+            if example.kind in ("preference", "feedback"):
+                self.judged.setdefault(example.kind, example)
         return example
 
-    def read_held_out(self, source: str) -> None:
+    def read(self, source: Source, on_rows: Callable[[int], None] = lambda _: None) -> None:
+        """Look at every row of ``source``.  Raises DataError if it holds none."""
+        shape = named_shape(source.shape) if source.shape else None
+        start = len(self.ledger)
+        for item in stream_rows(source.path):
+            self._add(item, shape)
+            if len(self.ledger) % PROGRESS_ROWS == 0:
+                on_rows(len(self.ledger))
+        if len(self.ledger) == start:
+            raise DataError(f"{source.path} holds no rows")
+        self.parts.append((str(source.path), start, len(self.ledger)))
+
+    def read_held_out(self, source: Source) -> None:
         """The rows that are judged on, not trained on.  They come before the first row."""
-        count = 0
-        for item in stream_rows(source):
-            if isinstance(item, BadRow):
-                self.bad_held_out.append(f"{item.origin}: {_shown(item.problem)}")
-                continue
-            example, problems, _ = interpret(item, self.shape)
-            fatal = [problem.text for problem in problems if problem.fatal]
-            if example is None or fatal:
-                self.bad_held_out.append(f"{item.origin}: {_shown(fatal[0])}")
-            else:
-                self._compare(HELD_OUT, example)
-                count += 1
-        self.notes.append(f"{count:,} held-out rows of {source} were compared with the rows")
+        shape = named_shape(source.shape) if source.shape else None
+        for item in stream_rows(source.path):
+            problem = item.problem if isinstance(item, BadRow) else ""
+            if isinstance(item, Row):
+                example, problems, _ = interpret(item, shape)
+                problem = next((problem.text for problem in problems if problem.fatal), "")
+                if example is not None and not problem:
+                    self._compare(HELD_OUT, example)
+            self.held_out_rows += 1
+            if problem:
+                self.bad_held_out.append(f"{item.origin}: {_shown(problem)}")
 
     @property
     def mixed(self) -> str:
@@ -120,11 +134,6 @@ class Examination:
             self.ledger.drop(row, "template", partial(_shown, problem), stops=True)
         self._note_copies()
         self._note_near_copies()
-
-    def _finds(self, text: str) -> Iterator[Span]:
-        yield from personal_spans(text)
-        yield from encoding_spans(text)
-        yield from special_token_spans(text, self._special)
 
     def _compare(self, row: int, example: Example) -> None:
         self._near.add(compared_words(example))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from rankfold.data.examination import Examination, mark_of
+from rankfold.data.formats import named_shape
 from rankfold.data.hints import mask_personal, printable
 from rankfold.data.interpret import interpret
 from rankfold.data.repair import as_row, repaired
 from rankfold.data.rows import BadRow, Row, stream_rows
+from rankfold.data.shape import Shape
+from rankfold.data.sources import Source
 from rankfold.errors import DataError
 from rankfold.files import whole_file
 
+AGAIN = "check them again"
 LISTED = 20  # changes shown; the file of changes holds all
 CHANGES_SUFFIX = ".changes.tsv"
 
@@ -33,8 +38,8 @@ class FixedFile:
     first: list[tuple[str, str]] = field(default_factory=list)
 
 
-def write_fixed(source: str, out: Path, examination: Examination) -> FixedFile:
-    """Write the rows of ``source`` to ``out``, one JSON object a line, in their order, whole or not at all.
+def write_fixed(sources: list[Source], out: Path, examination: Examination) -> FixedFile:
+    """Write the rows of ``sources`` to ``out``, one JSON object a line, in their order, whole or not at all.
 
     Left out: rows that cannot be read or mended, copies of earlier rows, and rows that are in the held-out
     rows.  Rows over the length stay as they are.  Raises DataError if the source has changed since the
@@ -42,23 +47,29 @@ def write_fixed(source: str, out: Path, examination: Examination) -> FixedFile:
     changes_path = out.with_name(out.name + CHANGES_SUFFIX)
     fixed = FixedFile(path=str(out), changes_file=str(changes_path))
     ledger = examination.ledger
-    row = -1
+    row = 0
     with whole_file(changes_path) as changes, whole_file(out) as file:
         fixer = _Fixer(fixed, changes, examination)
-        for row, item in enumerate(stream_rows(source)):
-            if row >= len(ledger) or ledger.origin(row) != item.origin:
-                raise DataError(f"{source} changed while it was checked ({item.origin}); check it again")
-            line = fixer.line(item)
+        for row, (item, shape) in enumerate(_items_of(sources), start=1):
+            if row > len(ledger) or ledger.origin(row - 1) != item.origin:
+                raise DataError(f"the data changed while they were checked ({item.origin}); {AGAIN}")
+            line = fixer.line(item, shape)
             if line is not None:
                 file.write(line)
             fixed.rows += line is not None
             fixed.left_out += line is None
-        if row + 1 != len(ledger):
-            there = f"{row + 1:,} of {len(ledger):,} rows are there"
-            raise DataError(f"{source} changed while it was checked: {there}; check it again")
+        if row != len(ledger):
+            raise DataError(f"the data changed while they were checked; {AGAIN}")
         if not fixed.rows:
-            raise DataError(f"no row of {source} can be used or mended; {out} was not written")
+            raise DataError(f"no row can be used or mended; {out} was not written")
     return fixed
+
+
+def _items_of(sources: list[Source]) -> Iterator[tuple[Row | BadRow, Shape | None]]:
+    for source in sources:
+        shape = named_shape(source.shape) if source.shape else None
+        for item in stream_rows(source.path):
+            yield item, shape
 
 
 class _Fixer:
@@ -67,16 +78,15 @@ class _Fixer:
     def __init__(self, fixed: FixedFile, changes: BinaryIO, examination: Examination) -> None:
         self._fixed = fixed
         self._changes = changes
-        self._shape = examination.shape
         self._seen = examination.held_out_marks()
 
-    def line(self, item: Row | BadRow) -> bytes | None:
+    def line(self, item: Row | BadRow, shape: Shape | None) -> bytes | None:
         """The row as a line to write, or None if it is left out."""
         if isinstance(item, BadRow):
             self._leave_out(item.origin, "cannot be read", item.problem)
             return None
         values, done = repaired(item.values)
-        example, problems, _ = interpret(Row(values, item.origin, item.folder), self._shape)
+        example, problems, _ = interpret(Row(values, item.origin, item.folder), shape)
         fatal = [problem for problem in problems if problem.fatal]
         if example is None or fatal:
             self._leave_out(item.origin, fatal[0].rule, fatal[0].text)

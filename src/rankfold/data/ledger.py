@@ -109,18 +109,15 @@ class Ledger:
         """How many rows are kept, cut and dropped."""
         return {state: self._states.count(place) for place, state in enumerate(STATES)}
 
-    def reasons(self) -> dict[tuple[State, str], int]:
-        """How many rows were cut or dropped for which reason; each row counts once."""
+    def reasons(self, start: int = 0, end: int | None = None) -> dict[tuple[State, str], int]:
+        """How many rows (of those from ``start`` to before ``end``) were cut or dropped for which reason;
+        each row counts once."""
         found: dict[tuple[State, str], int] = {}
-        for state, place in zip(self._states, self._reasons, strict=True):
+        for state, place in zip(self._states[start:end], self._reasons[start:end], strict=True):
             if place:
                 key = STATES[state], self._rules[place - 1]
                 found[key] = found.get(key, 0) + 1
         return found
-
-    def stopping_rows(self) -> int:
-        """The rows that were dropped for a reason that would stop training."""
-        return sum(count for (_, rule), count in self.reasons().items() if self.findings[rule].stops)
 
     def lines(self) -> Iterator[str]:
         """Every row as ``origin, state, reason``, with tabs between."""

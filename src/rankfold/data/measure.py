@@ -7,7 +7,7 @@ from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from rankfold.data.encode import encode
+from rankfold.data.encode import EncodedRow, encode_each
 from rankfold.data.example import Example
 from rankfold.errors import DataError
 
@@ -18,22 +18,25 @@ MOST_KINDS = 10_000  # kinds of conversation whose template overhead is remember
 MOST_UINT32 = 2**32 - 1
 
 Kind = tuple[str, ...]
+Waiting = tuple[int, Example, list[str], bool]  # row, example, its texts, whether it must be encoded
 
 
 class Measured:
     """Row numbers and lengths.  Where a template makes several training rows of one row, ``lengths`` has
-    the longest and ``shortest`` the shortest of them."""
+    the longest and ``shortest`` the shortest of them.  ``trained`` counts the trained tokens of all rows."""
 
     def __init__(self) -> None:
         self.rows = array("I")
         self.lengths = array("I")
         self.shortest = array("I")
+        self.trained = 0
         self.refused: list[tuple[int, str]] = []  # rows that cannot be encoded, and why
 
-    def append(self, row: int, length: int, shortest: int | None = None) -> None:
+    def append(self, row: int, length: int, shortest: int, trained: int = 0) -> None:
         self.rows.append(row)
         self.lengths.append(min(length, MOST_UINT32))
-        self.shortest.append(min(length if shortest is None else shortest, MOST_UINT32))
+        self.shortest.append(min(shortest, MOST_UINT32))
+        self.trained += trained
 
 
 class Meter(Protocol):
@@ -42,7 +45,7 @@ class Meter(Protocol):
     unit: str
     measured: Measured
 
-    def add(self, row: int, example: Example) -> None: ...
+    def add(self, row: int, example: Example, *, exact: bool = False) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -67,6 +70,15 @@ def _longer_rejected(example: Example, counts: list[int]) -> int:
     return max(0, sum(counts[len(example.messages) :]) - sum(chosen))
 
 
+def _answered(example: Example, counts: list[int]) -> int:
+    """How much of the row's length is words that are trained by default."""
+    if not example.messages:
+        return counts[0]
+    return sum(
+        count for turn, count in zip(example.messages, counts, strict=False) if turn.role == "assistant"
+    )
+
+
 class CharacterMeter:
     """Counts the characters of the messages alone."""
 
@@ -75,8 +87,9 @@ class CharacterMeter:
     def __init__(self) -> None:
         self.measured = Measured()
 
-    def add(self, row: int, example: Example) -> None:
-        self.measured.append(row, _total(example, [len(text) for text in texts_of(example)]))
+    def add(self, row: int, example: Example, *, exact: bool = False) -> None:
+        length = _total(example, [len(text) for text in texts_of(example)])
+        self.measured.append(row, length, length)
 
     def finish(self) -> None:
         pass
@@ -86,25 +99,28 @@ class TokenMeter:
     """Counts tokens, on a thread of its own: the tokenizer leaves the interpreter free.
 
     The first EXACT_ROWS rows are encoded as training does.  After that only rows that could hold a surprise
-    are: those with tools, thoughts or images, with roles in an order not seen yet, or with a character not
-    seen yet.  Of the others the words are counted, and what the template adds is what it mostly added to
-    rows with the same roles; a token that joins words and template can make that count differ by one."""
+    are: those that are added as ``exact``, those with tools, thoughts, images or train flags, with roles in
+    an order not seen yet, or with a character not seen yet.  Of the others the words are counted, and what
+    the template adds is what it mostly added to rows with the same roles; a token that joins words and
+    template can make that count differ by one."""
 
     unit = "tokens"
 
     def __init__(self, tokenizer: Any) -> None:
         self.measured = Measured()
         self._tokenizer = tokenizer
-        self._added: dict[Kind, Counter[int]] = {}
+        self._added: dict[Kind, Counter[tuple[int, int]]] = {}  # tokens and trained tokens, how often
         self._spelt: set[str] = set()  # characters that the vocabulary is known to spell
-        self._waiting: list[tuple[int, Example]] = []
+        self._waiting: list[Waiting] = []
         self._waiting_chars = 0
         self._executor = ThreadPoolExecutor(1)
         self._running: deque[Future[None]] = deque()
 
-    def add(self, row: int, example: Example) -> None:
-        self._waiting.append((row, example))
-        self._waiting_chars += sum(map(len, texts_of(example)))
+    def add(self, row: int, example: Example, *, exact: bool = False) -> None:
+        """The next row; ``exact`` if its words are not to be counted without the template."""
+        texts = texts_of(example)
+        self._waiting.append((row, example, texts, exact))
+        self._waiting_chars += sum(map(len, texts))
         if len(self._waiting) >= BATCH_ROWS or self._waiting_chars >= BATCH_CHARS:
             self._submit()
 
@@ -120,39 +136,54 @@ class TokenMeter:
         self._running.append(self._executor.submit(self._measure, self._waiting))
         self._waiting, self._waiting_chars = [], 0
 
-    def _measure(self, batch: list[tuple[int, Example]]) -> None:
-        texts = [texts_of(example) for _, example in batch]
-        counts = iter(token_counts(self._tokenizer, [text for several in texts for text in several]))
-        strange = set("".join(text for several in texts for text in several)) - self._spelt
-        exact = len(self.measured.rows) < EXACT_ROWS
-        for (row, example), words in zip(batch, texts, strict=True):
-            of_words = [next(counts) for _ in words]
-            known = not exact and self._added.get(_kind(example))
-            if known and all(strange.isdisjoint(text) for text in words):
-                self.measured.append(row, _total(example, of_words) + known.most_common(1)[0][0])
-            else:
-                self._encode(row, example, of_words, words)
+    def _measure(self, batch: list[Waiting]) -> None:
+        every = iter(token_counts(self._tokenizer, [text for _, _, texts, _ in batch for text in texts]))
+        counts = [[next(every) for _ in texts] for _, _, texts, _ in batch]
+        unknown = self._not_known(batch)
+        encoded = encode_each((batch[place][1] for place in unknown), self._tokenizer)
+        for place, (_, rows) in zip(unknown, encoded, strict=True):
+            self._learn(batch[place], rows, counts[place])
+        for place in sorted(set(range(len(batch))).difference(unknown)):
+            row, example, _, _ = batch[place]
+            [((more, trained), _)] = self._added[_kind(example)].most_common(1)
+            length = _total(example, counts[place]) + more
+            self.measured.append(row, length, length, _answered(example, counts[place]) + trained)
 
-    def _encode(self, row: int, example: Example, of_words: list[int], words: list[str]) -> None:
-        try:
-            lengths = [len(encode(example, self._tokenizer))]
-        except DataError as error:
-            self.measured.refused.append((row, str(error)))
+    def _not_known(self, batch: list[Waiting]) -> list[int]:
+        """The places of the rows that must be encoded."""
+        if len(self.measured.rows) < EXACT_ROWS:
+            return list(range(len(batch)))
+        strange = set("".join(text for _, _, texts, _ in batch for text in texts)) - self._spelt
+        return [
+            place
+            for place, (_, example, texts, exact) in enumerate(batch)
+            if exact or _kind(example) not in self._added or not all(map(strange.isdisjoint, texts))
+        ]
+
+    def _learn(self, waiting: Waiting, encoded: list[EncodedRow] | DataError, counts: list[int]) -> None:
+        row, example, texts, exact = waiting
+        if isinstance(encoded, DataError):
+            self.measured.refused.append((row, str(encoded)))
             return
-        self._spelt.update(*words)
-        longer = _longer_rejected(example, of_words)
-        self.measured.append(row, max(lengths) + longer, min(lengths))
+        self._spelt.update(*texts)
+        longer = _longer_rejected(example, counts)
+        lengths = [len(one) + longer for one in encoded]
+        trained = sum(one.trained_tokens for one in encoded)
+        self.measured.append(row, max(lengths), min(lengths), trained)
         kind = _kind(example)
-        if kind and len(lengths) == 1 and len(self._added) < MOST_KINDS:
-            added = lengths[0] + longer - _total(example, of_words)
+        if kind and not exact and len(lengths) == 1 and len(self._added) < MOST_KINDS:
+            added = lengths[0] - _total(example, counts), trained - _answered(example, counts)
             self._added.setdefault(kind, Counter())[added] += 1
 
 
 def _kind(example: Example) -> Kind:
     """What decides how much the template adds: the roles.  Empty if every row must be looked at."""
     turns = example.messages
-    if example.tools or any(turn.tool_calls or turn.reasoning or turn.images for turn in turns):
+    if example.tools:
         return ()
+    for turn in turns:
+        if turn.tool_calls or turn.reasoning or turn.images or turn.train is not None:
+            return ()
     return tuple(turn.role for turn in turns) or ("text",)
 
 

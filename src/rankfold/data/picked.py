@@ -12,7 +12,7 @@ class Picked:
     and the longest and the shortest of all.  Nothing is kept for a ``count`` of 0."""
 
     def __init__(self, count: int, seed: int) -> None:
-        self._count = count
+        self.count = count
         self._random = random.Random(seed)
         self._offered = 0
         self._sample: list[Example] = []
@@ -20,12 +20,12 @@ class Picked:
         self._shortest: tuple[int, Example] | None = None
 
     def offer(self, example: Example, length: int) -> None:
-        if not self._count:
+        if not self.count:
             return
         self._offered += 1
-        if len(self._sample) < self._count:
+        if len(self._sample) < self.count:
             self._sample.append(example)
-        elif (place := self._random.randrange(self._offered)) < self._count:
+        elif (place := self._random.randrange(self._offered)) < self.count:
             self._sample[place] = example
         if self._longest is None or length > self._longest[0]:
             self._longest = length, example

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rankfold.data.balance import Lengths
 from rankfold.data.findings import explained
 from rankfold.data.fixed import FixedFile
 from rankfold.data.ledger import Finding, State
+from rankfold.data.proof import MaskProof
 
 OK, WOULD_STOP, UNREADABLE = 0, 1, 2  # exit statuses
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proof:
-    """One row as the model sees it: (text, trained) pieces, and how many of its tokens are trained."""
-
-    origin: str
-    tokens: int
-    trained: int
-    pieces: list[tuple[str, bool]]
 
 
 @dataclass(kw_only=True)
@@ -43,7 +34,7 @@ class Report:
     verdict: str
     notes: list[str]
     fixed: FixedFile | None = None
-    proofs: list[Proof] = field(default_factory=list)
+    proof: MaskProof | None = None
     seconds: float = 0.0
 
     @property
@@ -91,5 +82,5 @@ class Report:
             "notes": self.notes,
             "fixed": asdict(self.fixed) if self.fixed else None,
             "seconds": round(self.seconds, 3),
-            "mask": [asdict(proof) for proof in self.proofs],
+            "mask": asdict(self.proof) if self.proof else None,
         }
