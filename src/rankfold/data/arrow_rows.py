@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.data.row import BadRow, Row
-from rankfold.data.streams import expanded_file
+from rankfold.data.streams import expanded_file, require_regular_file
 from rankfold.errors import DataError, bullet_list
 
 BATCH_ROWS = 256
@@ -44,10 +44,13 @@ def saved_dataset_rows(folder: Path, split: str) -> Iterator[Row | BadRow]:
     split named, else ``train``, else the only one.  Raises DataError if there is no such split."""
     if (folder / "dataset_dict.json").is_file():
         folder = folder / choose_split(_described(folder / "dataset_dict.json", "splits"), split, str(folder))
-    files = [Path(str(file.get("filename"))) for file in _described(folder / "state.json", "_data_files")]
+    told = _described(folder / "state.json", "_data_files")
+    files = [Path(str(file.get("filename") if isinstance(file, dict) else file)) for file in told]
     for file in files:
         if file.name != str(file):  # the description may come from elsewhere: it must not lead out of here
             raise DataError(f"{folder / 'state.json'} names a file outside its folder: {file}")
+    for file in files:
+        require_regular_file(folder / file)
     return (row for file in files for row in arrow_rows(folder / file, str(folder / file)))
 
 

@@ -24,7 +24,9 @@ def hub_rows(name: str) -> Iterator[Row]:
         splits = datasets.get_dataset_split_names(path, config)
         chosen = choose_split(splits, split or "", path if config is None else f"{path}:{config}")
         data = datasets.load_dataset(path, config, split=chosen, streaming=True)
-    return _rows_of(data.decode(False), path, f"{path}:{chosen}")
+    if data.features:
+        data = data.decode(False)  # images stay the paths that they are
+    return _rows_of(data, path, f"{path}:{chosen}")
 
 
 def _rows_of(data: Any, path: str, name: str) -> Iterator[Row]:
