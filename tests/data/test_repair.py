@@ -97,7 +97,10 @@ def test_mending_is_done_at_once_and_leaves_its_input_alone(turns):
 
 @given(TURNS)
 def test_no_answer_is_put_behind_another_question_than_its_own(turns):
-    numbered = [(role, content and content.strip() and f"{content}{place}") for place, (role, content) in enumerate(turns)]
+    numbered = [
+        (role, content and content.strip() and f"{content}{place}")
+        for place, (role, content) in enumerate(turns)
+    ]
     values, _ = repaired(chat(*numbered))
     spoken = [(turn["role"], turn["content"]) for turn in values["messages"]]
     for (role, content), (next_role, answer) in pairwise(spoken):

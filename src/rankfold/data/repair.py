@@ -52,8 +52,15 @@ def _mend_turns(turns: list[Turn], role: str, content: str, done: list[str]) -> 
     mended = [_mend_role(turn, role, done) for turn in turns]
     if not all(turn.get(role) in MENDABLE and _is_plain(turn, content) for turn in mended):
         return mended
-    mended = _without_empty(mended, role, content, done)
-    mended = _joined(mended, role, content, done)
+    before: list[Turn] = []
+    while mended != before:  # what one step leaves may need another
+        before = mended
+        mended = _mend_order(_without_empty(mended, role, content, done), role, content, done)
+    return mended
+
+
+def _mend_order(turns: list[Turn], role: str, content: str, done: list[str]) -> list[Turn]:
+    mended = _joined(turns, role, content, done)
     first = next((i for i, turn in enumerate(mended) if turn[role] != "system"), len(mended))
     if first < len(mended) and mended[first][role] == "assistant" and len(mended) > first + 1:
         done.append("answer before the first question dropped")
