@@ -69,3 +69,25 @@ def test_a_rank_that_no_weight_can_hold_is_refused(recipe):
 def test_every_row_too_long_is_an_error(recipe):
     with pytest.raises(DataError, match=r"raise --max-length(.|\n)*rows.jsonl:1 has"):
         plan_of(recipe(max_length=8))
+
+
+def test_any_source_is_read_with_its_shape_and_weight(recipe, tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("task,reply\n" + "".join(f"t{number},r{number}\n" for number in range(40)))
+    rows = read_data(recipe(data=f"{table}:2", shape="prompt=task,completion=reply"))
+    assert (len(rows.train), len(rows.held_out)) == (76, 2)
+    assert rows.shape == "40 rows of prompt-completion (as given), 2 times: 80 examples"
+
+
+def test_bad_rows_are_left_out_only_as_far_as_the_recipe_allows(recipe, joke_rows):
+    rows = [*joke_rows, {"prompt": "p", "completion": ""}]
+    with pytest.raises(DataError, match="rows.jsonl:25: message 2"):
+        read_data(recipe(rows))
+    assert "1 bad rows left out:" in read_data(recipe(rows, skip_bad=0.1)).notes[0]
+
+
+def test_preference_pairs_are_refused_unless_the_chosen_answers_are_asked_for(recipe):
+    pairs = [{"prompt": f"p{number}", "chosen": "a", "rejected": "b"} for number in range(9)]
+    with pytest.raises(DataError, match="the rows are preference pairs"):
+        read_data(recipe(pairs))
+    assert len(read_data(recipe(pairs, shape="chosen")).train) == 8
