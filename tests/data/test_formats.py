@@ -26,7 +26,10 @@ def turn(role: str, content: str = "x") -> dict[str, str]:
 def test_prompt_and_completion_become_two_turns():
     examples, style, shape = to_examples(rows({"prompt": "p", "completion": "c", "language": "en"}))
     assert examples[0].messages == (Message("user", ("p",)), Message("assistant", ("c",)))
-    assert (style, shape) == ("chat", "1 rows of prompt-completion (columns prompt, completion)")
+    assert (style, shape) == (
+        "chat",
+        "1 rows of prompt-completion (columns prompt, completion); not used: language",
+    )
     assert examples[0].prompt == [turn("user", "p")]
     assert examples[0].answer == "c"
 
@@ -91,7 +94,7 @@ def test_columns_are_named_in_one_line():
     row = rows({"task": "p", "reply": "c", "note": "n"})
     examples, style, shape = to_examples(row, "prompt=task, completion=reply")
     assert examples[0].messages == (Message("user", ("p",)), Message("assistant", ("c",)))
-    assert (style, shape) == ("chat", "1 rows of prompt-completion (as given)")
+    assert (style, shape) == ("chat", "1 rows of prompt-completion (as given); not used: note")
     assert to_examples(row, "text=note")[0][0].text == "n"
 
 
@@ -185,3 +188,8 @@ def test_gsm8k_is_understood_as_it_is():
     examples, style, shape = to_examples(read_rows(GSM8K))
     assert (len(examples), style) == (1319, "chat")
     assert shape == "1,319 rows of prompt-completion (columns question, answer)"
+
+
+def test_only_a_few_unused_columns_are_named():
+    wide = rows({"text": "x", **{f"column {number}": number for number in range(10, 30)}})
+    assert to_examples(wide)[2].endswith("column 16, column 17 and 12 more")

@@ -87,3 +87,14 @@ def test_a_field_may_be_longer_than_the_csv_modules_own_limit(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
     (tmp_path / "a.csv").write_text("q,a\n1,2\n", encoding="utf-8-sig")
     assert read(tmp_path / "a.csv")[0].values == {"q": "1", "a": "2"}
+
+
+def test_a_quote_that_swallows_more_than_a_field_may_hold_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("rankfold.data.table_rows.MAX_LINE_BYTES", 200_000)
+    previous = csv.field_size_limit(131_072)
+    try:
+        (tmp_path / "a.csv").write_text('q,a\nx,1\n"open,2\n' + "z,3\n" * 60_000)
+        with pytest.raises(DataError, match="f:3: a quote opens in this row and is never closed"):
+            read(tmp_path / "a.csv")
+    finally:
+        csv.field_size_limit(previous)

@@ -58,3 +58,13 @@ def test_latin_1_is_named_with_its_line(tmp_path):
     bad, good = sorted(read(tmp_path / "a.txt"), key=lambda row: hasattr(row, "values"))
     assert (bad.origin, good.values["text"]) == ("f:3:4", "one")
     assert "not UTF-8" in bad.problem
+
+
+def test_a_line_of_megabytes_is_cut_in_time_that_grows_with_its_length(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 40_000_000)
+    assert len(read(tmp_path / "a.txt")) == 40_000_000 // PASSAGE_CHARS
+
+
+def test_white_space_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one" + "\n" * 5000 + " " * 5000 + "\n\t\ntwo\n" + " " * 3000)
+    assert [row.values["text"] for row in read(tmp_path / "a.txt") if not row.values["text"].strip()] == []

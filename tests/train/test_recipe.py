@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rankfold import Recipe
+from rankfold.data.sources import Source
 from rankfold.errors import ConfigError
 
 
@@ -45,3 +48,17 @@ def test_an_impossible_value_is_refused(options, name):
 
 def test_every_setting_has_a_description():
     assert all(field.description for field in Recipe.model_fields.values())
+
+
+def test_data_is_a_name_a_path_or_a_list_of_sources(tmp_path):
+    sources = [Source("a.jsonl", 2, "alpaca")]
+    for data in ("org/name:train", Path("a.jsonl"), sources):
+        recipe = Recipe.of({"data": data, "out": tmp_path})
+        assert recipe.data == data
+        told = recipe.model_dump(mode="json")
+        assert Recipe.of(told).model_dump(mode="json") == told
+
+
+def test_a_share_of_bad_rows_is_below_one(tmp_path):
+    with pytest.raises(ConfigError, match="skip_bad: input should be less than 1, got '1'"):
+        Recipe.of({"data": "a", "out": tmp_path, "skip_bad": "1"})

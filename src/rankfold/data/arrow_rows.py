@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,10 @@ def arrow_rows(path: Path, name: str) -> Iterator[Row | BadRow]:
             source.seek(0)
             reader = batches = pyarrow.ipc.open_stream(source)
         yield from _rows_of(batches, reader.schema, name, str(path.parent))
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    return any(os.path.isfile(folder / name) for name in ("state.json", "dataset_dict.json"))
 
 
 def saved_dataset_rows(folder: Path, split: str) -> Iterator[Row | BadRow]:
@@ -127,5 +132,7 @@ def _our_errors(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: damaged, or not what its name says ({error})") from error

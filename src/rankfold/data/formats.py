@@ -19,6 +19,7 @@ from rankfold.models.facts import PromptStyle
 
 # In the order in which they are tried: what needs more columns comes first.
 SHAPES: Mapping[str, Shape] = {**PAIRS, **TURNS, **ANSWERS, **TEXT, **CHOSEN}
+MOST_NAMES = 8  # of unused columns in a description
 DETECTED = tuple(shape for name, shape in SHAPES.items() if name not in CHOSEN)
 
 
@@ -93,27 +94,36 @@ def to_example(row: Row, shape: Shape) -> Example:
 
     Raises ValueError, in words that follow on the row's origin, if its values are not such as the shape
     holds.  Whether the example can be trained on is for ``rules.problems`` to say."""
-    if not shape.columns:
-        bound = shape.bound(row.values)
-        if bound is None:
-            raise ValueError(f"no {' and no '.join(map(repr, shape.missing(row.values)))} for {shape.name}")
-        shape = bound
-    else:
-        require_columns(shape, row.values)
-    return shape.convert(row, shape.columns)
+    return shape.convert(row, _bound(shape, row.values).columns)
+
+
+def _bound(shape: Shape, values: Mapping[str, Any]) -> Shape:
+    """``shape`` with its columns, found in the row or known to be there; else ValueError."""
+    if shape.columns:
+        require_columns(shape, values)
+        return shape
+    bound = shape.bound(values)
+    if bound is None:
+        raise ValueError(f"no {' and no '.join(map(repr, shape.missing(values)))} for {shape.name}")
+    return bound
 
 
 @dataclass(slots=True)
 class Converted:
-    """Examples that can be trained on, the rows that cannot, and the shapes that were found, with counts."""
+    """Examples that can be trained on, the rows that cannot, the shapes that were found, with counts, and the
+    columns that no shape had a use for."""
 
     examples: list[Example] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     shapes: Counter[str] = field(default_factory=Counter)
+    unused: set[str] = field(default_factory=set)
 
     @property
     def description(self) -> str:
-        return "; ".join(f"{count:,} rows of {shape}" for shape, count in self.shapes.items())
+        found = [f"{count:,} rows of {shape}" for shape, count in self.shapes.items()]
+        names = sorted(self.unused)
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        return "; ".join([*found, *([f"not used: {', '.join(names[:MOST_NAMES])}{more}"] if names else [])])
 
 
 def convert(rows: Iterable[Row], shape: str | None = None) -> Converted:
@@ -122,7 +132,7 @@ def convert(rows: Iterable[Row], shape: str | None = None) -> Converted:
     converted = Converted()
     for row in rows:
         try:
-            found = given or detect_shape(row.values)
+            found = _bound(given, row.values) if given else detect_shape(row.values)
             example = to_example(row, found)
         except ValueError as error:
             converted.bad.append(BadRow(row.origin, str(error)))
@@ -132,6 +142,7 @@ def convert(rows: Iterable[Row], shape: str | None = None) -> Converted:
             converted.bad.append(BadRow(row.origin, "; ".join(fatal)))
         else:
             converted.examples.append(example)
+            converted.unused.update(row.values.keys() - found.columns.values())
             converted.shapes[f"{found.name} ({'as given' if given else found.reason})"] += 1
     return converted
 

@@ -105,10 +105,10 @@ def _without_empty(turns: list[Turn], role: str, content: str, done: list[str]) 
             done.append("empty answer dropped, and its question" if empty else "empty question dropped")
             unanswerable = False
         elif empty:
-            unanswerable = turn[role] == "user"
+            unanswerable = unanswerable or turn[role] == "user"
             done.append(f"empty {turn[role]} turn dropped")
         else:
-            unanswerable = False
+            unanswerable = unanswerable and turn[role] != "user"
             kept.append(turn)
     return kept
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rankfold.data.arrow_rows import arrow_rows, parquet_rows, saved_dataset_rows
+from rankfold.data.arrow_rows import arrow_rows, is_saved_dataset, parquet_rows, saved_dataset_rows
 from rankfold.data.hub_rows import hub_rows
 from rankfold.data.json_rows import json_rows
 from rankfold.data.row import BadRow, Row
@@ -32,8 +32,8 @@ READERS: dict[str, Reader] = {
     ".xlsx": sheet_rows,
     **TEXT_READERS,
 }
-# Descriptions of a data set that lie beside its rows.
-NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+# What datasets leaves beside the rows: descriptions, and copies of rows.
+NOT_ROWS = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|cache-.*\.arrow")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 
 
@@ -83,26 +83,22 @@ def stream_rows(source: str | Path) -> Iterator[Row | BadRow]:
 
     Raises DataError at once if there is nothing to read there, and later if reading cannot go on."""
     name = str(source)
-    path, split = _existing(name)
-    if path is None:
-        return hub_rows(_hub_name(name))
-    if not path.is_dir():
-        require_regular_file(path)
-        return _reader(path)(path, name)
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return saved_dataset_rows(path, split)
-    return _folder_rows(path)
+    path = Path(os.path.expanduser(name))
+    if name.strip() and os.path.lexists(path):
+        return _path_rows(path, name)
+    before, _, split = os.path.expanduser(name).rpartition(":")
+    if before and is_saved_dataset(Path(before)):
+        return saved_dataset_rows(Path(before), split)
+    return hub_rows(_hub_name(name))
 
 
-def _existing(name: str) -> tuple[Path | None, str]:
-    """The path that ``name`` is, and what stands behind its colon if only the rest is a folder."""
-    path = Path(name).expanduser()
-    if os.path.lexists(path):
-        return path, ""
-    before, colon, split = name.rpartition(":")
-    if colon and Path(before).expanduser().is_dir():
-        return Path(before).expanduser(), split
-    return None, ""
+def _path_rows(path: Path, name: str) -> Iterator[Row | BadRow]:
+    if is_saved_dataset(path):
+        return saved_dataset_rows(path, "")
+    if path.is_dir():
+        return _folder_rows(path)
+    require_regular_file(path)
+    return _reader(path)(path, name)
 
 
 def _hub_name(name: str) -> str:
@@ -110,9 +106,9 @@ def _hub_name(name: str) -> str:
         raise DataError(f"{name} is a URL; nothing is fetched from one. Download the file, and name its path")
     first, *_ = name.split("/")
     is_file_name = Path(name.partition(":")[0]).suffix.lower() in (*READERS, *COMPRESSED)
-    if is_file_name or Path(first).exists() or not HUB_NAME.fullmatch(name):
+    if is_file_name or not first or os.path.exists(first) or not HUB_NAME.fullmatch(name):
         near = Path(name).parent
-        there = [str(near / entry.name) for entry in near.iterdir()] if near.is_dir() else []
+        there = [str(near / entry) for entry in os.listdir(near)] if os.path.isdir(near) else []
         raise DataError(f"no such data file: {name}{nearest(name, there)}")
     return name
 
@@ -133,7 +129,7 @@ def _folder_rows(folder: Path) -> Iterator[Row | BadRow]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and data_suffix(path) in READERS
-        and path.name not in NOT_ROWS
+        and not NOT_ROWS.fullmatch(path.name)
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     rows = [path for path in files if data_suffix(path) not in TEXT_READERS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 from collections.abc import Iterable
@@ -51,16 +52,20 @@ def sources_of(data: str | Path | Iterable[Source], shape: str | None = None) ->
     ``shape`` is for the sources that give none of their own."""
     if not isinstance(data, str | Path):
         return [Source(source.path, source.weight, source.shape or shape) for source in data]
-    if Path(data).expanduser().exists():
+    if _is_there(str(data)):
         return [Source(data, shape=shape)]
     sources = []
     for part in map(str.strip, str(data).split(",")):
         if not part:
             raise DataError(f"a source without a name in {str(data)!r}")
-        weighted = None if Path(part).expanduser().exists() else WEIGHT.fullmatch(part)
+        weighted = None if _is_there(part) else WEIGHT.fullmatch(part)
         path, weight = (weighted[1], float(weighted[2])) if weighted else (part, 1.0)
         sources.append(Source(path, weight, shape))
     return sources
+
+
+def _is_there(name: str) -> bool:
+    return os.path.exists(os.path.expanduser(name))
 
 
 def read_examples(sources: Iterable[Source], seed: int = 0, skip_bad: float = 0.0) -> Mixture:

@@ -70,7 +70,7 @@ def _next_record(
     try:
         fields = next(records, None)
     except csv.Error as error:
-        if "unexpected end" in str(error):
+        if "unexpected end" in str(error) or "field limit" in str(error):
             raise DataError(f"{place}: a quote opens in this row and is never closed") from error
         return None, ValueError(f": {_in_our_words(str(error))}")
     problem, feed.problem = feed.problem, None

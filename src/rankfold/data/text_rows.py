@@ -24,12 +24,13 @@ def text_rows(path: Path, name: str) -> Iterator[Row | BadRow]:
             yield block
             continue
         line, text = block
-        if passage and len(passage) + len(text) > PASSAGE_CHARS:
-            yield Row({"text": passage.rstrip()}, f"{name}:{start}", folder)
+        if passage and len(passage) + len(text.rstrip()) > PASSAGE_CHARS:
+            if passage.strip():
+                yield Row({"text": passage.rstrip()}, f"{name}:{start}", folder)
             passage = ""
         start = start if passage else line
         passage += text
-    if passage:
+    if passage.strip():
         yield Row({"text": passage.rstrip()}, f"{name}:{start}", folder)
 
 
@@ -40,7 +41,7 @@ def _blocks(path: Path, name: str) -> Iterator[tuple[int, str] | BadRow]:
         try:
             if line is None:
                 raise ValueError(too_long())
-            text = decoded(line).removesuffix("\r") + "\n"
+            text = decoded(line).removesuffix("\r")
         except ValueError as error:
             yield bad_row(f"{name}:{number}", error)
             continue
@@ -52,16 +53,16 @@ def _blocks(path: Path, name: str) -> Iterator[tuple[int, str] | BadRow]:
             *full, rest = _cut(text)
             yield from ((number, piece) for piece in full)
             start = start if block else number
-            block += rest if text.strip() else "\n"
+            block += (rest if text.strip() else "") + "\n"
     if block:
         yield start, block
 
 
 def _cut(line: str) -> list[str]:
     """The line in pieces of up to PASSAGE_CHARS, cut behind spaces where there are any."""
-    pieces = []
-    while len(line) > PASSAGE_CHARS:
-        end = line.rfind(" ", 1, PASSAGE_CHARS) + 1 or PASSAGE_CHARS
-        pieces.append(line[:end])
-        line = line[end:]
-    return [*pieces, line]
+    pieces, start = [], 0
+    while len(line) - start > PASSAGE_CHARS:
+        end = line.rfind(" ", start + 1, start + PASSAGE_CHARS) + 1 or start + PASSAGE_CHARS
+        pieces.append(line[start:end])
+        start = end
+    return [*pieces, line[start:]]
