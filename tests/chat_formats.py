@@ -154,8 +154,8 @@ SMOL_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging F
 
 def smollm3_system(text: str) -> str:
     return (
-        f"{c('<|im_start|>')}system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 26 July 2024\n"
-        f"Reasoning Mode: /no_think\n\n## Custom Instructions\n\n{text}\n\n{c('<|im_end|>')}\n"
+        f"{c('<|im_start|>')}system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
+        f"Today Date: 26 July 2024\nReasoning Mode: /no_think\n\n## Custom Instructions\n\n{text}\n\n{c('<|im_end|>')}\n"
     )
 
 
@@ -263,8 +263,9 @@ FORMATS: dict[str, Format] = {
     "gpt-oss": Format(
         TRL / "gptoss.jinja",
         begin=(
-            f"{c('<|start|>')}system{c('<|message|>')}You are ChatGPT, a large language model trained by OpenAI.\n"
-            "Knowledge cutoff: 2024-06\nCurrent date: 2024-07-26\n\nReasoning: medium\n\n# Valid channels: analysis, "
+            f"{c('<|start|>')}system{c('<|message|>')}You are ChatGPT, a large language model trained by "
+            "OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: 2024-07-26\n\nReasoning: medium\n\n"
+            "# Valid channels: analysis, "
             f"commentary, final. Channel must be included for every message.{c('<|end|>')}"
         ),
         system=lambda text: (

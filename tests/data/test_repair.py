@@ -39,7 +39,7 @@ Q, A = ("user", "q"), ("assistant", "a")
         (
             [("user", None), ("assistant", "x"), Q, A],
             [Q, A],
-            ["empty user turn dropped", "empty question dropped"],
+            ["empty user turn dropped", "answer without a question dropped"],
         ),
         (
             [("user", "cafÃ©\x00"), A],

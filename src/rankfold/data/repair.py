@@ -96,14 +96,16 @@ def _is_empty(turn: Turn, content: str) -> bool:
 def _without_empty(turns: list[Turn], role: str, content: str, done: list[str]) -> list[Turn]:
     """No empty turns; with an empty question goes its answer, with an empty answer its question."""
     kept: list[Turn] = []
-    unanswerable = False
+    unanswerable = False  # until the next question, answers have none
     for turn in turns:
         empty = _is_empty(turn, content)
         if turn[role] == "assistant" and (empty or unanswerable):
             if kept and kept[-1][role] == "user" and not unanswerable:
                 kept.pop()
-            done.append("empty answer dropped, and its question" if empty else "empty question dropped")
-            unanswerable = False
+            done.append(
+                "empty answer dropped, and its question" if empty else "answer without a question dropped"
+            )
+            unanswerable = True
         elif empty:
             unanswerable = unanswerable or turn[role] == "user"
             done.append(f"empty {turn[role]} turn dropped")

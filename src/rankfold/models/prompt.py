@@ -18,8 +18,11 @@ from rankfold.models.template import Conversation, TemplateMessage, render_all
 
 __all__ = ["Piece", "PromptEncoder", "TemplateMessage", "prompt_encoder"]
 
-FIRST_STAND_IN = 0xF0000  # a plane of Unicode that is for private use: templates leave it alone
-STAND_INS = re.compile("[\U000f0000-\U000fffff]")
+# A stand-in is spelt in Unicode's noncharacters, which no text may hold: one that opens, three digits.
+NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
+STAND_INS = re.compile("\ufdd0[\ufdd1-\ufdef]{3}")
+FIRST_DIGIT, DIGITS = 0xFDD1, 31
+BLANK = str.maketrans("", "", " \t\n\r")
 KEPT_PIECES = 4096
 
 
@@ -47,7 +50,7 @@ class PromptEncoder:
         greedy = {t.content for t in added.values() if t.lstrip or t.rstrip or t.normalized}
         self.spelling = any_of(self.control)
         self.borders = any_of(self.control.keys() - greedy)
-        self.stand_ins = {text: chr(FIRST_STAND_IN + place) for place, text in enumerate(self.control)}
+        self.stand_ins = {text: _stand_in(place) for place, text in enumerate(self.control)}
         self.restored = {stand_in: text for text, stand_in in self.stand_ins.items()}
         self.known: dict[Piece, list[int] | DataError] = {}
         self.joins = not self._pieces_are_independent()
@@ -57,13 +60,10 @@ class PromptEncoder:
     def shield(self, conversation: Conversation) -> Conversation:
         """The conversation with stand-ins in place of words that spell control tokens."""
         content = [conversation.messages, conversation.tools]
+        if any(map(NONCHARACTERS.search, _texts(content))):
+            raise DataError("the text holds characters of U+FDD0 to U+FDEF, which are none; remove them")
         if not any(map(self.spelling.search, _texts(content))):
             return conversation
-        if any(map(STAND_INS.search, _texts(content))):
-            raise DataError(
-                "the text spells control tokens and holds characters of Unicode's private plane 15; "
-                "remove one or the other"
-            )
         messages, tools = _map_texts(
             content, lambda text: self.spelling.sub(lambda found: self.stand_ins[found.group()], text)
         )
@@ -91,21 +91,26 @@ class PromptEncoder:
 
         Raises DataError if words spell control tokens and the tokenizer has no way to write them."""
         if self.joins:
-            if STAND_INS.search(text):
+            if NONCHARACTERS.search(text):
                 raise DataError(
                     f"the text spells control tokens of this model ({', '.join(self.spelt(text))}), and its "
                     "tokenizer cannot write them as words"
                 )
             return [Piece(text)]
         pieces = [Piece(part) for part in self.borders.split(text) if part]
-        return [Piece(self.restore(p.text), True) if STAND_INS.search(p.text) else p for p in pieces]
+        return [Piece(self.restore(p.text), True) if NONCHARACTERS.search(p.text) else p for p in pieces]
 
     def restore(self, text: str) -> str:
         """``text`` with the words that the stand-ins stand for."""
-        return STAND_INS.sub(lambda found: self.restored.get(found.group(), found.group()), text)
+        restored = STAND_INS.sub(lambda found: self.restored[found.group()], text)
+        if NONCHARACTERS.search(restored):
+            raise DataError(
+                "the text spells control tokens of this model, and the chat template changes them"
+            )
+        return restored
 
     def spelt(self, text: str) -> list[str]:
-        return sorted({self.restored[one] for one in STAND_INS.findall(text) if one in self.restored})
+        return sorted({self.restored[one] for one in STAND_INS.findall(text)})
 
     def ids_now(self, pieces: list[Piece]) -> list[int]:
         self.learn(pieces)
@@ -177,9 +182,14 @@ class PromptEncoder:
 
     def _pieces_are_independent(self) -> bool:
         control = next(iter(self.borders.findall("".join(self.control))), "")
-        pieces = ["x\n", control, "y z", control, " w"]
+        pieces = ["x\n", "y z", control, " w", control, "v"]
         apart = self._numbers([piece for piece in pieces if piece], False)
         return self._numbers(["".join(pieces)], False)[0] == [token for ids in apart for token in ids]
+
+
+def _stand_in(place: int) -> str:
+    digits = (place // DIGITS**2, place // DIGITS % DIGITS, place % DIGITS)
+    return "\ufdd0" + "".join(chr(FIRST_DIGIT + digit) for digit in digits)
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -190,7 +200,7 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 def same_letters(one: str, other: str) -> bool:
     """Equal but for white space and Unicode composition, which some tokenizers normalise."""
-    first, second = (squeeze(unicodedata.normalize("NFKC", text)) for text in (one, other))
+    first, second = (unicodedata.normalize("NFKC", text).translate(BLANK) for text in (one, other))
     return first == second
 
 

@@ -130,14 +130,15 @@ class _Worker:
         """That many lines in answer to ``request``.  Raises ModelError naming the template if the worker
         dies of it."""
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
+            if self.process is not None and self.process.poll() is not None:
+                self._end()
+            if self.process is None:
                 self.process = _start()
             pipe_in, pipe_out = self.process.stdin, self.process.stdout
             assert pipe_in is not None
             assert pipe_out is not None
             try:
-                pipe_in.write(request.encode() + b"\n")
-                pipe_in.flush()
+                _write(pipe_in, request.encode() + b"\n")
                 lines = [pipe_out.readline() for _ in range(answers)]
             except BrokenPipeError:
                 lines = [b""]
@@ -160,7 +161,7 @@ class _Worker:
         self.lock = threading.Lock()
         if self.process is not None:
             self.process.returncode = 0  # it is not this process's child, so there is nothing to wait for
-            self.process = None
+            self._end()
 
     def _end(self, kill: bool = False) -> int:
         process, self.process = self.process, None
@@ -173,6 +174,13 @@ class _Worker:
             process.stdin.close()
         process.stdout.close()
         return process.wait()
+
+
+def _write(pipe: Any, content: bytes) -> None:
+    """Past the buffer: what stood in it would be written again by a child that is forked meanwhile."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[pipe.raw.write(rest) :]
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -23,7 +23,6 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0  # processor time of one rendering
 OUTPUT_CHARACTERS = 1_000_000  # of one rendering
 CONVERSATION_CHARACTERS = 64_000_000  # of all renderings of one conversation
 MEMORY_BYTES = 512 * 1024**2
@@ -120,9 +119,9 @@ def compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def render(template: str, values: dict[str, Any]) -> tuple[str, tuple[int, int] | None]:
+def render(template: str, values: dict[str, Any], seconds: float) -> tuple[str, tuple[int, int] | None]:
     """The text, and the place of its last marked block.  Ends this process if it takes too long."""
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signal that ends it kills; nothing can catch it
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # the signal that ends it kills; nothing can catch it
     PROGRESS.length, PROGRESS.marked = 0, None
     blocks = []
     for block in compiled(template).generate(values):
@@ -135,7 +134,7 @@ def render(template: str, values: dict[str, Any]) -> tuple[str, tuple[int, int] 
     return text, marked
 
 
-def answer(request: dict[str, Any], conversation: dict[str, Any]) -> Any:
+def answer(request: dict[str, Any], conversation: dict[str, Any], seconds: float) -> Any:
     """All renderings of one conversation, or why there are none."""
     done, length = [], 0
     try:
@@ -147,7 +146,7 @@ def answer(request: dict[str, Any], conversation: dict[str, Any]) -> Any:
                 "documents": None,
                 "add_generation_prompt": for_reply,
             }
-            done.append(render(request["templates"][conversation["template"]], values))
+            done.append(render(request["templates"][conversation["template"]], values, seconds))
             length += len(done[-1][0])
             if length > CONVERSATION_CHARACTERS:
                 raise RefusedError(f"the conversation takes more than {CONVERSATION_CHARACTERS:,} characters")
@@ -163,17 +162,18 @@ def answer(request: dict[str, Any], conversation: dict[str, Any]) -> Any:
     return done
 
 
-def main() -> None:
-    """Serve until standard input ends, which it does when the other side is gone."""
+def main(seconds: float) -> None:
+    """Serve, with so much processor time for a rendering, until standard input ends: then the other side is
+    gone."""
     with suppress(ValueError, OSError):  # not every system limits the address space
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin.buffer:
         request = json.loads(line)
         for conversation in request["conversations"]:
-            sys.stdout.write(json.dumps(answer(request, conversation)) + "\n")
+            sys.stdout.write(json.dumps(answer(request, conversation, seconds)) + "\n")
         sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))
