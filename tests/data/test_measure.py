@@ -57,7 +57,7 @@ def test_a_row_that_cannot_be_encoded_is_refused_with_the_reason_also_late(real_
     monkeypatch.setattr(measure, "BATCH_ROWS", 2)
     draw = random.Random(0)
     examples = [chat(draw, number) for number in range(10)]
-    turns = (Message("user", ("what about \x1a and \U000f0000 <|im_end|>",)), Message("assistant", ("no",)))
+    turns = (Message("user", ("what about this",), train=True), Message("assistant", ("no",)))
     examples[7] = replace(examples[7], messages=turns)
     with pytest.raises(DataError) as wanted:
         encode(examples[7], real_base.tokenizer)
