@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from rankfold.errors import OutputError
 
@@ -19,17 +20,27 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
     Raises OutputError with the system's reason; the old file, if any, is then still there."""
     data = content.encode() if isinstance(content, str) else content
+    with whole_file(path, f" ({len(data):,} bytes)") as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: Path, described: str = "") -> Iterator[BinaryIO]:
+    """A file to write to, which becomes ``path`` when the block ends without an exception.
+
+    Raises OutputError with ``described`` and the system's reason; the old file, if any, is then there."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
+        raise OutputError(f"cannot write {path}{described}: {error.strerror}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from error
 
 
 def sync_folder(folder: Path) -> None:

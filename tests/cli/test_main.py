@@ -73,7 +73,10 @@ def test_the_version_is_printed(command):
         (["train", "--data", "nope.jsonl", "--out", "{out}"], "no such data file: nope.jsonl"),
         (["train", "--data", "{empty}", "--out", "{out}"], "holds no rows"),
         (["train", "--data", "{bad}", "--out", "{out}"], r"bad.jsonl:2:14: Expecting ',' delimiter: .*wrong"),
-        (["train", "--data", "{textless}", "--out", "{out}"], r"textless.jsonl:1: 'completion' is empty"),
+        (
+            ["train", "--data", "{textless}", "--out", "{out}"],
+            r"textless.jsonl:1: message 2 \(assistant\): empty",
+        ),
         (["train", "--data", "{data}", "--out", "{data}"], "exists and is not an empty folder"),
         (["train", "--data", "{data}", "--out", "{data}/run"], "is a file"),
         (

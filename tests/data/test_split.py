@@ -88,6 +88,17 @@ def test_adding_a_copy_moves_nothing():
         assert split_held_out([*rows, copied])[1] == before
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.text("abc", min_size=20, max_size=24), min_size=20, max_size=60), st.randoms())
+def test_groups_do_not_depend_on_where_rows_stand_even_where_all_are_alike(rows, chance):
+    shuffled = chance.sample(rows, len(rows))
+    found = [
+        sorted(sorted(group_rows[row] for row in group) for group in near_groups(texts(*group_rows)))
+        for group_rows in (rows, shuffled)
+    ]
+    assert found[0] == found[1]
+
+
 def test_the_split_does_not_depend_on_where_rows_stand():
     rows = texts(*different(100))
     assert {e.text for e in split_held_out(rows)[1]} == {e.text for e in split_held_out(rows[::-1])[1]}

@@ -12,6 +12,8 @@ from rankfold.errors import AdapterError, ModelError
 from rankfold.lora.facts import SCHEMA_VERSION, versions
 from rankfold.models.facts import AdapterFacts, tokenizer_changes, tokenizer_marks
 from rankfold.models.load import load_base
+from rankfold.models.plain_template import PLAIN_NAME, PLAIN_TEMPLATES
+from rankfold.models.template import template_of
 
 
 @pytest.fixture
@@ -113,3 +115,30 @@ def test_a_run_leaves_marks_and_fingerprint_and_its_adapter_loads_without_a_word
     caplog.clear()
     load_tuned(out)
     assert not caplog.records
+
+
+def test_an_adapter_on_a_base_without_a_template_names_the_plain_one_and_brings_it_back(
+    tiny_folder, write_rows, joke_rows, tmp_path
+):
+    from rankfold import Recipe, fine_tune
+
+    bare, template = tmp_path / "bare", load_base(str(tiny_folder)).tokenizer.chat_template
+    tokenizer = load_base(str(tiny_folder)).tokenizer
+    tokenizer.chat_template = None
+    tiny_llama().save_pretrained(bare)
+    tokenizer.save_pretrained(bare)
+    settings = {"model": str(bare), "out": tmp_path / "run", "epochs": 1, "samples": 1}
+    out = fine_tune(Recipe.of(settings | {"data": write_rows(joke_rows)})).out
+    assert AdapterFacts.read(out).chat_template == PLAIN_NAME
+    assert template_of(load_tuned(out).tokenizer)[1] == PLAIN_TEMPLATES[PLAIN_NAME]
+    tokenizer.chat_template = template  # as an update of the base might bring
+    tokenizer.save_pretrained(bare)
+    assert load_tuned(out).tokenizer.chat_template == PLAIN_TEMPLATES[PLAIN_NAME]
+
+
+def test_facts_from_before_plain_templates_can_be_read(adapter):
+    path = adapter / "rankfold.json"
+    old = json.loads(path.read_text())
+    del old["chat_template"]
+    path.write_text(json.dumps(old))
+    assert AdapterFacts.read(adapter).chat_template == ""

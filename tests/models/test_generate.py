@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
 
 from rankfold.models.generate import reply
+from rankfold.models.prompt import prompt_encoder
 from rankfold.models.sampling import Sampling
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
@@ -52,3 +54,26 @@ def test_a_model_tuned_on_running_text_continues_the_text(real_base):
         Sampling(max_new_tokens=3, temperature=0),
     )
     assert answer.startswith("Paris")
+
+
+def test_a_user_who_spells_control_tokens_is_answered_not_obeyed(real_base):
+    """The reply is a plain argmax walk from the prompt in which the spelt token is words."""
+    ask = [{"role": "user", "content": "What is <|im_end|>?"}]
+    ids = torch.tensor([prompt_encoder(real_base.tokenizer).prompt_ids(ask)])
+    assert ids[0].tolist().count(real_base.tokenizer.eos_token_id) == 2  # of the system's and the user's turn
+    with torch.no_grad():
+        first = real_base.model(ids).logits[:, -1].argmax()
+    expected = real_base.tokenizer.decode(first)
+    assert reply(real_base, ask, Sampling(max_new_tokens=1, temperature=0)) == expected.strip()
+
+
+def test_a_base_without_a_template_is_asked_in_the_plain_one(real_base):
+    tokenizer = copy.deepcopy(real_base.tokenizer)
+    tokenizer.chat_template = None
+    bare = dataclasses.replace(real_base, tokenizer=tokenizer)
+    written = "<|im_start|>### User:\nHi\n\n### Assistant:\n"
+    ids = torch.tensor([tokenizer(written)["input_ids"]])
+    with torch.no_grad():
+        first = real_base.model(ids).logits[:, -1].argmax()
+    sampling = Sampling(max_new_tokens=1, temperature=0)
+    assert reply(bare, [{"role": "user", "content": "Hi"}], sampling) == tokenizer.decode(first).strip()

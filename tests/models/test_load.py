@@ -9,7 +9,8 @@ from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
 from rankfold.errors import AdapterError, ModelError
 from rankfold.models.facts import AdapterFacts
-from rankfold.models.find import find_base
+from rankfold.models.find import DEFAULT_MODEL, find_base
+from rankfold.models.load import load_tokenizer
 
 
 def test_the_real_model_is_what_transformers_reads_from_the_gguf_file(real_base):
@@ -122,3 +123,17 @@ def test_damaged_facts_are_refused(tmp_path, content, message):
     (tmp_path / "rankfold.json").write_text(content)
     with pytest.raises(AdapterError, match=message):
         AdapterFacts.read(tmp_path)
+
+
+def test_a_tokenizer_is_loaded_without_the_weights(real_base, tiny_folder, tmp_path):
+    tokenizer, longest = load_tokenizer(DEFAULT_MODEL)
+    text = "Hats, 帽子 and <|im_end|>"
+    assert tokenizer(text)["input_ids"] == real_base.tokenizer(text)["input_ids"]
+    assert tokenizer.chat_template == real_base.tokenizer.chat_template
+    assert longest == real_base.model.config.max_position_embeddings
+    for file in tiny_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert load_tokenizer(str(tmp_path))[1] == 512
+    with pytest.raises(ModelError, match="no such model folder"):
+        load_tokenizer("./nowhere")

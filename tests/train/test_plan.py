@@ -103,3 +103,25 @@ def test_near_copies_of_rows_in_the_held_out_file_are_told(recipe, write_rows, j
     assert len(notes) == 1
     assert "1 training rows are near copies of rows in the held-out file" in notes[0]
     assert "rows.jsonl:25" in notes[0]
+
+
+def test_any_source_is_read_with_its_shape_and_weight(recipe, tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("task,reply\n" + "".join(f"t{number},r{number}\n" for number in range(40)))
+    rows = read_data(recipe(data=f"{table}:2", shape="prompt=task,completion=reply"))
+    assert (len(rows.train), len(rows.held_out)) == (76, 2)
+    assert rows.shape == "40 rows of prompt-completion (as given), 2 times: 80 examples"
+
+
+def test_bad_rows_are_left_out_only_as_far_as_the_recipe_allows(recipe, joke_rows):
+    rows = [*joke_rows, {"prompt": "p", "completion": ""}]
+    with pytest.raises(DataError, match="rows.jsonl:25: message 2"):
+        read_data(recipe(rows))
+    assert "1 bad rows left out:" in read_data(recipe(rows, skip_bad=0.1)).notes[0]
+
+
+def test_preference_pairs_are_refused_unless_the_chosen_answers_are_asked_for(recipe):
+    pairs = [{"prompt": f"p{number}", "chosen": "a", "rejected": "b"} for number in range(9)]
+    with pytest.raises(DataError, match="the rows are preference pairs"):
+        read_data(recipe(pairs))
+    assert len(read_data(recipe(pairs, shape="chosen")).train) == 8

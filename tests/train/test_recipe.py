@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rankfold import Recipe
+from rankfold.data.sources import Source
 from rankfold.errors import ConfigError
 
 
@@ -59,3 +62,17 @@ def test_every_setting_has_a_description():
 def test_names_of_other_tools_are_understood_and_named(name, told):
     with pytest.raises(ConfigError, match=told):
         Recipe.of({"data": "a", "out": "b", name: 1})
+
+
+def test_data_is_a_name_a_path_or_a_list_of_sources(tmp_path):
+    sources = [Source("a.jsonl", 2, "alpaca")]
+    for data in ("org/name:train", Path("a.jsonl"), sources):
+        recipe = Recipe.of({"data": data, "out": tmp_path})
+        assert recipe.data == data
+        told = recipe.model_dump(mode="json")
+        assert Recipe.of(told).model_dump(mode="json") == told
+
+
+def test_a_share_of_bad_rows_is_below_one(tmp_path):
+    with pytest.raises(ConfigError, match="skip_bad: input should be less than 1, got '1'"):
+        Recipe.of({"data": "a", "out": tmp_path, "skip_bad": "1"})

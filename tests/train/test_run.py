@@ -58,7 +58,11 @@ def test_a_run_leaves_an_adapter_its_numbers_and_its_report(recipe, tmp_path):
     assert [record.step for record in result.steps] == [1, 2, 3]
     record = json.loads((result.out / "run.json").read_text())
     assert record["status"] == "finished"
-    assert record["rows"] == {"train": 22, "held_out": 2, "shape": "24 rows of prompt and completion"}
+    assert record["rows"] == {
+        "train": 22,
+        "held_out": 2,
+        "shape": "24 rows of prompt-completion (columns prompt, completion)",
+    }
     assert record["steps"] == len((result.out / "metrics.jsonl").read_text().splitlines()) == 3
     assert record["comparison"]["gap"] == pytest.approx(result.comparison.gap)
     assert len(record["samples"]) == len(result.samples) == 1

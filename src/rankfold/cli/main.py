@@ -18,6 +18,7 @@ INTERRUPTED = 130
 # Each verb is the click command called ``command`` in the module of its name.
 VERBS = {
     "demo": "fine-tune a small model on cold jokes, from start to finish",
+    "check": "look at your rows before a run does",
     "train": "fine-tune a model on your rows",
     "resume": "go on with a run that was stopped or killed",
     "schema": "print the JSON schema of a recipe",
@@ -51,8 +52,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command; exit status 0, 2 for a user's mistake, 3 for a run that was stopped
-    before it could do harm, 130 for Ctrl-C and 143 for SIGTERM."""
+    """Run the command; exit status 0, 1 for rows that would stop a run, 2 for a user's mistake, 3 for a
+    run that was stopped before it could do harm, 130 for Ctrl-C and 143 for SIGTERM."""
     try:
         status = cli(prog_name="rankfold", standalone_mode=False)
     except click.ClickException as error:

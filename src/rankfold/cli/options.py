@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,15 +14,24 @@ from rankfold.settings import CheckedSettings
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def options_of(settings: type[CheckedSettings]) -> Callable[[F], F]:
-    """One ``--option`` for each field of ``settings``.  Values go on as text: ``settings.of`` checks
-    them, so that all mistakes are told at once."""
+def options_of(
+    settings: type[CheckedSettings],
+    *,
+    arguments: Collection[str] = (),
+    flags: Mapping[str, str] | None = None,
+) -> Callable[[F], F]:
+    """One ``--option`` for each field of ``settings`` but those that are ``arguments``; ``flags`` are
+    options of another name than their field's.  Values go on as text: ``settings.of`` checks them, so
+    that all mistakes are told at once."""
+    renamed = flags or {}
 
     def decorate(function: F) -> F:
         for name, field in reversed(settings.model_fields.items()):
+            if name in arguments:
+                continue
             shown = "" if field.default is None or field.is_required() else f" [{field.default}]"
             function = click.option(
-                f"--{name.replace('_', '-')}",
+                renamed.get(name, f"--{name.replace('_', '-')}"),
                 name,
                 default=None,
                 metavar="VALUE",

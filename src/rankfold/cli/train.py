@@ -23,8 +23,8 @@ def command(words: tuple[str, ...], dry_run: bool, **options: Any) -> int:
     Settings come from RECIPE.yaml, from KEY=VALUE and from options; the later ones win.  A run's folder
     holds its recipe.yaml, which repeats it.
 
-    DATA is a .jsonl file.  A row is {"messages": [{"role": ..., "content": ...}, ...]}, or
-    {"prompt": ..., "completion": ...}, or has one text column of any name, such as {"jokes": ...}.
+    DATA is a file (json, jsonl, csv, tsv, parquet, arrow, xlsx, txt or md, also .gz and .zst), a folder of
+    them, a folder that datasets saved, or a hub data set. What its rows are is seen from their columns.
     """
     file = words[:1] if words and "=" not in words[0] else ()
     settings = read_recipe(Path(file[0])) if file else {}

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from rankfold.data.encode import EncodedRow, marked_pieces
+from rankfold.data.proof import MaskProof
 from rankfold.train.evaluate import Comparison
 from rankfold.train.folder import REPORT_NAME
 from rankfold.train.listener import Listener, RunResult
@@ -84,8 +84,7 @@ class TerminalListener(Listener):
 
 def print_plan(console: Console, plan: Plan) -> None:
     """What the run will do, why with these settings, and one row with its trained tokens."""
-    trained = sum(row.trained_tokens for row in plan.train)
-    tokens = sum(map(len, plan.train))
+    proof = plan.proof
     trainable, total = plan.model.get_nb_trainable_parameters()
     console.print("\nThe plan", style="bold")
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -95,7 +94,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     table.add_row("model", plan.recipe.model, plan.base.source.description)
     table.add_row("rows", f"{len(plan.train):,} to train on", plan.rows.shape)
     table.add_row("", f"{len(plan.held_out):,} held out", "never trained on; both models are judged on them")
-    table.add_row("tokens", f"{trained:,} trained of {tokens:,}", "the others are only read")
+    table.add_row("tokens", f"{proof.trained_tokens:,} trained of {proof.tokens:,}", _stops(proof))
     for name, value, reason in setting_rows(plan):
         table.add_row(name, value, reason)
     table.add_row("parameters", f"{trainable:,} trained", f"{100 * trainable / total:.2f} % of {total:,}")
@@ -104,22 +103,30 @@ def print_plan(console: Console, plan: Plan) -> None:
     console.print(table)
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow")
-    print_mask(console, plan.train[0], plan)
+    print_proof(console, proof)
 
 
-def print_mask(console: Console, row: EncodedRow, plan: Plan) -> None:
-    """One row with trained and untrained tokens told apart: by colour, or by {+ +} where there is none."""
+def _stops(proof: MaskProof) -> str:
+    counts = ", ".join(f"{token} {count:,} times" for token, count in proof.stops.items())
+    return f"the others are only read; answers end with {counts}"
+
+
+def print_proof(console: Console, proof: MaskProof) -> None:
+    """Rows with trained and untrained tokens told apart: by colour, or by {+ +} where there is none."""
     coloured = console.is_terminal and not console.no_color
     how = "trained tokens are green" if coloured else "trained tokens stand in {+ +}"
-    console.print(f"\nOne row, {row.trained_tokens} of its {len(row)} tokens trained ({how}):", style="bold")
-    text = Text()
-    for piece, trained in marked_pieces(row, plan.base.tokenizer):
-        if coloured:
-            text.append(piece, style="bold green" if trained else "dim")
-        else:
-            text.append(f"{{+{piece}+}}" if trained else piece)
-    console.print(text)
-    console.print()
+    console.print(f"\nWhat is trained ({how}):", style="bold")
+    for row in proof.shown:
+        counts = f"{row.trained_tokens:,} of its {row.tokens:,} tokens trained"
+        console.print(f"{row.origin}, {row.why}: {counts}", style="cyan")
+        text = Text()
+        for piece, trained in row.pieces:
+            if coloured:
+                text.append(piece, style="bold green" if trained else "dim")
+            else:
+                text.append(f"{{+{piece}+}}" if trained else piece)
+        console.print(text)
+        console.print()
 
 
 def print_result(console: Console, result: RunResult) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from rankfold.data.example import Example
+from rankfold.data.mask import TrainOn, Turn, find_turns
 from rankfold.errors import DataError, bullet_list
-from rankfold.models.prompt import render, require_chat_template
+from rankfold.models.prompt import Piece, PromptEncoder, prompt_encoder
 
 IGNORE = -100  # the label of an untrained token, as in torch.nn.functional.cross_entropy
+EXAMPLES_AT_ONCE = 256  # rendered and tokenised together
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class EncodedRow:
 
     @property
     def trained_tokens(self) -> int:
-        return sum(label != IGNORE for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -34,26 +36,26 @@ def marked_pieces(row: EncodedRow, tokenizer: Any) -> list[tuple[str, bool]]:
     """The row's text as the model sees it, cut into (text, trained) pieces: the proof of the mask."""
     pieces = []
     for trained, group in groupby(zip(row.input_ids, row.labels, strict=True), lambda p: p[1] != IGNORE):
-        pieces.append((tokenizer.decode([token for token, _ in group]), trained))
+        ids = [token for token, _ in group]
+        pieces.append((tokenizer.decode(ids, clean_up_tokenization_spaces=False), trained))
     return pieces
 
 
 def encode_all(
-    examples: list[Example], tokenizer: Any, max_length: int
+    examples: Iterable[Example], tokenizer: Any, max_length: int, train_on: TrainOn = "assistant"
 ) -> tuple[list[EncodedRow], list[str]]:
     """Encode every example; the second list names the rows left out because they exceed ``max_length``
     tokens.  Raises DataError listing every row that cannot be encoded, or if none is left."""
     kept, too_long, problems = [], [], []
-    for example in examples:
-        try:
-            row = encode(example, tokenizer)
-        except DataError as error:
-            problems.append(f"{example.origin}: {error}")
+    for example, rows in encode_each(examples, tokenizer, train_on):
+        if isinstance(rows, DataError):
+            problems.append(f"{example.origin}: {rows}")
             continue
-        if len(row) <= max_length:
-            kept.append(row)
-        else:
-            too_long.append(f"{row.origin} has {len(row):,} tokens, more than {max_length:,}")
+        for row in rows:
+            if len(row) <= max_length:
+                kept.append(row)
+            else:
+                too_long.append(f"{row.origin} has {len(row):,} tokens, more than {max_length:,}")
     if problems:
         raise DataError(bullet_list(f"{len(problems)} rows cannot be encoded:", problems))
     if not kept:
@@ -61,83 +63,98 @@ def encode_all(
     return kept, too_long
 
 
-def encode(example: Example, tokenizer: Any) -> EncodedRow:
-    """Encode one example.  Messages: the assistants' words and the token that ends their turn are
-    trained.  Running text: everything but the first token, and the end-of-text token, are trained.
+def encode(example: Example, tokenizer: Any, train_on: TrainOn = "assistant") -> EncodedRow:
+    """Encode one example.  Where it takes several rows (see ``encode_each``) this is the last and longest.
 
-    Each piece is tokenised by itself, so that the prompt's tokens are those the model will see when
-    it is asked.  Raises DataError if the words spell a control token, the vocabulary cannot
-    spell the words, or the template loses them."""
-    contents = [message.text for message in example.messages] or [example.text]
-    _refuse_control_tokens(contents, tokenizer)
-    pieces = _pieces(example, tokenizer) if example.messages else [(example.text, True)]
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for text, trained in pieces:
-        ids = tokenizer(text, add_special_tokens=not example.messages)["input_ids"]
-        _check_spelling(text, ids, tokenizer)
-        input_ids += ids
-        labels += ids if trained else [IGNORE] * len(ids)
+    Raises DataError if there is nothing to train, the vocabulary cannot spell the words, or the template
+    changes or loses them."""
+    [(_, rows)] = encode_each([example], tokenizer, train_on)
+    if isinstance(rows, DataError):
+        raise rows
+    return rows[-1]
+
+
+def encode_each(
+    examples: Iterable[Example], tokenizer: Any, train_on: TrainOn = "assistant"
+) -> Iterator[tuple[Example, list[EncodedRow] | DataError]]:
+    """Each example with its rows, or with the reason why there are none.
+
+    Messages: the assistants' words and the token that ends their turn are trained.  Running text, and
+    everything with ``train_on`` "all": every token but the first, before which nothing stands to predict
+    it from.  A conversation is one row as long as each prompt goes on, token for token, where the turn before
+    it ended.  Where it does not, because the template drops an earlier turn's thoughts, say, another row
+    begins: so each trained turn stands behind the very tokens that the model sees when it is asked."""
+    encoder = prompt_encoder(tokenizer)
+    remaining = iter(examples)
+    while chunk := list(islice(remaining, EXAMPLES_AT_ONCE)):
+        chats = [example for example in chunk if example.messages]
+        turns = iter(find_turns(chats, encoder, train_on) if chats else [])
+        cut = [_cut(example, next(turns) if example.messages else [], encoder) for example in chunk]
+        encoder.learn(
+            piece for steps in cut if isinstance(steps, list) for step in steps for piece in step.pieces
+        )
+        for example, steps in zip(chunk, cut, strict=True):
+            try:
+                if isinstance(steps, DataError):
+                    raise steps
+                rows = _chat_rows if example.messages else _text_rows
+                yield example, rows(example.origin, steps, encoder, train_on)
+            except DataError as error:
+                yield example, error
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One trained turn in pieces: the prompt, and the prompt with the answer."""
+
+    prompt: list[Piece]
+    whole: list[Piece]
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return self.prompt + self.whole
+
+
+def _cut(example: Example, turns: list[Turn] | DataError, encoder: PromptEncoder) -> list[Step] | DataError:
+    if isinstance(turns, DataError):
+        return turns
     if not example.messages:
-        if input_ids[-1] != tokenizer.eos_token_id:
-            input_ids.append(tokenizer.eos_token_id)
-            labels.append(tokenizer.eos_token_id)
-        labels[0] = IGNORE  # nothing stands before the first token to predict it from
-    return EncodedRow(example.origin, input_ids, labels)
+        return [Step([], [encoder.text_piece(example.text)])]
+    try:
+        steps = []
+        for turn in turns:
+            prompt = encoder.cut(turn.prompt)
+            joined = encoder.joins  # then the answer cannot be tokenised by itself
+            whole = encoder.cut(turn.prompt + turn.answer) if joined else prompt + encoder.cut(turn.answer)
+            steps.append(Step(prompt, whole))
+        return steps
+    except DataError as error:
+        return error
 
 
-def _pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The rendered conversation cut into (text, trained) pieces."""
-    require_chat_template(tokenizer)
-    messages = [message.for_template() for message in example.messages]
-    pieces: list[tuple[str, bool]] = []
-    done = ""
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:place], for_reply=True)
-        after = render(tokenizer, messages[: place + 1])
-        if not before.startswith(done) or not after.startswith(before):
+def _text_rows(origin: str, steps: list[Step], encoder: PromptEncoder, _: TrainOn) -> list[EncodedRow]:
+    ids = encoder.opening + encoder.ids(steps[0].whole)
+    if encoder.tokenizer.eos_token_id is None:
+        raise DataError("this tokenizer has no end-of-text token, so nothing would teach the model to stop")
+    ids.append(encoder.tokenizer.eos_token_id)
+    return [EncodedRow(origin, ids, [IGNORE, *ids[1:]])]
+
+
+def _chat_rows(origin: str, steps: list[Step], encoder: PromptEncoder, train_on: TrainOn) -> list[EncodedRow]:
+    rows = []
+    ids: list[int] = []
+    labels: list[int] = []
+    for step in steps:
+        asked, done = encoder.ids(step.prompt), encoder.ids(step.whole)
+        if done[: len(asked)] != asked:
             raise DataError(
-                "the chat template rewrites earlier turns, so what is trained cannot be told apart"
+                "the tokenizer writes the end of the prompt and the answer's beginning as one token"
             )
-        answer = after[len(before) :]
-        trained = answer.rstrip()
-        _check_answer(trained, message["content"], tokenizer)
-        pieces += [(before[len(done) :], False), (trained, True)]
-        done = before + trained
-    return pieces
-
-
-def _check_answer(trained: str, content: str, tokenizer: Any) -> None:
-    if content.strip() not in trained:
-        raise DataError("the chat template changes the assistant's words")
-    if not trained.endswith(tuple(control_tokens(tokenizer))):
-        raise DataError("the chat template ends the assistant's turn without a stop token to learn")
-
-
-def _check_spelling(text: str, ids: list[int], tokenizer: Any) -> None:
-    """Some byte-level vocabularies lack bytes, and drop them without a word."""
-    if not _same_letters(tokenizer.decode(ids), text):
-        characters = ((char, tokenizer.decode(tokenizer(char)["input_ids"])) for char in set(text))
-        lost = sorted(char for char, decoded in characters if not _same_letters(decoded, char))
-        raise DataError(f"this model's vocabulary cannot spell: {' '.join(map(ascii, lost))}")
-
-
-def _same_letters(one: str, other: str) -> bool:
-    """Equal but for white space and Unicode composition, which some tokenizers normalise."""
-    blank = str.maketrans("", "", " \t\n\r")
-    first, second = (unicodedata.normalize("NFKC", text).translate(blank) for text in (one, other))
-    return first == second
-
-
-def control_tokens(tokenizer: Any) -> set[str]:
-    """The texts that the tokenizer turns into control tokens."""
-    added = tokenizer.added_tokens_decoder.values()
-    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-
-
-def _refuse_control_tokens(contents: list[str], tokenizer: Any) -> None:
-    spelt = sorted({token for token in control_tokens(tokenizer) for text in contents if token in text})
-    if spelt:
-        raise DataError(f"the text spells control tokens of this model: {', '.join(spelt)}")
+        if asked[: len(ids)] != ids:
+            rows.append(EncodedRow(origin, ids, labels))
+            ids, labels = [], []
+        labels = labels + [IGNORE] * (len(asked) - len(ids)) + done[len(asked) :]
+        ids = done
+    if train_on == "all":
+        labels = [IGNORE, *ids[1:]]
+    return [*rows, EncodedRow(origin, ids, labels)]

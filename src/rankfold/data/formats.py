@@ -1,98 +1,186 @@
-"""From rows of several shapes to one thing: an example of messages, or of running text."""
+"""From rows of any shape to one thing: examples of messages, or of running text."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
-from rankfold.data.example import Example, Message
-from rankfold.data.rows import Row
-from rankfold.errors import DataError, bullet_list
+from rankfold.data.chat_shapes import ANSWERS, TEXT, TURNS
+from rankfold.data.example import Example
+from rankfold.data.pair_shapes import CHOSEN, PAIRS
+from rankfold.data.row import BadRow, Row
+from rankfold.data.rules import problems
+from rankfold.data.shape import Shape, require_columns
+from rankfold.errors import DataError, bullet_list, nearest
 from rankfold.models.facts import PromptStyle
 
-ROLES = ("system", "user", "assistant")
+# In the order in which they are tried: what needs more columns comes first.
+SHAPES: Mapping[str, Shape] = {**PAIRS, **TURNS, **ANSWERS, **TEXT, **CHOSEN}
+MOST_NAMES = 8  # of unused columns in a description
+DETECTED = tuple(shape for name, shape in SHAPES.items() if name not in CHOSEN)
 
 
-def to_examples(rows: list[Row]) -> tuple[list[Example], PromptStyle, str]:
-    """The examples, the prompt style they share, and the shape found, in words.
+def detect_shape(values: Mapping[str, Any]) -> Shape:
+    """The shape of a row with these values, its columns found.  Raises ValueError saying what is missing."""
+    candidates = _candidates(tuple(values))
+    for shape in candidates:
+        if shape.fits(values):
+            return shape
+    if candidates:
+        return candidates[0]  # its columns are null: its conversion says so
+    raise ValueError(_nothing_fits(values))
 
-    Shapes: ``messages`` (role and content), ``prompt`` with ``completion``, or a single text column of
-    any name (``{"jokes": "..."}``).  Raises DataError listing every row that is none of these."""
-    examples, problems, shapes = [], [], Counter[str]()
+
+@lru_cache(maxsize=1024)
+def _candidates(names: tuple[str, ...]) -> tuple[Shape, ...]:
+    """The shapes whose columns are all there; a single column of any other name is running text."""
+    found = tuple(bound for shape in DETECTED if (bound := shape.bound(names)) is not None)
+    named = [name for name in names if name]  # tables may have a column of row numbers without a name
+    if not found and len(named) == 1 and _half_there(named) is None:
+        return (replace(SHAPES["text"], columns={"text": named[0]}),)
+    return found
+
+
+def _half_there(names: Collection[str]) -> tuple[str, str] | None:
+    """A field that is missing and the column that it is missing beside, in the first shape like that."""
+    for shape in DETECTED:
+        lacking = shape.missing(names)
+        if 0 < len(lacking) < len(shape.needs):
+            return lacking[0], next(c for known in shape.needs.values() for c in known if c in names)
+    return None
+
+
+def _nothing_fits(values: Mapping[str, Any]) -> str:
+    half = _half_there(values)
+    if half is not None:
+        return (
+            f"{half[0]!r} is missing beside {half[1]!r}; the row has {sorted(values)}. "
+            "If it has another name, give the shape, such as prompt=COLUMN,completion=COLUMN"
+        )
+    return (
+        f"no shape fits the columns {sorted(values)}; known are {', '.join(SHAPES)}. "
+        "Name the columns, such as prompt=COLUMN,completion=COLUMN or text=COLUMN"
+    )
+
+
+def named_shape(text: str) -> Shape:
+    """The shape that the user named: ``alpaca``, or columns by field, ``prompt=question,completion=answer``.
+
+    Raises DataError listing the names that exist."""
+    if "=" not in text:
+        if text not in SHAPES:
+            raise DataError(f"no shape {text!r}{nearest(text, SHAPES)}; known are {', '.join(SHAPES)}")
+        return SHAPES[text]
+    columns = {}
+    for pair in text.split(","):
+        name, equals, column = (part.strip() for part in pair.partition("="))
+        if not (name and equals and column) or name in columns:
+            raise DataError(
+                f"the shape {text!r} must name each field once, as in prompt=COLUMN,completion=COLUMN"
+            )
+        columns[name] = column
+    for shape in SHAPES.values():
+        if shape.needs.keys() <= columns.keys() <= {*shape.needs, *shape.may}:
+            return replace(shape, columns=columns)
+    known = [f"{', '.join(shape.needs)} ({shape.name})" for shape in SHAPES.values()]
+    raise DataError(bullet_list(f"no shape has just the fields {', '.join(columns)}; shapes need:", known))
+
+
+def to_example(row: Row, shape: Shape) -> Example:
+    """The row's example.  ``shape`` comes from ``detect_shape``, ``SHAPES`` or ``named_shape``.
+
+    Raises ValueError, in words that follow on the row's origin, if its values are not such as the shape
+    holds.  Whether the example can be trained on is for ``rules.problems`` to say."""
+    return shape.convert(row, _bound(shape, row.values).columns)
+
+
+def _bound(shape: Shape, values: Mapping[str, Any]) -> Shape:
+    """``shape`` with its columns, found in the row or known to be there; else ValueError."""
+    if shape.columns:
+        require_columns(shape, values)
+        return shape
+    bound = shape.bound(values)
+    if bound is None:
+        raise ValueError(f"no {' and no '.join(map(repr, shape.missing(values)))} for {shape.name}")
+    return bound
+
+
+@dataclass(slots=True)
+class Converted:
+    """Examples that can be trained on, the rows that cannot, the shapes that were found, with counts, and the
+    columns that no shape had a use for."""
+
+    examples: list[Example] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    shapes: Counter[str] = field(default_factory=Counter)
+    unused: set[str] = field(default_factory=set)
+
+    @property
+    def description(self) -> str:
+        found = [f"{count:,} rows of {shape}" for shape, count in self.shapes.items()]
+        names = sorted(self.unused)
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        return "; ".join([*found, *([f"not used: {', '.join(names[:MOST_NAMES])}{more}"] if names else [])])
+
+
+def convert(rows: Iterable[Row], shape: str | None = None) -> Converted:
+    """Convert every row and hold it against the rules.  A row that breaks a fatal one is bad."""
+    given = named_shape(shape) if shape else None
+    converted = Converted()
     for row in rows:
         try:
-            shape, convert = _shape(row.values)
-            examples.append(convert(row))
-            shapes[shape] += 1
+            found = _bound(given, row.values) if given else detect_shape(row.values)
+            example = to_example(row, found)
         except ValueError as error:
-            problems.append(f"{row.origin}: {error}")
-    if len({bool(example.messages) for example in examples}) > 1:
-        problems.append(f"rows of running text stand beside rows of messages: {dict(shapes)}; split the file")
-    if problems:
-        raise DataError(bullet_list(f"{len(problems)} problems in the rows:", problems))
-    described = ", ".join(f"{count} rows of {shape}" for shape, count in shapes.items())
-    return examples, "chat" if examples[0].messages else "plain", described
+            converted.bad.append(BadRow(row.origin, str(error)))
+            continue
+        fatal = [problem.text for problem in problems(example) if problem.fatal]
+        if fatal:
+            converted.bad.append(BadRow(row.origin, "; ".join(fatal)))
+        else:
+            converted.examples.append(example)
+            converted.unused.update(row.values.keys() - found.columns.values())
+            converted.shapes[f"{found.name} ({'as given' if given else found.reason})"] += 1
+    return converted
 
 
-def _shape(values: dict[str, Any]) -> tuple[str, Callable[[Row], Example]]:
-    if "messages" in values:
-        return "messages", _from_messages
-    if {"prompt", "completion"} <= values.keys():
-        return "prompt and completion", _from_prompt
-    if "prompt" in values or "completion" in values:
-        missing = "completion" if "prompt" in values else "prompt"
-        raise ValueError(
-            f"{missing!r} is missing beside {next(iter(values.keys() & {'prompt', 'completion'}))!r}"
+def to_examples(rows: Iterable[Row], shape: str | None = None) -> tuple[list[Example], PromptStyle, str]:
+    """The examples, the prompt style they share, and the shapes found with the reason, in words.
+
+    ``shape`` overrides detection (see ``named_shape``).  Raises DataError listing every row that cannot be
+    trained on, or if text stands beside messages."""
+    converted = convert(rows, shape)
+    if converted.bad:
+        texts = [f"{row.origin}: {row.problem}" for row in converted.bad]
+        raise DataError(bullet_list(f"{len(texts)} problems in the rows:", texts))
+    return converted.examples, prompt_style(converted), converted.description
+
+
+def prompt_style(converted: Converted) -> PromptStyle:
+    """``plain`` for running text, ``chat`` for all else.  Raises DataError if both are there, or nothing."""
+    styles = {example.kind == "text" for example in converted.examples}
+    if len(styles) > 1:
+        raise DataError(
+            f"rows of running text stand beside rows of messages: {converted.description}; split the file"
         )
-    column = "text" if "text" in values else next(iter(values)) if len(values) == 1 else None
-    if column is None:
-        raise ValueError(
-            f"no text found in the keys {sorted(values)}; "
-            "wanted: messages, prompt and completion, or one text column"
+    if not styles:
+        raise DataError("there are no rows to train on")
+    return "plain" if styles.pop() else "chat"
+
+
+def refuse_judged(examples: Iterable[Example]) -> None:
+    """Raise DataError for pairs and judged answers, which a supervised run cannot use as they are."""
+    kinds = {example.kind: example.origin for example in examples}
+    if "preference" in kinds:
+        raise DataError(
+            f"{kinds['preference']}: the rows are preference pairs, and this run is supervised; "
+            "give the shape 'chosen' to train on the chosen answers as chats"
         )
-    return f"the text column {column!r}", lambda row: Example(row.origin, text=_text(row.values, column))
-
-
-def _from_prompt(row: Row) -> Example:
-    user = Message("user", (_text(row.values, "prompt"),))
-    assistant = Message("assistant", (_text(row.values, "completion"),))
-    return Example(row.origin, messages=(user, assistant))
-
-
-def _from_messages(row: Row) -> Example:
-    messages = row.values["messages"]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError("messages must be a list of objects with role and content")
-    turns: list[Message] = []
-    for place, message in enumerate(messages, start=1):
-        role = message.get("role")
-        if role not in ROLES:
-            raise ValueError(f"message {place}: role must be one of {ROLES}, got {role!r}")
-        try:
-            turns.append(Message(role, (_text(message, "content"),)))
-        except ValueError as error:
-            raise ValueError(f"message {place}: {error}") from error
-    _check_order([turn.role for turn in turns])
-    return Example(row.origin, messages=tuple(turns))
-
-
-def _check_order(roles: list[str]) -> None:
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    alternating = ["user" if place % 2 == 0 else "assistant" for place in range(len(spoken))]
-    if not spoken or len(spoken) % 2 or spoken != alternating:
-        raise ValueError(
-            "turns must alternate user, assistant and end with assistant "
-            f"(a system turn may come first), got {roles}"
+    if "feedback" in kinds:
+        raise DataError(
+            f"{kinds['feedback']}: the rows are judged answers (KTO), and this run is supervised; give the "
+            "shape by its columns (prompt=COLUMN,completion=COLUMN) to train on all answers, good or bad"
         )
-
-
-def _text(values: dict[str, Any], key: str) -> str:
-    text = values.get(key)
-    if not isinstance(text, str):
-        raise ValueError(f"{key!r} must be text, got {'nothing' if text is None else type(text).__name__}")
-    if not text.strip():
-        raise ValueError(f"{key!r} is empty")
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError(f"{key!r} holds half of a surrogate pair, which is not text")
-    return text

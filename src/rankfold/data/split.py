@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from rankfold.data.example import Example
 from rankfold.data.near import NearDuplicates
@@ -60,14 +60,16 @@ def near_leaks(train: list[Example], held_out: list[Example]) -> list[str]:
     return [train[row].origin for group in straddling for row in group if row < len(train)]
 
 
-def near_groups(examples: Iterable[Example]) -> list[list[int]]:
-    """The numbers of the rows that are copies or near copies of each other; most groups hold one row."""
+def near_groups(examples: Sequence[Example]) -> list[list[int]]:
+    """The numbers of the rows that are copies or near copies of each other; most groups hold one row.
+
+    The rows are looked at in the order of their fingerprints, so the groups do not depend on theirs."""
+    order = sorted(range(len(examples)), key=[fingerprint(example) for example in examples].__getitem__)
     finder = NearDuplicates()
-    count = 0
-    for count, example in enumerate(examples, start=1):  # noqa: B007 - counted for what follows
-        finder.add(compared_words(example))
-    groups = finder.groups()
-    alone = set(range(count)).difference(*groups)
+    for row in order:
+        finder.add(compared_words(examples[row]))
+    groups = [sorted(order[place] for place in group) for group in finder.groups()]
+    alone = set(range(len(examples))).difference(*groups)
     return [*groups, *([row] for row in sorted(alone))]
 
 

@@ -32,12 +32,14 @@ class AdapterFacts:
     """Facts of one adapter.
 
     ``prompt_style``: "chat" if it was trained in the chat template, "plain" if on running text.
+    ``chat_template``: the name of the template that rankfold gave a base without one, else empty.
     ``tokenizer``: sha256 of the vocabulary and of the chat template it was trained with, if given.
     ``versions``: of the libraries that wrote it.  ``sha256``: of the two files beside this one.
     ``base``: the fingerprint of the base that it belongs to."""
 
     prompt_style: PromptStyle = "chat"
     base_description: str = ""
+    chat_template: str = ""
     tokenizer: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
@@ -94,6 +96,7 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "prompt_style": style,
         "base_description": _text(content.get("base_description", "")),
+        "chat_template": _text(content.get("chat_template", "")),
         "base": None,
     }
     for name in ("tokenizer", "versions", "sha256"):

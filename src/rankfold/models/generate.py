@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from rankfold.models.load import Base
-from rankfold.models.prompt import TemplateMessage, render, require_chat_template
+from rankfold.models.prompt import TemplateMessage, prompt_encoder
 from rankfold.models.sampling import Sampling
+from rankfold.models.turn import turn_form
 
 CUT_CHARACTER = "\ufffd"  # what is decoded from a character whose last bytes were not generated
 
@@ -16,15 +17,17 @@ CUT_CHARACTER = "\ufffd"  # what is decoded from a character whose last bytes we
 def reply(base: Base, messages: list[TemplateMessage], sampling: Sampling, streamer: Any = None) -> str:
     """The model's answer to a conversation that ends with the user's turn.
 
-    For a model tuned on running text (``prompt_style`` "plain") the last message is continued as it
+    The prompt's tokens are those of training (see ``PromptEncoder``); words that spell a control token stay
+    words.  For a model tuned on running text (``prompt_style`` "plain") the last message is continued as it
     stands.  ``streamer`` is a transformers streamer that gets the tokens as they come."""
+    encoder = prompt_encoder(base.tokenizer)
     if base.prompt_style == "plain":
-        text = messages[-1]["content"]
+        ids = encoder.text_ids(messages[-1]["content"])
+        stops = frozenset({base.tokenizer.eos_token_id} - {None})
     else:
-        require_chat_template(base.tokenizer)
-        text = render(base.tokenizer, messages, for_reply=True)
-    encoded = base.tokenizer(text, return_tensors="pt", add_special_tokens=base.prompt_style == "plain")
-    inputs = encoded["input_ids"].to(base.model.device)
+        ids = encoder.prompt_ids(messages)
+        stops = turn_form(encoder).stop_ids
+    inputs = torch.tensor([ids], device=base.model.device)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -34,7 +37,7 @@ def reply(base: Base, messages: list[TemplateMessage], sampling: Sampling, strea
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=_stop_tokens(base),
+            eos_token_id=sorted(stops | _own_stops(base.model)) or None,
             pad_token_id=base.tokenizer.eos_token_id,
             streamer=streamer,
             **options,
@@ -43,8 +46,7 @@ def reply(base: Base, messages: list[TemplateMessage], sampling: Sampling, strea
     return answer.rstrip(CUT_CHARACTER).strip()
 
 
-def _stop_tokens(base: Base) -> list[int]:
-    """The model's own stop tokens and the tokenizer's, which is the one training teaches."""
-    own = base.model.generation_config.eos_token_id
-    stops = own if isinstance(own, list) else [own]
-    return sorted({token for token in (*stops, base.tokenizer.eos_token_id) if token is not None})
+def _own_stops(model: Any) -> set[int]:
+    """The stop tokens that the model names itself; training teaches the tokenizer's and the template's."""
+    own = model.generation_config.eos_token_id
+    return set(own if isinstance(own, list) else [own]) - {None}

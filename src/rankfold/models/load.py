@@ -20,6 +20,7 @@ from rankfold.lora import LoraConfig, PeftModel
 from rankfold.lora.stored import Fault
 from rankfold.models.facts import FACTS_NAME, AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
+from rankfold.models.plain_template import plain_template
 
 EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
 
@@ -50,9 +51,31 @@ def load_base(name: str) -> Base:
     else:
         model, tokenizer = _load_transformers(source.location, source.name)
     _check_vocabulary(model, tokenizer, name)
-    model.name_or_path = model.config.name_or_path = name
+    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
     device, dtype = _placement()
     return Base(model.to(device=device, dtype=dtype).eval(), tokenizer, source, notes)
+
+
+def load_tokenizer(name: str) -> tuple[Any, int | None]:
+    """The tokenizer of ``name`` (see ``find_base``) without its weights, and the longest input in tokens
+    that the model was made for, if its config says so.
+
+    Raises ModelError."""
+    source = find_base(name)
+    location, options = source.location, {}
+    if source.gguf_file is not None:
+        cached = cache_folder() / "expanded" / _sha256(source.gguf_file)
+        location = cached if cached.is_dir() else source.gguf_file.parent
+        options = {} if cached.is_dir() else {"gguf_file": source.gguf_file.name}
+    with _quiet_transformers():
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            config = AutoConfig.from_pretrained(location, **options).get_text_config()
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise _cannot_load(source.location, source.name, error) from error
+    return tokenizer, getattr(config, "max_position_embeddings", None)
 
 
 def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = ()) -> Base:
@@ -73,6 +96,8 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
             f"{' and another '.join(changed)}; name the right base with --model, or remove the tokenizer's "
             f"marks from {FACTS_NAME} to use it all the same"
         )
+    if facts.chat_template:
+        base.tokenizer.chat_template = plain_template(facts.chat_template)
     base.notes += [f"the tokenizer has another {part} than in training" for part in changed]
     base.model = PeftModel.from_pretrained(base.model, adapter, allow=allow).merge_and_unload()
     base.prompt_style = facts.prompt_style

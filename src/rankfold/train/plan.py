@@ -15,18 +15,22 @@ import torch
 from rankfold.data.cache import encode_cached, encoding_marks
 from rankfold.data.encode import EncodedRow, encode_all
 from rankfold.data.example import Example
-from rankfold.data.formats import to_examples
+from rankfold.data.formats import refuse_judged
 from rankfold.data.pack import Batching, choose_batching
-from rankfold.data.rows import read_rows
+from rankfold.data.proof import MaskProof, prove_mask
+from rankfold.data.sources import Mixture, read_examples, sources_of
 from rankfold.data.split import near_leaks, split_held_out, without_leaks
+from rankfold.errors import bullet_list
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.models.facts import PromptStyle
 from rankfold.models.load import Base, load_base
+from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
 from rankfold.train.objectives import token_losses
 from rankfold.train.recipe import Recipe
 
 LONGEST_ROWS = 64  # enough to fill a micro-batch with short rows
+SHOWN_ROWS = 3  # the longest, the shortest and one by chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,7 @@ class Plan:
     rows: Rows
     train: Sequence[EncodedRow]
     held_out: list[EncodedRow]
+    proof: MaskProof
     notes: list[str]
     batching: Batching
     tokens_per_second: float
@@ -70,16 +75,20 @@ class Plan:
 
 def read_data(recipe: Recipe) -> Rows:
     """Read and split the rows; raises DataError."""
-    examples, style, shape = to_examples(read_rows(recipe.data))
-    notes: list[str] = []
+    data = read_examples(sources_of(recipe.data, recipe.shape), recipe.seed, recipe.skip_bad)
+    refuse_judged(data.examples)
+    notes = _left_out(data)
     if recipe.held_out is None:
-        train, held_out = split_held_out(examples)
-        dropped = len(examples) - len(train) - len(held_out)
+        train, held_out = split_held_out(data.examples)
+        dropped = len(data.examples) - len(train) - len(held_out)
         if dropped:
             notes.append(f"{dropped} training rows left out: copies or near copies of held-out rows")
     else:
-        held_out, held_out_style, _ = to_examples(read_rows(recipe.held_out))
-        train, leaked = without_leaks(examples, held_out)
+        other = read_examples(sources_of(recipe.held_out, recipe.shape), recipe.seed, recipe.skip_bad)
+        refuse_judged(other.examples)
+        notes += _left_out(other)
+        held_out = other.examples
+        train, leaked = without_leaks(data.examples, held_out)
         if leaked:
             notes.append(
                 f"{len(leaked)} training rows left out: they are in the held-out file too ({leaked[0]} ...)"
@@ -89,9 +98,23 @@ def read_data(recipe: Recipe) -> Rows:
                 f"{len(near)} training rows are near copies of rows in the held-out file ({near[0]} ...); "
                 "they stay, and make the tuned model look better than it is"
             )
-        if held_out_style != style:
-            notes.append(f"the held-out rows are {held_out_style}, the training rows {style}")
-    return Rows(train=train, held_out=held_out, prompt_style=style, shape=shape, notes=notes)
+        if other.prompt_style != data.prompt_style:
+            notes.append(f"the held-out rows are {other.prompt_style}, the training rows {data.prompt_style}")
+    return Rows(
+        train=train,
+        held_out=held_out,
+        prompt_style=data.prompt_style,
+        shape=data.description,
+        notes=notes,
+    )
+
+
+def _left_out(data: Mixture) -> list[str]:
+    """A note on the bad rows that the recipe allows for, naming the first few."""
+    if not data.bad:
+        return []
+    named = [f"{row.origin}: {row.problem}" for row in data.bad]
+    return [bullet_list(f"{len(named)} bad rows left out:", named, shown=3)]
 
 
 def make_plan(recipe: Recipe, rows: Rows) -> Plan:
@@ -104,8 +127,11 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
     marks = encoding_marks(base.tokenizer, max_length=recipe.max_length)
     train, cut_train = encode_cached(partial(encode, rows.train), rows.train, marks)
     held_out, cut_held_out = encode(rows.held_out)
+    proof = prove_mask(train, base.tokenizer, SHOWN_ROWS, recipe.seed)
     cut = [*cut_train, *cut_held_out]
-    notes = [*base.notes, *rows.notes, *(f"left out, too long: {row}" for row in cut[:10])]
+    template = template_of(base.tokenizer)[0] if rows.prompt_style == "chat" else ""
+    named = [f"the model has no chat template; messages are written in {template}"] if template else []
+    notes = [*base.notes, *named, *rows.notes, *(f"left out, too long: {row}" for row in cut[:10])]
     if len(cut) > len(cut[:10]):
         notes.append(f"and {len(cut) - 10} more rows over {recipe.max_length:,} tokens")
     settings = settle(recipe, len(train), base.model.num_parameters())
@@ -129,6 +155,7 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
         rows=rows,
         train=train,
         held_out=held_out,
+        proof=proof,
         notes=notes,
         batching=batching,
         tokens_per_second=_measure_speed(model, train, pad_id, batching),

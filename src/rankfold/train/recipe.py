@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rankfold.data.sources import Source
 from rankfold.models.find import DEFAULT_MODEL
 from rankfold.settings import CheckedSettings
 from rankfold.train.schedule import Schedule
@@ -54,9 +55,19 @@ class Recipe(CheckedSettings):
     reason printed.  Build it with ``Recipe.of`` to get rankfold's errors instead of pydantic's."""
 
     model: str = Field(DEFAULT_MODEL, min_length=1, description="model folder, .gguf file or hub id")
-    data: Path = Field(description="rows to train on: a .jsonl file")
+    data: str | Path | list[Source] = Field(
+        description="rows to train on: a file or folder, a hub data set, or several with weights (a:2,b:1)"
+    )
+    shape: str | None = Field(
+        None, description="what the rows are: a shape, or prompt=COLUMN,completion=COLUMN [detected]"
+    )
+    skip_bad: float = Field(
+        0.0, ge=0, lt=1, allow_inf_nan=False, description="share of bad rows to leave out and count"
+    )
     out: Path = Field(description="folder for the adapter and the report; must not exist")
-    held_out: Path | None = Field(None, description="rows to judge on [5 % of the data, at most 200 rows]")
+    held_out: str | Path | list[Source] | None = Field(
+        None, description="rows to judge on [5 % of the data, at most 200 rows]"
+    )
     targets: str = Field("all-linear", min_length=1, description="modules to adapt: all-linear or a pattern")
     rank: int | None = Field(None, ge=1, le=4096, description="rank of the update [16; 32 above 10,000 rows]")
     alpha: float | None = Field(

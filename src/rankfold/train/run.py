@@ -22,6 +22,7 @@ from rankfold.files import require_space, write_whole
 from rankfold.models.facts import tokenizer_marks
 from rankfold.models.generate import reply
 from rankfold.models.sampling import Sampling
+from rankfold.models.template import template_of
 from rankfold.train.checkpoints import clear_partial, latest_checkpoint, save_checkpoint
 from rankfold.train.evaluate import compare, row_losses
 from rankfold.train.folder import RECORD_NAME, REPORT_NAME, RunFolder
@@ -215,10 +216,12 @@ class Run:
         self.next_save = now + max(SAVE_EVERY_S, (now - started) / SAVE_SHARE)
 
     def _save_adapter(self) -> None:
+        style, tokenizer = self.plan.rows.prompt_style, self.plan.base.tokenizer
         facts = {
-            "prompt_style": self.plan.rows.prompt_style,
+            "prompt_style": style,
             "base_description": self.plan.base.source.description,
-            "tokenizer": tokenizer_marks(self.plan.base.tokenizer),
+            "chat_template": template_of(tokenizer)[0] if style == "chat" else "",
+            "tokenizer": tokenizer_marks(tokenizer),
         }
         self.plan.model.save_pretrained(self.folder.path, facts=facts)
 

@@ -1,0 +1,116 @@
+"""Which stretches of a conversation are trained, found by construction.
+
+For each trained turn the template is asked twice: for the text after which the assistant speaks, and for the
+same text with the turn.  The turn is what the second adds to the first, so the prompt is by construction the
+one that the model sees when it is asked.  Nothing is searched for in the text but the end of the words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rankfold.data.example import Example, Message
+from rankfold.errors import DataError
+from rankfold.models.prompt import PromptEncoder, squeeze
+from rankfold.models.template import Conversation, Rendering, render_all
+from rankfold.models.turn import Form, cut_turn, opening_of, reply_of, turn_form
+
+TrainOn = Literal["assistant", "last", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One trained turn: ``prompt`` is all that stands before it, ``answer`` its words and its end token."""
+
+    prompt: str
+    answer: str
+
+
+def find_turns(
+    examples: Sequence[Example], encoder: PromptEncoder, train_on: TrainOn
+) -> list[list[Turn] | DataError]:
+    """The trained turns of each conversation in their order, or why it cannot be trained on."""
+    form = turn_form(encoder)
+    asked = [_to_render(example, encoder, train_on) for example in examples]
+    done = render_all(encoder.tokenizer, (one for one in asked if isinstance(one, Conversation)))
+    return [_turns(one, next(done), encoder, form) if isinstance(one, Conversation) else one for one in asked]
+
+
+def trained_places(messages: Sequence[Message], train_on: TrainOn) -> list[int]:
+    """The places of the messages that are trained.  A message's own flag outranks ``train_on``.
+
+    With "all" it is the last assistant's, and what stands before it is trained too.
+    Raises DataError if there is none, or for a flag that cannot be obeyed."""
+    if train_on == "all" and any(message.train is False for message in messages):
+        raise DataError(
+            "a message is flagged not to be trained, but everything is to be; drop one or the other"
+        )
+    assistants = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    by_default = assistants if train_on == "assistant" else assistants[-1:]
+    chosen = []
+    for place, message in enumerate(messages):
+        if message.role != "assistant" and message.train and train_on != "all":
+            raise DataError(
+                f"message {place + 1} is flagged to be trained, but it is of the role {message.role}; "
+                "flag assistants' turns only"
+            )
+        wanted = place in by_default if message.train is None or train_on == "all" else message.train
+        if message.role == "assistant" and wanted:
+            chosen.append(place)
+    if not chosen:
+        raise DataError("no assistant turn in this row is to be trained")
+    if chosen[0] == 0:
+        raise DataError(
+            "the assistant speaks first, so there is no prompt to answer; flag that turn train: false"
+        )
+    return chosen
+
+
+def _to_render(example: Example, encoder: PromptEncoder, train_on: TrainOn) -> Conversation | DataError:
+    try:
+        if any(message.images for message in example.messages):
+            raise DataError("the row has images, and a text model cannot read them")
+        places = trained_places(example.messages, train_on)
+        for place in places:
+            if not squeeze(example.messages[place].text) and not example.messages[place].tool_calls:
+                raise DataError(f"message {place + 1}: the assistant says nothing")
+        # The longest first: one that is too long is found out before all the shorter ones are rendered.
+        renders = [pair for place in reversed(places) for pair in ((place + 1, False), (place, True))]
+        messages = [message.for_template() for message in example.messages]
+        return encoder.shield(Conversation(messages, renders, example.tools))
+    except DataError as error:
+        return error
+
+
+def _turns(
+    asked: Conversation, rendered: list[Rendering] | DataError, encoder: PromptEncoder, form: Form
+) -> list[Turn] | DataError:
+    if isinstance(rendered, DataError):
+        return rendered
+    turns = []
+    try:
+        for (count, _), after, before in zip(asked.renders[::2], rendered[::2], rendered[1::2], strict=True):
+            message = asked.messages[count - 1]
+            prompt, reply = reply_of(before, after, encoder.spelling)
+            spoken, stop = cut_turn(reply, message, encoder.spelling)
+            opening = opening_of(spoken, message)
+            if not message.get("tool_calls") and opening not in form.openings:
+                raise DataError(f"the chat template puts words into the assistant's mouth: {opening[:80]!r}")
+            turns.append(Turn(prompt, spoken + stop))
+        _check_prompt(asked, turns[0].prompt)
+    except DataError as error:
+        return error
+    return turns[::-1]
+
+
+def _check_prompt(asked: Conversation, prompt: str) -> None:
+    """Raise DataError if the template drops what the user or the system says, or the tools."""
+    written = squeeze(prompt)
+    for place, message in enumerate(asked.messages[: asked.renders[0][0] - 1], start=1):
+        if message["role"] in ("system", "user") and squeeze(message["content"]) not in written:
+            raise DataError(f"the chat template leaves out message {place}, of the role {message['role']}")
+    for tool in asked.tools:
+        name = str(tool.get("function", tool).get("name", ""))
+        if squeeze(name) not in written:
+            raise DataError(f"the chat template leaves out the tool {name!r}; it may have no place for tools")

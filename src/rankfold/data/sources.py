@@ -1,0 +1,130 @@
+"""Several sources of rows as one set of examples, each counted as often as its weight says."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankfold.data.example import Example
+from rankfold.data.formats import Converted, convert, prompt_style
+from rankfold.data.row import BadRow, Row
+from rankfold.data.rows import check_bad_share, stream_rows
+from rankfold.errors import DataError
+from rankfold.models.facts import PromptStyle
+
+WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?|\.\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where rows are (see ``rows.stream_rows``), how often each counts, and their shape if not detected.
+
+    ``weight`` 2 uses every example twice an epoch, 0.5 one half of them, 1.5 all and one half again."""
+
+    path: str | Path
+    weight: float = 1.0
+    shape: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise DataError(f"the weight of {self.path} must be a number above 0, got {self.weight}")
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Examples of all sources; what was found, in words; and the rows that were left out."""
+
+    examples: list[Example]
+    prompt_style: PromptStyle
+    description: str
+    bad: tuple[BadRow, ...]
+
+
+def sources_of(data: str | Path | Iterable[Source], shape: str | None = None) -> list[Source]:
+    """The sources that ``data`` names: one, or several with weights as in ``a.jsonl:2,b.parquet:1``.
+    What exists as a path is one source, whatever commas and colons are in its name.
+
+    ``shape`` is for the sources that give none of their own."""
+    if not isinstance(data, str | Path):
+        return [Source(source.path, source.weight, source.shape or shape) for source in data]
+    if _is_there(str(data)):
+        return [Source(data, shape=shape)]
+    sources = []
+    for part in map(str.strip, str(data).split(",")):
+        if not part:
+            raise DataError(f"a source without a name in {str(data)!r}")
+        weighted = None if _is_there(part) else WEIGHT.fullmatch(part)
+        path, weight = (weighted[1], float(weighted[2])) if weighted else (part, 1.0)
+        sources.append(Source(path, weight, shape))
+    return sources
+
+
+def _is_there(name: str) -> bool:
+    return os.path.exists(os.path.expanduser(name))
+
+
+def read_examples(sources: Iterable[Source], seed: int = 0, skip_bad: float = 0.0) -> Mixture:
+    """Read, convert and mix.  The order is that of the sources; a fraction of a weight picks examples by
+    ``seed`` and the place of the source, so the same call always gives the same examples.
+
+    Up to the share ``skip_bad`` of a source's rows may be bad: unreadable, of no shape, or against a fatal
+    rule.  Raises DataError listing all of them if there are more, if nothing is left, or if text and
+    messages are mixed."""
+    examples: list[Example] = []
+    bad: list[BadRow] = []
+    described, styles = [], {}
+    for place, source in enumerate(sources):
+        converted = _converted(source, skip_bad)
+        bad += converted.bad
+        drawn = weighted(converted.examples, source.weight, f"{seed}/{place}")
+        if not drawn:
+            raise DataError(f"the weight {source.weight:g} leaves none of the rows of {source.path}")
+        styles[prompt_style(converted)] = source.path
+        examples += drawn
+        times = "" if source.weight == 1 else f", {source.weight:g} times: {len(drawn):,} examples"
+        described.append((source, converted.description + times))
+    if not examples:
+        raise DataError("no source of data was named")
+    if len(styles) > 1:
+        raise DataError(
+            f"{styles['plain']} holds running text and {styles['chat']} messages; train on one kind"
+        )
+    names = len(described) > 1
+    words = "; ".join(f"{source.path}: {text}" if names else text for source, text in described)
+    return Mixture(examples, styles.popitem()[0], words, tuple(bad))
+
+
+def weighted(examples: list[Example], weight: float, seed: str) -> list[Example]:
+    """Each example ``floor(weight)`` times, and the nearest whole number to the rest of the weight drawn by
+    ``seed`` without replacement, in their order."""
+    whole = math.floor(weight)
+    count = round((weight - whole) * len(examples))
+    drawn = sorted(random.Random(seed).sample(range(len(examples)), count))
+    return examples * whole + [examples[place] for place in drawn]
+
+
+def _converted(source: Source, skip_bad: float) -> Converted:
+    unreadable: list[BadRow] = []
+    rows = 0
+
+    def readable() -> Iterable[Row]:
+        nonlocal rows
+        for rows, row in enumerate(stream_rows(source.path), start=1):  # noqa: B007 - the count is used
+            if isinstance(row, Row):
+                yield row
+            else:
+                unreadable.append(row)
+
+    converted = convert(readable(), source.shape)
+    if not rows:
+        raise DataError(f"{source.path} holds no rows")
+    converted.bad[:0] = unreadable
+    check_bad_share(converted.bad, rows, skip_bad, f"the rows in {source.path} cannot be used")
+    if not converted.examples:
+        raise DataError(f"every row of {source.path} is bad; nothing is left to train on")
+    return converted
