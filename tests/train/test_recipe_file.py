@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
@@ -72,6 +74,30 @@ def test_a_resolved_recipe_settles_to_the_same_settings(rank, rate, rows, parame
     again = settle(Recipe.of(yaml.safe_load(text)), rows, parameters)
     for name in ("rank", "alpha", "learning_rate", "epochs", "rows_per_step", "steps", "warmup_steps"):
         assert getattr(again, name) == getattr(settings, name)
+
+
+def test_a_resolved_recipe_finds_its_files_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).write_text('{"text": "x"}\n')
+    Path("base").mkdir()
+    given = {"model": "base", "data": "a.jsonl:2,b.jsonl", "held_out": "b.jsonl", "out": "run"}
+    recipe = Recipe.of(given)
+    resolved = yaml.safe_load(yaml.safe_dump(resolved_recipe(recipe, settle(recipe, 10, 10))))
+    monkeypatch.chdir("/")
+    again = Recipe.of(resolved)
+    assert again.model == str(tmp_path / "base")
+    assert again.held_out == str(tmp_path / "b.jsonl")
+    assert [(source.path, source.weight) for source in again.data] == [
+        (str(tmp_path / "a.jsonl"), 2.0),
+        (str(tmp_path / "b.jsonl"), 1.0),
+    ]
+
+
+def test_names_that_are_no_paths_stay_as_they_are():
+    recipe = Recipe.of({"model": "org/model", "data": "org/set:train", "out": "run"})
+    resolved = resolved_recipe(recipe, settle(recipe, 10, 10))
+    assert (resolved["model"], resolved["data"]) == ("org/model", "org/set:train")
 
 
 def test_changes_are_accepted_by_name_and_the_others_all_listed(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from rankfold.data.sources import Source, sources_of
 from rankfold.errors import ConfigError, bullet_list
 from rankfold.train.advise import Settings
 from rankfold.train.recipe import Recipe
@@ -44,9 +45,26 @@ def parse_changes(words: Iterable[str]) -> dict[str, Any]:
 
 
 def resolved_recipe(recipe: Recipe, settings: Settings) -> dict[str, Any]:
-    """``recipe`` with every choice made, so that training by it again makes the same run."""
+    """``recipe`` with every choice made and every path absolute, so that training by it again, from
+    wherever, makes the same run."""
     chosen = {name: value for name, value in asdict(settings).items() if name in Recipe.model_fields}
-    return recipe.model_dump(mode="json", exclude_none=True) | chosen
+    places: dict[str, Any] = {"model": _absolute(recipe.model), "data": _absolute_data(recipe.data)}
+    if recipe.held_out is not None:
+        places["held_out"] = _absolute_data(recipe.held_out)
+    return recipe.model_dump(mode="json", exclude_none=True) | places | chosen
+
+
+def _absolute(name: str | Path) -> str:
+    """A path that is there as an absolute one; any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else str(name)
+
+
+def _absolute_data(data: str | Path | list[Source]) -> Any:
+    sources = sources_of(data)
+    if len(sources) == 1 and not isinstance(data, list):
+        return _absolute(data)
+    return [asdict(source) | {"path": _absolute(source.path)} for source in sources]
 
 
 def changed_recipe(saved: Mapping[str, Any], changes: Mapping[str, Any], out: Path) -> Recipe:
