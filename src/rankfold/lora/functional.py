@@ -110,7 +110,7 @@ def set_peft_model_state_dict(
     fits, faults, result = fitting(tensors, wanted | {key: place for key, (_, place) in brought.items()})
     wrong = [text for fault, text in faults if fault == "shape"]
     refused = [] if ignore_mismatched_sizes else wrong
-    refused += [text for key, tensor in tensors.items() for _, text in bad_values(key, tensor)]
+    refused += [text for _, text in bad_values(tensors)]
     if refused:
         raise AdapterError(bullet_list("the given tensors do not fit this model:", sorted(refused)))
     for key, tensor in fits.items():

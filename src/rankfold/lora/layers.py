@@ -47,7 +47,7 @@ class AdapterLayer(nn.Module):
     A subclass implements ``add_adapter``, ``adapter_tensors`` and, if it can be merged, ``merged_values``."""
 
     plain_class: ClassVar[type[nn.Module]] = nn.Module
-    # Attributes that adapting adds to the object, in the order in which they are removed again.
+    # Attributes that adapting adds to the object; some of them only when they are first needed.
     added: ClassVar[tuple[str, ...]] = ("merged_adapters", "applied", "_active", "_disabled", "_originals")
     # The dimension of the weight along which the outputs lie; None where DoRA is not supported.
     row_dim: ClassVar[int | None] = None
@@ -69,7 +69,8 @@ class AdapterLayer(nn.Module):
     def end(self) -> None:
         """Remove everything that ``start`` and ``add_adapter`` put on the layer."""
         for name in type(self).added:
-            delattr(self, name)
+            self.__dict__.pop(name, None)
+            self._modules.pop(name, None)
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -253,7 +254,7 @@ def become(layer: nn.Module, kind: type[nn.Module]) -> None:
     """Change the class of ``layer``, and with it a bound ``forward`` of the old one that the object holds:
     accelerate's hooks keep one, without which the adapter would be passed over in silence."""
     before = type(layer).forward
-    layer.__class__ = kind
+    object.__setattr__(layer, "__class__", kind)  # past torch's __setattr__, which is slow
     for name in OWN_FORWARDS & layer.__dict__.keys():
         if getattr(layer.__dict__[name], "__func__", None) is before:
             layer.__dict__[name] = MethodType(kind.forward, layer)
@@ -276,12 +277,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(module)
         yield path, module
         added = type(module).added if isinstance(module, AdapterLayer) else ()
-        children = [
-            (f"{path}.{name}" if path else name, child)
-            for name, child in module._modules.items()
-            if child is not None and name not in added
-        ]
-        pending += reversed(children)
+        for name, child in reversed(module._modules.items()):
+            if child is not None and name not in added:
+                pending.append((f"{path}.{name}" if path else name, child))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
