@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.lora.config import changes_base
-from rankfold.lora.dora import magnitude_tensors, rescaled_weight, start_magnitude
+from rankfold.lora.dora import MAGNITUDES, magnitude_tensors, rescaled_weight, start_magnitude
 from rankfold.lora.layers import HALF_DTYPES, AdapterLayer, AdapterSpec, cast_merged, wide
 from rankfold.lora.starts import (
     Split,
@@ -130,9 +130,10 @@ class LoraLayer(AdapterLayer):
         if name not in self.r:
             return {}
         lora_a, lora_b = self.factors(name)
-        bias = self.factor_bias(name)
         tensors = {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
-        return tensors | ({} if bias is None else {"lora_B.bias": bias}) | magnitude_tensors(self, name)
+        if (bias := self.factor_bias(name)) is not None:
+            tensors["lora_B.bias"] = bias
+        return tensors | magnitude_tensors(self, name) if MAGNITUDES in self._modules else tensors
 
     def factor_bias(self, name: str) -> nn.Parameter | None:
         """The bias of one adapter's B, if it has one (``lora_bias``)."""
@@ -156,16 +157,19 @@ class LoraLayer(AdapterLayer):
             return rescaled_weight(self, name, weight)
         return weight + self.delta(name)
 
-    def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
+    def merged_weight(self, names: Collection[str]) -> Tensor:
+        """The base weight with the adapters ``names`` in it, at least float32."""
         base = wide(self.base_weight_for(names).detach())
-        total, values = base, {}
-        for name in names:
-            total = total + (self.changed_weight(name, base) - base if len(names) > 1 else 0)
-        if len(names) == 1:
-            total = self.changed_weight(next(iter(names)), base)
-        values["weight"] = cast_merged(total, self.merged_like())
+        changed = [self.changed_weight(name, base) for name in names]
+        return changed[0] if len(changed) == 1 else sum((weight - base for weight in changed), base)
+
+    def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
+        return self.with_bias(names, cast_merged(self.merged_weight(names), self.merged_like()))
+
+    def with_bias(self, names: Collection[str], weight: Tensor) -> dict[str, Tensor]:
+        """``weight`` as a merged value, beside the merged bias if there is one."""
         bias = self._merged_bias(names)
-        return values if bias is None else values | {"bias": bias}
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
     def merged_like(self) -> Tensor:
         """A tensor of the dtype that a merged weight is stored in."""

@@ -43,7 +43,7 @@ def inject_adapter_in_model(
     if any(True for _ in adapter_layers(model)):
         wrapped = _around(model, held, adapter_name)
         wrapped._place(adapter_name, *prepared(model, peft_config))
-        freeze(model.parameters())
+        freeze(model)
         activate(model, [adapter_name], trainable=not peft_config.inference_mode)
     else:
         wrapped = PeftModel(model, peft_config, adapter_name)

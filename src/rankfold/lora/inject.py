@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -63,10 +63,12 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def freeze(parameters: Iterable[nn.Parameter]) -> None:
-    """Train none of ``parameters``."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+def freeze(model: nn.Module) -> None:
+    """Train nothing that belongs to the base."""
+    for _, module in base_modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
 
 
 def activate(model: nn.Module, names: Collection[str], *, trainable: bool) -> None:

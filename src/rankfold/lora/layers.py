@@ -137,14 +137,14 @@ class AdapterLayer(nn.Module):
 
     def set_adapters(self, names: Collection[str]) -> None:
         """Make ``names`` the active adapters; those not carried here are passed over."""
-        self._active = list(names)
+        self.__dict__["_active"] = list(names)
         self.refresh()
 
     def refresh(self) -> None:
         """Work out ``applied`` anew; called after every change of state."""
         carried = self.adapter_names()
         idle = self._disabled or self.merged
-        self.applied = () if idle else tuple(name for name in self._active if name in carried)
+        self.__dict__["applied"] = () if idle else tuple(name for name in self._active if name in carried)
 
     @torch.no_grad()
     def merge(self, names: Collection[str], values: Mapping[str, Tensor], *, keep: bool) -> None:

@@ -87,12 +87,11 @@ class PeftModel(nn.Module):
         self.targeted_module_names: list[str] = []
         self._active: list[str] = [adapter_name]
         self.base_model = LoraModel(model)
-        base_parameters = list(model.parameters())
         if source is None:
             self._place(adapter_name, *prepared(model, peft_config))
         else:
             load_onto(self, adapter_name, peft_config, source)
-        freeze(base_parameters)
+        freeze(model)
         activate(model, self._active, trainable=not peft_config.inference_mode)
 
     def __getattr__(self, name: str) -> Any:
