@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankfold.errors import ConfigError, TargetError, bullet_list
 from rankfold.lora.config import LoraConfig
 from rankfold.lora.factors import LoraLayer
-from rankfold.lora.held import HeldParameters, hold
+from rankfold.lora.held import hold
 from rankfold.lora.layers import AdapterLayer, adapter_layers, base_modules
 from rankfold.lora.saved import SavedModule, find_saved, find_ties, place_saved, wrong_saved
 from rankfold.lora.tokens import TokenLayer, find_followers, find_tokens, place_tokens, wrong_tokens
@@ -162,7 +162,7 @@ def check_together(model: nn.Module, names: Collection[str]) -> None:
     """Raise ConfigError if ``names`` cannot be active at the same time."""
     problems = []
     for path, layer in adapter_layers(model):
-        if isinstance(layer, (SavedModule, TokenLayer, HeldParameters)) and (clash := layer.clash(names)):
+        if clash := layer.clash(names):
             problems.append(f"{path}: {clash}" if path else clash)
     if problems:
         raise ConfigError(bullet_list(f"{list(names)} cannot be active at the same time:", problems))

@@ -45,11 +45,12 @@ class LoraLayer(AdapterLayer):
     A layer type implements ``make_factors``, ``delta`` and ``forward``, in which each adapter in
     ``applied`` adds its update."""
 
-    added: ClassVar[tuple[str, ...]] = (
+    # Of these, each holds something by the adapter's name.
+    by_adapter: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"),
-        *("r", "lora_alpha", "scaling", "specs", "split"),
-        *AdapterLayer.added,
+        *("r", "lora_alpha", "scaling", "specs"),
     )
+    added: ClassVar[tuple[str, ...]] = (*by_adapter, "split", *AdapterLayer.added)
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -109,15 +110,13 @@ class LoraLayer(AdapterLayer):
     def adapter_names(self) -> Collection[str]:
         return self.r
 
-    def delete_adapter(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         if self.split is not None and self.split.name == name:
             end_split(self)
-        for side in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"):
-            if side in self._modules:
-                self._modules[side]._modules.pop(name, None)  # type: ignore[union-attr]
-        for values in (self.r, self.lora_alpha, self.scaling, self.specs):
-            cast(dict[str, Any], values).pop(name, None)
-        self.set_adapters([active for active in self._active if active != name])
+        for key in type(self).by_adapter:
+            holder: Any = self._modules.get(key, self.__dict__.get(key))
+            if holder is not None and name in holder:
+                del holder[name]
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """lora_A (rank, in) and lora_B (out, rank) of one adapter."""

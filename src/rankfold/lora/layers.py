@@ -44,11 +44,15 @@ class AdapterLayer(nn.Module):
     """A layer that carries named adapters of any kind.
 
     ``applied`` names the adapters whose effect ``forward`` adds: none while they are disabled or merged.
-    A subclass implements ``add_adapter``, ``adapter_tensors`` and, if it can be merged, ``merged_values``."""
+    A subclass implements ``add_adapter``, ``drop``, ``adapter_names``, ``adapter_tensors`` and, if it can
+    be merged, ``merged_values``."""
 
     plain_class: ClassVar[type[nn.Module]] = nn.Module
     # Attributes that adapting adds to the object; some of them only when they are first needed.
-    added: ClassVar[tuple[str, ...]] = ("merged_adapters", "applied", "_active", "_disabled", "_originals")
+    added: ClassVar[tuple[str, ...]] = (
+        *("merged_adapters", "applied"),
+        *("_active", "_disabled", "_originals", "_leader"),
+    )
     # The dimension of the weight along which the outputs lie; None where DoRA is not supported.
     row_dim: ClassVar[int | None] = None
     # Whether the starts that need the weight as a matrix are supported.
@@ -59,12 +63,14 @@ class AdapterLayer(nn.Module):
     _active: list[str]
     _disabled: bool
     _originals: dict[str, Tensor]
+    _leader: list[AdapterLayer]  # in a list, so that torch does not take the leader for a part of this layer
 
     def start(self) -> None:
         """Make room for adapters on a layer that has just become an adapter layer."""
         # Not by assignment: torch's __setattr__ takes longer than all the rest, for each attribute.
-        state = {"merged_adapters": [], "applied": (), "_active": [], "_disabled": False, "_originals": {}}
-        self.__dict__.update(state)
+        self.__dict__.update(
+            merged_adapters=[], applied=(), _active=[], _disabled=False, _originals={}, _leader=[]
+        )
 
     def end(self) -> None:
         """Remove everything that ``start`` and ``add_adapter`` put on the layer."""
@@ -81,6 +87,11 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def delete_adapter(self, name: str) -> None:
+        self.drop(name)
+        self.set_adapters([active for active in self._active if active != name])
+
+    def drop(self, name: str) -> None:
+        """Forget all that belongs to one adapter."""
         raise NotImplementedError
 
     def adapter_names(self) -> Collection[str]:
@@ -95,8 +106,12 @@ class AdapterLayer(nn.Module):
         """How many wrappers PEFT puts around this layer for one adapter."""
         return int(name in self.adapter_names())
 
+    def clash(self, names: Collection[str]) -> str | None:
+        """What is wrong with ``names`` being active at a time, if anything."""
+        return None
+
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The base parameters after merging ``names``, by parameter name, in the base's dtype.
+        """The base parameters after merging ``names``, which do not clash, by name, in the base's dtype.
 
         Raises MergeError where that cannot be had."""
         raise MergeError(f"a {self.plain_class.__name__} with this kind of adapter cannot be merged")
@@ -104,7 +119,7 @@ class AdapterLayer(nn.Module):
     @property
     def leader(self) -> AdapterLayer | None:
         """The layer with which this one shares its weight, whose adapters count here too."""
-        return None
+        return self._leader[0] if self._leader else None
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that merging may change."""
