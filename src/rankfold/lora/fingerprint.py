@@ -49,16 +49,10 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> BaseFinger
         storages.add(storage)
         if sample is not None:
             samples.append(sample)
-    alike: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
-    for index, sample in enumerate(samples):
-        alike.setdefault((sample.device, sample.dtype), []).append((index, sample))
-    values: dict[int, Tensor] = {}
-    for group in alike.values():  # one conversion and one transfer for all of a kind, not one a tensor
-        joined = torch.cat([sample for _, sample in group]).to(torch.bfloat16).cpu()
-        parts = joined.split([sample.numel() for _, sample in group])
-        values |= {index: part for (index, _), part in zip(group, parts, strict=True)}
-    ordered = [values[index] for index in range(len(samples))]
-    content = save({"samples": torch.cat(ordered)}) if ordered else b""
+    if len({(sample.device, sample.dtype) for sample in samples}) > 1:
+        samples = [sample.to(torch.bfloat16).cpu() for sample in samples]
+    # One conversion and one transfer for all where they are of a kind.
+    content = save({"samples": torch.cat(samples).to(torch.bfloat16).cpu()}) if samples else b""
     return BaseFingerprint(
         shapes.hexdigest(), hashlib.sha256(content).hexdigest(), "+".join(sorted(storages))
     )

@@ -21,7 +21,6 @@ from rankfold.lora.layers import (
     adapter_layers,
     base_modules,
     lora_class,
-    replaced_forward,
     restore,
 )
 from rankfold.lora.starts import start_problems, tied_problems
@@ -136,6 +135,12 @@ def check_layers(modules: Mapping[str, nn.Module], specs: Mapping[str, AdapterSp
     wrong += tied_problems(modules, specs)
     if wrong:
         raise ConfigError(bullet_list("these layers cannot carry this adapter:", wrong))
+
+
+def replaced_forward(layer: nn.Module) -> bool:
+    """Whether the object holds a ``forward`` of its own that does not end in that of its class."""
+    innermost = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
+    return innermost is not None and getattr(innermost, "__func__", None) is not type(layer).forward
 
 
 def check_ranks(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:

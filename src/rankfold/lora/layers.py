@@ -275,12 +275,6 @@ def become(layer: nn.Module, kind: type[nn.Module]) -> None:
             layer.__dict__[name] = MethodType(kind.forward, layer)
 
 
-def replaced_forward(layer: nn.Module) -> bool:
-    """Whether the object holds a ``forward`` of its own that does not end in that of its class."""
-    innermost = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
-    return innermost is not None and getattr(innermost, "__func__", None) is not type(layer).forward
-
-
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without what adapters have added: six modules fewer a layer to walk."""
     seen: set[nn.Module] = set()
