@@ -147,7 +147,7 @@ def test_dora_gives_pefts_outputs_and_gradients_and_files_go_both_ways(kind, x, 
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.peft("DoRA on 8-bit weights of bitsandbytes, a second forward", "fails", "works")
+@pytest.mark.peft("DoRA on 8-bit weights of bitsandbytes on a CPU, a second forward", "fails", "works")
 def test_pefts_dora_on_8_bits_fails_in_its_second_forward_and_ours_does_not(x):
     ours = adapted("int8", use_dora=True).train()
     assert torch.equal(ours(x), ours(x))

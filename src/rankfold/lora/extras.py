@@ -56,7 +56,7 @@ def find_extras(
     saved, tokens = find_saved(model, config), find_tokens(model, config)
     ties = find_ties(model, saved) if config.ensure_weight_tying else {}
     saved |= {p: modules[p] for p in dict.fromkeys([*ties.values(), *ties])}
-    followers = find_followers(model, tokens, config) if tokens else {}
+    followers = find_followers(model, tokens) if tokens else {}
     problems += wrong_saved(saved, ties, config, every_entry=every_entry)
     problems += wrong_tokens(model, tokens, followers, config)
     problems += _meeting(targets, saved, {**tokens, **followers})

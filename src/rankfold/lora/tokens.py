@@ -181,7 +181,7 @@ def find_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
     return {path: wanted for path, module in base_modules(model) if module is inputs and path}
 
 
-def find_followers(model: nn.Module, found: dict[str, list[int]], config: LoraConfig) -> dict[str, str]:
+def find_followers(model: nn.Module, found: dict[str, list[int]]) -> dict[str, str]:
     """The layers that share the weight of an embedding in ``found``, each with that embedding's name.
 
     A head that ``trainable_token_indices`` names with other indices than the embedding goes its own way,
