@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankfold.errors import ConfigError, TargetError, bullet_list
 from rankfold.lora.config import LoraConfig
 from rankfold.lora.factors import LoraLayer
-from rankfold.lora.held import HeldParameters, hold
+from rankfold.lora.held import hold
 from rankfold.lora.layers import AdapterLayer, adapter_layers, base_modules
 from rankfold.lora.saved import SavedModule, find_saved, find_ties, place_saved, wrong_saved
 from rankfold.lora.tokens import TokenLayer, find_followers, find_tokens, place_tokens, wrong_tokens
@@ -56,7 +56,7 @@ def find_extras(
     saved, tokens = find_saved(model, config), find_tokens(model, config)
     ties = find_ties(model, saved) if config.ensure_weight_tying else {}
     saved |= {p: modules[p] for p in dict.fromkeys([*ties.values(), *ties])}
-    followers = find_followers(model, tokens, config) if tokens else {}
+    followers = find_followers(model, tokens) if tokens else {}
     problems += wrong_saved(saved, ties, config, every_entry=every_entry)
     problems += wrong_tokens(model, tokens, followers, config)
     problems += _meeting(targets, saved, {**tokens, **followers})
@@ -162,7 +162,7 @@ def check_together(model: nn.Module, names: Collection[str]) -> None:
     """Raise ConfigError if ``names`` cannot be active at the same time."""
     problems = []
     for path, layer in adapter_layers(model):
-        if isinstance(layer, (SavedModule, TokenLayer, HeldParameters)) and (clash := layer.clash(names)):
+        if clash := layer.clash(names):
             problems.append(f"{path}: {clash}" if path else clash)
     if problems:
         raise ConfigError(bullet_list(f"{list(names)} cannot be active at the same time:", problems))

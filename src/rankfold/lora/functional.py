@@ -43,7 +43,7 @@ def inject_adapter_in_model(
     if any(True for _ in adapter_layers(model)):
         wrapped = _around(model, held, adapter_name)
         wrapped._place(adapter_name, *prepared(model, peft_config))
-        freeze(model.parameters())
+        freeze(model)
         activate(model, [adapter_name], trainable=not peft_config.inference_mode)
     else:
         wrapped = PeftModel(model, peft_config, adapter_name)
@@ -110,7 +110,7 @@ def set_peft_model_state_dict(
     fits, faults, result = fitting(tensors, wanted | {key: place for key, (_, place) in brought.items()})
     wrong = [text for fault, text in faults if fault == "shape"]
     refused = [] if ignore_mismatched_sizes else wrong
-    refused += [text for key, tensor in tensors.items() for _, text in bad_values(key, tensor)]
+    refused += [text for _, text in bad_values(tensors)]
     if refused:
         raise AdapterError(bullet_list("the given tensors do not fit this model:", sorted(refused)))
     for key, tensor in fits.items():

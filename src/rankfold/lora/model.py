@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankfold.errors import ConfigError, MergeError
 from rankfold.lora import merging
 from rankfold.lora.brought import embedding_tensors, embeddings_in
-from rankfold.lora.checkpoint import file_tensors, save_adapter
+from rankfold.lora.checkpoint import file_tensors, load_onto, save_adapter
 from rankfold.lora.config import LoraConfig
 from rankfold.lora.conversion import as_plain_adapter
 from rankfold.lora.extras import check_together, find_extras, place_extras
@@ -28,7 +28,6 @@ from rankfold.lora.inject import (
     remove_adapter,
 )
 from rankfold.lora.layers import adapter_layers
-from rankfold.lora.loading import load_onto
 from rankfold.lora.names import check_adapter_name
 from rankfold.lora.parameter_targets import (
     checked_parameters,
@@ -87,12 +86,11 @@ class PeftModel(nn.Module):
         self.targeted_module_names: list[str] = []
         self._active: list[str] = [adapter_name]
         self.base_model = LoraModel(model)
-        base_parameters = list(model.parameters())
         if source is None:
             self._place(adapter_name, *prepared(model, peft_config))
         else:
             load_onto(self, adapter_name, peft_config, source)
-        freeze(base_parameters)
+        freeze(model)
         activate(model, self._active, trainable=not peft_config.inference_mode)
 
     def __getattr__(self, name: str) -> Any:

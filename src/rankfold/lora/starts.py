@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -35,7 +36,6 @@ class Split:
     in_place: bool = False
 
 
-@torch.no_grad()
 def start_factors(layer: LoraLayer, spec: AdapterSpec) -> None:
     """Give the fresh factors of ``spec.name``, still in the default dtype, their start.
 
@@ -45,7 +45,7 @@ def start_factors(layer: LoraLayer, spec: AdapterSpec) -> None:
     start = spec.config.init_lora_weights
     if start is False or changes_base(start):
         return
-    lora_a, lora_b = layer.factors(spec.name)
+    lora_a, lora_b = (factor.data for factor in layer.factors(spec.name))
     if start == "orthogonal":
         orthogonal(lora_a, lora_b)
         return
@@ -60,9 +60,14 @@ def start_factors(layer: LoraLayer, spec: AdapterSpec) -> None:
 
 def draw_kaiming(weight: Tensor) -> None:
     """``nn.init.kaiming_uniform_(weight, a=sqrt(5))`` without autograd, bit for bit, and faster."""
-    gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
-    bound = math.sqrt(3.0) * (gain / math.sqrt(weight[0].numel()))
+    bound = _kaiming_bound(weight.shape[1:].numel())
     weight.uniform_(-bound, bound)
+
+
+@cache
+def _kaiming_bound(fan_in: int) -> float:
+    gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
+    return math.sqrt(3.0) * (gain / math.sqrt(fan_in))
 
 
 def orthogonal(lora_a: Tensor, lora_b: Tensor) -> None:

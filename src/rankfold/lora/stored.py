@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,8 +115,7 @@ def read_adapter(source: AdapterSource, config: LoraConfig, model: nn.Module) ->
     except TargetError as error:
         raise AdapterError(f"{source.folder}: {error}") from error
     check_sizes(stored, model)
-    for key, tensor in stored.tensors.items():
-        stored.found += bad_values(key, tensor)
+    stored.found += bad_values(stored.tensors)
     check_base(stored, model)
     return stored
 
@@ -145,14 +145,18 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], AdapterFacts, list[tu
     return tensors, facts, [("hash", text.format(name)) for name in changed]
 
 
-def bad_values(key: str, tensor: Tensor) -> list[tuple[Fault, str]]:
-    """A fault if ``tensor`` holds NaN or infinite values."""
-    if tensor.dtype not in FLOATS:
+def bad_values(tensors: Mapping[str, Tensor]) -> list[tuple[Fault, str]]:
+    """A fault for each of ``tensors`` that holds NaN or infinite values."""
+    wide = {
+        key: tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        for key, tensor in tensors.items()
+        if tensor.dtype in FLOATS and tensor.numel()
+    }
+    # One look at the largest magnitude of all; which one it is need be told only if that is not finite.
+    if torch.isfinite(nn.utils.get_total_norm(list(wide.values()), math.inf)):
         return []
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    if not torch.isfinite(wide).all():
-        return [("non_finite", f"{shown(key)} holds NaN or infinite values")]
-    return []
+    bad = [key for key, tensor in wide.items() if not torch.isfinite(tensor).all()]
+    return [("non_finite", f"{shown(key)} holds NaN or infinite values") for key in bad]
 
 
 def check_base(stored: StoredAdapter, model: nn.Module) -> None:
