@@ -19,6 +19,7 @@ from rankfold.lora.layers import adapter_layers
 from rankfold.lora.model import LoraModel, PeftModel
 from rankfold.lora.prepare import prepared
 from rankfold.lora.renames import PREFIX, renamed
+from rankfold.lora.replication import replicated
 from rankfold.lora.stored import LoadResult, bad_values
 
 
@@ -42,7 +43,8 @@ def inject_adapter_in_model(
     held: dict[str, LoraConfig] = model.__dict__.get("peft_config", {})
     if any(True for _ in adapter_layers(model)):
         wrapped = _around(model, held, adapter_name)
-        wrapped._place(adapter_name, *prepared(model, peft_config))
+        with replicated(model, peft_config):
+            wrapped._place(adapter_name, *prepared(model, peft_config))
         freeze(model.parameters())
         activate(model, [adapter_name], trainable=not peft_config.inference_mode)
     else:

@@ -13,6 +13,7 @@ from rankfold.lora.names import check_adapter_name
 from rankfold.lora.saved import with_task_modules
 from rankfold.lora.starts import warn_if_random
 from rankfold.lora.stored import AdapterSource, LoadResult, read_adapter
+from rankfold.lora.ties import check_agreement
 
 if TYPE_CHECKING:
     from rankfold.lora.model import PeftModel
@@ -35,6 +36,7 @@ def load_onto(wrapped: PeftModel, name: str, config: LoraConfig, source: Adapter
         wanted = file_tensors(model, name, config)
         brought = find_brought(model, stored.tensors, wanted, config)
         result = fill_adapter(stored, wanted | {key: place for key, (_, place) in brought.items()})
+        check_agreement(model, name, stored.tensors)
         bring(model, name, dict(brought.values()))
     except BaseException:
         remove_adapter(model, name)

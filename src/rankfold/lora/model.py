@@ -37,7 +37,9 @@ from rankfold.lora.parameter_targets import (
     parameter_targets,
 )
 from rankfold.lora.prepare import prepared, read_config, refuse_adapted
+from rankfold.lora.replication import end_replication, replicated
 from rankfold.lora.stored import AdapterSource, LoadOptions, LoadResult
+from rankfold.lora.ties import find_heads, place_heads, with_leaders
 
 
 class LoraModel(nn.Module):
@@ -88,10 +90,11 @@ class PeftModel(nn.Module):
         self._active: list[str] = [adapter_name]
         self.base_model = LoraModel(model)
         base_parameters = list(model.parameters())
-        if source is None:
-            self._place(adapter_name, *prepared(model, peft_config))
-        else:
-            load_onto(self, adapter_name, peft_config, source)
+        with replicated(model, peft_config):
+            if source is None:
+                self._place(adapter_name, *prepared(model, peft_config))
+            else:
+                load_onto(self, adapter_name, peft_config, source)
         freeze(base_parameters)
         activate(model, self._active, trainable=not peft_config.inference_mode)
 
@@ -133,7 +136,8 @@ class PeftModel(nn.Module):
 
         Raises ConfigError if the name is taken, TargetError if nothing matches; nothing is changed then."""
         model, trainable = self.get_base_model(), self._any_trainable()
-        self._place(adapter_name, *prepared(model, peft_config))
+        with replicated(model, peft_config):
+            self._place(adapter_name, *prepared(model, peft_config))
         activate(model, self._active, trainable=trainable)
 
     @no_garbage_collection()
@@ -148,7 +152,9 @@ class PeftModel(nn.Module):
 
         Raises AdapterError listing all that does not fit; the model is then as it was."""
         trainable, source = self._any_trainable(), AdapterSource.of(model_id, options)
-        result = load_onto(self, adapter_name, read_config(source.folder, is_trainable), source)
+        config = read_config(source.folder, is_trainable)
+        with replicated(self.get_base_model(), config):
+            result = load_onto(self, adapter_name, config, source)
         activate(self.get_base_model(), self._active, trainable=trainable)
         return result
 
@@ -281,6 +287,7 @@ class PeftModel(nn.Module):
     def unload(self) -> nn.Module:
         """Drop all adapters and return the base model as it was."""
         remove(self.get_base_model())
+        end_replication(self.get_base_model())
         return self.get_base_model()
 
     @contextmanager
@@ -314,10 +321,13 @@ class PeftModel(nn.Module):
     def _place(self, name: str, targets: list[str], config: LoraConfig) -> None:
         """Inject an adapter and note it."""
         check_adapter_name(name, self.peft_config)
+        heads = find_heads(self.get_base_model(), targets, config)
+        targets = with_leaders(targets, heads)
         parameters = checked_parameters(self.get_base_model(), targets, config, new=False)
         taken = [*targets, *owners_of(parameters)]
         extras = find_extras(self.get_base_model(), taken, config, self.peft_config)
         inject(self.get_base_model(), targets, config, name, widen=self.widen)
+        place_heads(self.get_base_model(), heads, config, name)
         inject_parameters(self.get_base_model(), parameters, config, name, widen=self.widen)
         place_extras(self.get_base_model(), extras, name, config, widen=self.widen)
         self.peft_config[name] = config

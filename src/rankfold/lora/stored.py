@@ -20,6 +20,7 @@ from rankfold.lora.fingerprint import compare, fingerprint
 from rankfold.lora.inject import alpha_of, rank_of
 from rankfold.lora.patterns import check_patterns
 from rankfold.lora.renames import PREFIX, renamed
+from rankfold.lora.starts import changed_base
 from rankfold.lora.targets import find_parameters, find_targets, module_names
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -158,6 +159,8 @@ def bad_values(key: str, tensor: Tensor) -> list[tuple[Fault, str]]:
 def check_base(stored: StoredAdapter, model: nn.Module) -> None:
     """Add a fault if ``model`` is not the base of ``stored``, and log in one line what cannot be told."""
     folder, facts = stored.source.folder, stored.facts
+    if change := changed_base(stored.config):
+        stored.found.append(("base", change))
     unchecked = "whether this is the base it was trained on, and whether its files are whole"
     if facts.base is not None:
         replaced = [*(stored.config.modules_to_save or ()), *embeddings_in(model, stored.tensors)]
