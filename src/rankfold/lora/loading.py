@@ -27,6 +27,7 @@ def load_onto(wrapped: PeftModel, name: str, config: LoraConfig, source: Adapter
     config = with_task_modules(config)
     check_adapter_name(name, wrapped.peft_config)
     stored = read_adapter(source, config, model)
+    config = stored.config
     warn_if_random(config)
     try:
         wrapped._place(name, stored.targets, config)

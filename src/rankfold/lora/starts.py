@@ -215,8 +215,8 @@ def changed_base(config: LoraConfig) -> str | None:
         return None
     return (
         f"init_lora_weights={start!r} changed the base weights before training, and the change is not in "
-        "the file: load it onto the base as it was after that start and allow 'base', or let PEFT convert the adapter "
-        "(save_pretrained with path_initial_model_for_weight_conversion)"
+        "the file: load it onto the base as it was after that start and allow 'base', or let PEFT convert "
+        "the adapter (save_pretrained with path_initial_model_for_weight_conversion)"
     )
 
 
