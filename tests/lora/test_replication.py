@@ -177,3 +177,11 @@ def test_a_failure_leaves_the_layers_as_they_were(tmp_path):
         PeftModel.from_pretrained(base, tmp_path)
     assert base.model.layers is layers
     assert find_layers(base)[1] is base.model
+
+
+@pytest.mark.filterwarnings("ignore:.*already merged")
+def test_peft_merges_shared_layers_and_changes_the_outputs():
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**OPTIONS)).eval()
+    randomise(theirs)
+    before = theirs(input_ids=ids()).logits
+    assert not torch.allclose(theirs.merge_and_unload()(input_ids=ids()).logits, before, rtol=1e-3, atol=1e-3)
