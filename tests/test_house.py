@@ -98,16 +98,12 @@ def test_files_are_short(path):
     assert lines <= 400 or str(path.relative_to(SOURCE)) in LONG_FILES
 
 
-def test_importing_rankfold_is_cheap():
+def test_importing_rankfold_brings_nothing_heavy():
     program = (
-        "import sys, time, torch\n"
-        "started = time.perf_counter()\n"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
         "from rankfold import LoraConfig, get_peft_model\n"
-        "print(time.perf_counter() - started)\n"
-        "assert not {'transformers', 'matplotlib', 'pydantic', 'rich', 'click'} & sys.modules.keys()\n"
+        "heavy = {'transformers', 'datasets', 'matplotlib', 'pydantic', 'rich', 'click', 'yaml'}\n"
+        "assert not heavy & (set(sys.modules) - before)\n"
     )
-    seconds = []
-    for _ in range(3):
-        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        seconds.append(float(run.stdout))
-    assert min(seconds) < 0.1, f"importing rankfold took {seconds} s beyond torch"
+    subprocess.run([sys.executable, "-c", program], check=True)

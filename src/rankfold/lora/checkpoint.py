@@ -36,6 +36,7 @@ from rankfold.lora.stored import (
     read_adapter,
     shown,
 )
+from rankfold.lora.ties import check_agreement
 
 if TYPE_CHECKING:
     from rankfold.lora.model import PeftModel
@@ -105,6 +106,7 @@ def load_onto(wrapped: PeftModel, name: str, config: LoraConfig, source: Adapter
     config = with_task_modules(config)
     check_adapter_name(name, wrapped.peft_config)
     stored = read_adapter(source, config, model)
+    config = stored.config
     warn_if_random(config)
     try:
         wrapped._place(name, stored.targets, config)
@@ -114,6 +116,7 @@ def load_onto(wrapped: PeftModel, name: str, config: LoraConfig, source: Adapter
         wanted = file_tensors(model, name, config)
         brought = find_brought(model, stored.tensors, wanted, config)
         result = fill_adapter(stored, wanted | {key: place for key, (_, place) in brought.items()})
+        check_agreement(model, name, stored.tensors)
         bring(model, name, dict(brought.values()))
     except BaseException:
         remove_adapter(model, name)

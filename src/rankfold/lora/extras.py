@@ -3,6 +3,7 @@ token rows and biases."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -87,12 +88,10 @@ def _wrong_ties(
         problems += [
             f"{path} and {p} are tied and have different indices" for p in others if tokens[p] != indices
         ]
-    owners = {p: m._parameters.get("weight") for p, m in modules.items()}
-    weights = {id(w): p for p, w in owners.items() if w is not None and p not in targets}
-    for path in targets:
-        if other := weights.get(id(owners.get(path))):
-            problems.append(f"the target {path} is tied to {other}: factors cannot be tied in this version")
-    if every_entry and not problems and not tied:
+    uses = Counter(id(module._parameters.get("weight")) for module in modules.values())
+    weights = [modules[path]._parameters.get("weight") for path in targets if path in modules]
+    shared = any(weight is not None and uses[id(weight)] > 1 for weight in weights)
+    if every_entry and not problems and not tied and not shared:
         problems.append("ensure_weight_tying: nothing that this adapter trains is tied; leave it out")
     return problems
 

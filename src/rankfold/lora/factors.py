@@ -79,20 +79,23 @@ class LoraLayer(AdapterLayer):
 
     def add_adapter(self, spec: AdapterSpec) -> None:
         """Add an adapter; its factors start as ``init_lora_weights`` says, drawn as PEFT draws them."""
-        name = spec.name
-        self.r[name], self.lora_alpha[name], self.scaling[name] = spec.rank, spec.alpha, spec.scale
-        self.specs[name] = spec
+        self.list_adapter(spec)
         self.make_factors(spec)
-        dropout = spec.config.lora_dropout
-        if dropout or "lora_dropout" in self._modules:
-            held = self._modules["lora_dropout"] = self.lora_dropout
-            held[name] = nn.Dropout(dropout) if dropout else NO_DROPOUT
         self.start_factors(spec)
         self.settle_factors(spec)
         if changes_base(spec.config.init_lora_weights):
             split_base(self, spec)
         if spec.config.use_dora:
-            start_magnitude(self, name)
+            start_magnitude(self, spec.name)
+
+    def list_adapter(self, spec: AdapterSpec) -> None:
+        """Note what ``spec`` says, and make its dropout."""
+        name, dropout = spec.name, spec.config.lora_dropout
+        self.r[name], self.lora_alpha[name], self.scaling[name] = spec.rank, spec.alpha, spec.scale
+        self.specs[name] = spec
+        if dropout or "lora_dropout" in self._modules:
+            held = self._modules["lora_dropout"] = self.lora_dropout
+            held[name] = nn.Dropout(dropout) if dropout else NO_DROPOUT
 
     def make_factors(self, spec: AdapterSpec) -> None:
         """Put fresh modules for ``spec.name`` into ``lora_A`` and ``lora_B``, in PEFT's order of draws."""

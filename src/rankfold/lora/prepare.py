@@ -16,7 +16,9 @@ from rankfold.lora.inject import check_ranks, check_targets
 from rankfold.lora.layers import adapter_layers, base_modules
 from rankfold.lora.parameter_targets import checked_parameters, owners_of
 from rankfold.lora.saved import with_task_modules
+from rankfold.lora.starts import refuse_start_from_data
 from rankfold.lora.targets import ALL_LINEAR, find_targets, module_names, resolve, shortest_list
+from rankfold.lora.ties import find_heads, spelt_with_leaders, with_leaders
 
 
 def read_config(folder: str | Path, is_trainable: bool) -> LoraConfig:
@@ -28,14 +30,19 @@ def read_config(folder: str | Path, is_trainable: bool) -> LoraConfig:
 
 def prepared(model: nn.Module, given: LoraConfig) -> tuple[list[str], LoraConfig]:
     """The targets of a new adapter and the model's own copy of its config, all of it checked."""
+    refuse_start_from_data(given)
     given = with_task_modules(given)
     targets, modules = find_targets(model, given), dict(base_modules(model))
+    heads = find_heads(model, targets, given)
+    targets = with_leaders(targets, heads)
     layers = {target: modules[target] for target in targets}
     check_targets(layers)
     check_ranks(layers, given)
     parameters = checked_parameters(model, targets, given, new=True)
     find_extras(model, [*targets, *owners_of(parameters)], given, {}, every_entry=True)
     config = dataclasses.replace(given, **_spelt_out(model, targets, given))
+    if heads and config.target_modules:
+        config.target_modules = spelt_with_leaders(config.target_modules, heads)
     config.fan_in_fan_out = _fan_in_fan_out(layers.values(), given)
     base_name = getattr(model, "name_or_path", None) or getattr(
         getattr(model, "config", None), "name_or_path", None
