@@ -6,17 +6,20 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from conftest import rankfold_command
 from rankfold.cli.main import VERBS, main
+from rankfold.lora.stored import Fault
 
 COMMAND = str(Path(sys.executable).with_name("rankfold"))
 
@@ -93,6 +96,8 @@ def test_the_version_is_printed(command):
             ["generate", "--prompt", "hi", "--temperature", "nan"],
             "temperature: input should be a finite number",
         ),
+        (["generate", "--prompt", "hi", "--allow", "base"], "there is no --adapter"),
+        (["chat", "--adapter", "nowhere", "--allow", "bsae"], "allow='bsae' is none of missing, unexpected"),
         (["generate"], "Missing option '--prompt'"),
         (["explain", "--out", "picture.exe"], "must end in .png or .svg"),
         (["demo", "--out", "{data}"], "exists and is not an empty folder"),
@@ -126,6 +131,26 @@ def test_a_run_tells_everything_without_a_terminal(trained):
         assert part in out
     assert re.search(r"tokens\s+\d+ trained of [\d,]+", out)
     assert re.search(r"\{\+No \d+\.<\|im_end\|>\+\}", out)
+
+
+def test_a_fault_of_an_adapter_can_be_allowed(trained, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(trained[0], folder)
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text() + "\n")
+    options = ("generate", "--prompt", "Joke?", "--adapter", folder, "--max-new-tokens", 2)
+    refused = rankfold_command(*options)
+    assert refused.returncode == 2
+    assert "adapter_config.json is not what was saved" in refused.stderr
+    allowed = rankfold_command(*options, "--allow", "hash")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "was loaded in spite of" in allowed.stderr
+    assert allowed.stdout.strip()
+
+
+def test_the_help_names_every_fault_that_can_be_allowed():
+    words = " ".join(rankfold_command("generate", "--help").stdout.split())
+    assert all(fault in words for fault in get_args(Fault))
 
 
 def test_generate_and_chat_speak_with_the_adapter(trained):

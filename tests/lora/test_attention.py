@@ -148,7 +148,7 @@ def test_files_pass_between_peft_and_rankfold(options, tmp_path):
 @pytest.mark.peft(
     "scale of the update on `out_proj` inside `nn.MultiheadAttention`",
     "counted twice",
-    "counted twice too, so that files mean the same; the layer's `scaling` says so",
+    "PEFT's bug, followed: counted twice too, so that files mean the same; the layer's `scaling` says so",
 )
 def test_peft_adds_the_update_of_out_proj_twice():
     net = Net().double().eval()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 
 import peft
+import peft.functional
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from rankfold import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from rankfold.errors import AdapterError, ConfigError, TargetError
+from rankfold.errors import AdapterError, ConfigError, MergeError, TargetError
+from rankfold.lora import functional, merging
 
 OPTIONS = [
     {"r": 4, "target_modules": "all-linear"},
@@ -181,3 +183,120 @@ def test_a_failed_injection_changes_nothing():
         inject_adapter_in_model(LoraConfig(target_modules=["nothing"]), model)
     assert "peft_config" not in vars(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def injected(base: nn.Module, *names: str, **options) -> nn.Module:
+    """``base`` with an adapter for each name, of different values, and no wrapper."""
+    for seed, name in enumerate(names):
+        config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})
+        inject_adapter_in_model(config, base, name)
+        generator = torch.Generator().manual_seed(seed)
+        for key, tensor in get_peft_model_state_dict(base, adapter_name=name).items():
+            if "lora_" in key:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return base
+
+
+def in_peft(*names: str) -> nn.Module:
+    base = tiny_llama()
+    for seed, name in enumerate(names):
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), base, name)
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            key: torch.randn(tensor.shape, generator=generator)
+            for key, tensor in get_peft_state(base, name).items()
+        }
+        peft.set_peft_model_state_dict(base, tensors, adapter_name=name)
+    return base.eval()
+
+
+def get_peft_state(base: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    return peft.get_peft_model_state_dict(base, adapter_name=name)
+
+
+FUNCTIONAL = pytest.mark.peft(
+    "`functional`: `set_adapter`, `delete_adapter`, `cast_adapter_dtype`, `set_requires_grad`",
+    "same; the last adapter's wrappers stay",
+    "same; nothing stays",
+)
+
+
+@FUNCTIONAL
+def test_adapters_without_a_wrapper_are_set_and_deleted_as_in_peft(ids):
+    ours, theirs = injected(tiny_llama(), "a", "b", "c"), in_peft("a", "b", "c")
+    for names in ("a", "b", ["a", "c"]):
+        functional.set_adapter(ours, names)
+        peft.functional.set_adapter(theirs, names)
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+        trained = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (ours, theirs)]
+        assert trained[0] == trained[1]
+    functional.set_adapter(ours, "c", inference_mode=True)
+    assert not any(p.requires_grad for p in ours.parameters())
+    functional.set_adapter(ours, "b")
+    peft.functional.set_adapter(theirs, "b")
+    assert (
+        functional.delete_adapter(ours, "a")
+        == peft.functional.delete_adapter(theirs, "a", prefix="lora_")
+        == ["b"]
+    )
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+    assert [*ours.peft_config] == ["b", "c"]
+    assert functional.delete_adapter(ours, "b") == ["c"]
+    assert functional.delete_adapter(ours, "c") is None
+    assert torch.equal(ours(ids).logits, tiny_llama()(ids).logits)
+    assert type(ours.model.layers[0].self_attn.q_proj) is nn.Linear
+    injected(ours, "a")
+
+
+def test_a_wrapped_model_is_taken_by_the_same_functions(ids):
+    ours = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).eval()
+    ours.add_adapter("b", LoraConfig(target_modules=["q_proj"]))
+    functional.set_adapter(ours, "b")
+    assert ours.active_adapters == ["b"]
+    assert functional.delete_adapter(ours, "b") == ["default"]
+    with pytest.raises(ConfigError, match="unload"):
+        functional.delete_adapter(ours, "default")
+
+
+def test_what_is_not_there_or_merged_cannot_be_set_or_deleted():
+    ours = injected(tiny_llama(), "a")
+    calls = (
+        functional.set_adapter,
+        functional.delete_adapter,
+        functional.cast_adapter_dtype,
+        functional.set_requires_grad,
+    )
+    for call in calls:
+        with pytest.raises(ConfigError, match="no adapter"):
+            call(ours, "b")
+    merging.merge(ours, ["a"])
+    with pytest.raises(MergeError, match="'a' is merged"):
+        functional.delete_adapter(ours, "a")
+
+
+@FUNCTIONAL
+def test_half_precision_factors_are_cast_as_in_peft():
+    made = {}
+    for who in (peft, None):
+        base = tiny_llama()
+        inject = peft.inject_adapter_in_model if who else inject_adapter_in_model
+        kind = peft.LoraConfig if who else LoraConfig
+        inject(kind(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]), base)
+        base.to(torch.bfloat16)
+        cast = peft.functional.cast_adapter_dtype if who else functional.cast_adapter_dtype
+        cast(base, "default", autocast_adapter_dtype=False)
+        assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+        cast(base, "default")
+        read = peft.get_peft_model_state_dict if who else get_peft_model_state_dict
+        made[who] = {key: tensor.dtype for key, tensor in read(base).items()}
+    assert made[None] == made[peft]
+    assert {*made[None].values()} == {torch.bfloat16, torch.float32}
+
+
+@FUNCTIONAL
+def test_training_is_switched_on_and_off_by_name():
+    ours = injected(tiny_llama(), "a", "b")
+    functional.set_requires_grad(ours, ["a", "b"])
+    assert all(p.requires_grad == ("lora_" in name) for name, p in ours.named_parameters())
+    functional.set_requires_grad(ours, "a", requires_grad=False)
+    assert all(p.requires_grad == (".b." in name) for name, p in ours.named_parameters())

@@ -10,6 +10,7 @@ from torch import nn
 from conftest import randomise
 from rankfold import LoraConfig, get_peft_model
 from rankfold.errors import MergeError
+from rankfold.lora.factors import bare
 from rankfold.lora.layers import AdapterSpec, adapt, restore
 from rankfold.lora.linear import LoraLinear
 
@@ -33,6 +34,30 @@ def test_the_layer_stays_the_same_object_and_a_linear():
     assert lora.weight is weight
     lora(torch.randn(2, 6))
     assert calls == [1]
+
+
+def test_a_dropout_is_a_module_of_the_layer_only_if_it_drops_and_is_there_by_name_as_in_peft():
+    lora = adapted(nn.Linear(6, 5))
+    assert list(lora.lora_dropout) == ["default"]
+    assert type(lora.lora_dropout["default"]) is nn.Identity
+    assert "lora_dropout" not in dict(lora.named_children())
+    config = LoraConfig(r=4, lora_dropout=0.5)
+    lora.add_adapter(AdapterSpec("second", "layer", config.r, config.lora_alpha, config))
+    assert {name: type(held) for name, held in dict(lora.named_children())["lora_dropout"].items()} == {
+        "default": nn.Identity,
+        "second": nn.Dropout,
+    }
+    assert lora.lora_dropout["second"].p == 0.5
+    lora.delete_adapter("second")
+    assert list(lora.lora_dropout) == ["default"]
+
+
+def test_a_module_made_by_hand_is_what_its_constructor_leaves_and_shares_nothing():
+    made, other, expected = bare(nn.ModuleDict), bare(nn.ModuleDict), nn.ModuleDict()
+    assert vars(made) == vars(expected)
+    assert {k: type(v) for k, v in vars(made).items()} == {k: type(v) for k, v in vars(expected).items()}
+    shared = [k for k, v in vars(made).items() if v is vars(other)[k] and not isinstance(v, bool | None)]
+    assert shared == []
 
 
 def test_keys_are_added_and_none_renamed():

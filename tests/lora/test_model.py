@@ -252,3 +252,20 @@ def test_a_config_can_be_used_twice():
     assert config.target_modules == "all-linear"
     assert len(first.targeted_module_names) == 14
     assert second.targeted_module_names == ["0"]
+
+
+@pytest.mark.peft("`from_pretrained(config=, torch_device=)`", "same", "same")
+def test_a_given_config_takes_the_place_of_the_one_in_the_folder(tmp_path):
+    ours = get_peft_model(tiny_llama(), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])).eval()
+    randomise(ours)
+    ours.save_pretrained(tmp_path)
+    ids = torch.arange(12).reshape(2, 6)
+    options = {"r": 2, "lora_alpha": 9, "target_modules": ["q_proj"]}
+    mine = LoraConfig(**options)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, config=mine, torch_device="cpu").eval()
+    other = peft.LoraConfig(**options)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path, config=other, torch_device="cpu").eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert not torch.allclose(loaded(input_ids=ids).logits, ours(input_ids=ids).logits)
+    assert loaded.peft_config["default"].inference_mode
+    assert mine == LoraConfig(**options)

@@ -363,12 +363,20 @@ def test_a_merged_weight_is_not_split():
         model.add_adapter("other", LoraConfig(**options("pissa")))
 
 
-@pytest.mark.parametrize(
-    "start", ["eva", "corda", "loftq", "lora_ga", "mica", "pissa_niter_", "pissa_niter_x", 1]
-)
+@pytest.mark.parametrize("start", ["mica", "pissa_niter_", "pissa_niter_x", "EVA", 1])
 def test_a_start_that_is_not_known_is_refused_by_name(start):
     with pytest.raises(ConfigError, match=f"init_lora_weights must be .*got {start!r}"):
         LoraConfig(init_lora_weights=start)
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "loftq", "lora_ga"])
+def test_a_start_from_data_is_known_and_refused_for_a_new_adapter(start):
+    config = LoraConfig(target_modules=["0"], init_lora_weights=start)
+    with pytest.raises(
+        ConfigError, match=f"init_lora_weights='{start}' is read and written .* started with yet"
+    ):
+        started(net(), start)
+    assert config.init_lora_weights == start
 
 
 def test_lora_bias_goes_with_the_plain_starts_only_as_in_peft():

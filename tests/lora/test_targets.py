@@ -125,7 +125,7 @@ def test_a_linear_that_is_never_called_is_not_adapted_in_vain():
 def test_a_rank_above_the_weight_is_refused_for_every_layer_at_once():
     model = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 3), nn.Linear(9, 9))
     with pytest.raises(ConfigError) as caught:
-        check_ranks(model, ["0", "1", "2"], LoraConfig(r=5))
+        check_ranks(dict(model.named_children()), LoraConfig(r=5))
     assert "0: rank 5 on a 9x4 weight" in str(caught.value)
     assert "1: rank 5 on a 3x9 weight" in str(caught.value)
     assert "2:" not in str(caught.value)

@@ -15,14 +15,14 @@ HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends"
 
 @click.command("chat")
 @model_options
-def command(adapter: Path | None, model: str | None, **sampling: Any) -> None:
+def command(adapter: Path | None, model: str | None, allow: tuple[Any, ...], **sampling: Any) -> None:
     """Talk to a model, with an adapter or without.  Lines on standard input work too."""
     from rankfold.models.generate import reply
     from rankfold.models.load import load
     from rankfold.models.sampling import Sampling
 
     settings = Sampling.of(given(sampling))
-    base = load(adapter, model)
+    base = load(adapter, model, allow)
     interactive = sys.stdin.isatty()
     if interactive:
         click.echo(f"{base.source.name}{f' with {adapter}' if adapter else ''}: {HELP}")

@@ -15,7 +15,12 @@ from rankfold.cli.options import given, model_options
 @click.option("--system", help="a system message to put before it")
 @model_options
 def command(
-    prompt: str, system: str | None, adapter: Path | None, model: str | None, **sampling: Any
+    prompt: str,
+    system: str | None,
+    adapter: Path | None,
+    model: str | None,
+    allow: tuple[Any, ...],
+    **sampling: Any,
 ) -> None:
     """Print the model's answer to one prompt.  The same seed gives the same answer."""
     from rankfold.models.generate import reply
@@ -25,4 +30,4 @@ def command(
     settings = Sampling.of(given(sampling))
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    click.echo(reply(load(adapter, model), messages, settings))
+    click.echo(reply(load(adapter, model, allow), messages, settings))

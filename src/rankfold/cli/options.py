@@ -48,8 +48,15 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_options(function: F) -> F:
-    """``--adapter``, ``--model`` and how to sample."""
+    """``--adapter``, ``--model``, ``--allow`` and how to sample."""
     function = options_of(Sampling)(function)
+    function = click.option(
+        "--allow",
+        multiple=True,
+        metavar="FAULT",
+        help="load an adapter in spite of a fault, which is then told: missing, unexpected, shape, "
+        "non_finite, base or hash; may be given several times",
+    )(function)
     function = click.option("--model", help="base model: folder, .gguf file or hub id [the adapter's]")(
         function
     )

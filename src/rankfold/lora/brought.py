@@ -119,8 +119,8 @@ def bring(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
 def _embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The input and the output embedding with their dotted names."""
     getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
-    layers = [getter() for getter in getters if getter is not None]
-    return [(path, module) for path, module in base_modules(model) if any(module is e for e in layers)]
+    layers = {id(layer) for getter in getters if getter is not None and (layer := getter()) is not None}
+    return [(path, module) for path, module in base_modules(model) if id(module) in layers] if layers else []
 
 
 def _base_value(model: nn.Module, layer: nn.Module, key: str, name: str) -> nn.Parameter:

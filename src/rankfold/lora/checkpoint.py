@@ -8,20 +8,38 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rankfold.errors import AdapterError, OutputError, bullet_list
+from rankfold.errors import AdapterError, ConfigError, OutputError, TargetError, bullet_list
 from rankfold.files import write_whole
+from rankfold.lora.brought import bring, find_brought
 from rankfold.lora.config import CONFIG_NAME, LoraConfig
 from rankfold.lora.facts import AdapterFacts, log
 from rankfold.lora.fingerprint import BaseFingerprint
+from rankfold.lora.inject import remove_adapter
 from rankfold.lora.layers import adapter_layers
+from rankfold.lora.names import check_adapter_name
 from rankfold.lora.renames import PREFIX
-from rankfold.lora.stored import FLOATS, WEIGHTS_NAME, Fault, LoadResult, StoredAdapter, shown
+from rankfold.lora.saved import with_task_modules
+from rankfold.lora.starts import warn_if_random
+from rankfold.lora.stored import (
+    FLOATS,
+    WEIGHTS_NAME,
+    AdapterSource,
+    Fault,
+    LoadResult,
+    StoredAdapter,
+    read_adapter,
+    shown,
+)
+from rankfold.lora.ties import check_agreement
+
+if TYPE_CHECKING:
+    from rankfold.lora.model import PeftModel
 
 SHOWN_PER_KIND = 5
 
@@ -78,6 +96,35 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key: tensor.clone() if uses[tensor.untyped_storage().data_ptr()] > 1 else tensor
         for key, tensor in stored.items()
     }
+
+
+def load_onto(wrapped: PeftModel, name: str, config: LoraConfig, source: AdapterSource) -> LoadResult:
+    """Place an adapter with ``config`` on the model in ``wrapped`` and fill it from ``source``.
+
+    Raises AdapterError listing all that does not fit, ConfigError for the name; nothing is changed then."""
+    model, before = wrapped.get_base_model(), wrapped.targeted_module_names
+    config = with_task_modules(config)
+    check_adapter_name(name, wrapped.peft_config)
+    stored = read_adapter(source, config, model)
+    config = stored.config
+    warn_if_random(config)
+    try:
+        wrapped._place(name, stored.targets, config)
+    except (ConfigError, TargetError) as error:
+        raise AdapterError(f"{source.folder}: {error}") from error
+    try:
+        wanted = file_tensors(model, name, config)
+        brought = find_brought(model, stored.tensors, wanted, config)
+        result = fill_adapter(stored, wanted | {key: place for key, (_, place) in brought.items()})
+        check_agreement(model, name, stored.tensors)
+        bring(model, name, dict(brought.values()))
+    except BaseException:
+        remove_adapter(model, name)
+        del wrapped.peft_config[name]
+        wrapped.targeted_module_names = before
+        raise
+    wrapped.adapter_facts[name] = stored.facts
+    return result
 
 
 @torch.no_grad()

@@ -61,20 +61,15 @@ class ConvUpdates(LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = total = cast(Tensor, super().forward(x, *args, **kwargs))
         for name in self.applied:
+            dropped = self.dropped(name, x.to(self.factors(name)[0].dtype))
             dora = self.specs[name].config.use_dora
-            update = self.rescaled(name, x, base) if dora else self.update(name, self.dropped(name, x))
-            total = total + update
+            total = total + (self.rescaled(name, dropped, base) if dora else self.update(name, dropped))
         return total.to(base.dtype)
 
-    def dropped(self, name: str, x: Tensor) -> Tensor:
-        """``x`` after one adapter's dropout, in the dtype of the factors."""
-        return cast(Tensor, self.lora_dropout[name](x.to(self.factors(name)[0].dtype)))
-
-    def rescaled(self, name: str, x: Tensor, base: Tensor) -> Tensor:
-        """What one DoRA adapter adds for ``x``, for which the plain layer gives ``base``.
+    def rescaled(self, name: str, dropped: Tensor, base: Tensor) -> Tensor:
+        """What one DoRA adapter adds for an x, before its dropout, for which the plain layer gives ``base``.
 
         Under dropout the base part of the update sees the dropped-out x too, as in PEFT."""
-        dropped = self.dropped(name, x)
         if self.training and self.specs[name].config.lora_dropout:
             base = cast(Tensor, super().forward(dropped.to(base.dtype)))
         channels = (-1, *[1] * len(self.kernel_size))

@@ -28,6 +28,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
 
     plain_class = nn.Embedding
     row_dim: ClassVar[int | None] = 1
+    by_adapter: ClassVar[tuple[str, ...]] = (*FACTORS, *LoraLayer.by_adapter)
     added: ClassVar[tuple[str, ...]] = (*FACTORS, *LoraLayer.added)
 
     def start(self) -> None:
@@ -107,12 +108,6 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         if name not in self.r:
             return {}
         return dict(zip(FACTORS, self.factors(name), strict=True)) | magnitude_tensors(self, name)
-
-    def delete_adapter(self, name: str) -> None:
-        for side in FACTORS:
-            if name in self._side(side):
-                del self._side(side)[name]
-        super().delete_adapter(name)
 
     def delta(self, name: str) -> Tensor:
         """``scale * (B A)^T`` (tokens, features), at least float32."""

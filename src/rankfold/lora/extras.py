@@ -3,6 +3,7 @@ token rows and biases."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from rankfold.errors import ConfigError, TargetError, bullet_list
 from rankfold.lora.config import LoraConfig
 from rankfold.lora.factors import LoraLayer
-from rankfold.lora.held import HeldParameters, hold
+from rankfold.lora.held import hold
 from rankfold.lora.layers import AdapterLayer, adapter_layers, base_modules
 from rankfold.lora.saved import SavedModule, find_saved, find_ties, place_saved, wrong_saved
 from rankfold.lora.tokens import TokenLayer, find_followers, find_tokens, place_tokens, wrong_tokens
@@ -56,7 +57,7 @@ def find_extras(
     saved, tokens = find_saved(model, config), find_tokens(model, config)
     ties = find_ties(model, saved) if config.ensure_weight_tying else {}
     saved |= {p: modules[p] for p in dict.fromkeys([*ties.values(), *ties])}
-    followers = find_followers(model, tokens, config) if tokens else {}
+    followers = find_followers(model, tokens) if tokens else {}
     problems += wrong_saved(saved, ties, config, every_entry=every_entry)
     problems += wrong_tokens(model, tokens, followers, config)
     problems += _meeting(targets, saved, {**tokens, **followers})
@@ -87,12 +88,10 @@ def _wrong_ties(
         problems += [
             f"{path} and {p} are tied and have different indices" for p in others if tokens[p] != indices
         ]
-    owners = {p: m._parameters.get("weight") for p, m in modules.items()}
-    weights = {id(w): p for p, w in owners.items() if w is not None and p not in targets}
-    for path in targets:
-        if other := weights.get(id(owners.get(path))):
-            problems.append(f"the target {path} is tied to {other}: factors cannot be tied in this version")
-    if every_entry and not problems and not tied:
+    uses = Counter(id(module._parameters.get("weight")) for module in modules.values())
+    weights = [modules[path]._parameters.get("weight") for path in targets if path in modules]
+    shared = any(weight is not None and uses[id(weight)] > 1 for weight in weights)
+    if every_entry and not problems and not tied and not shared:
         problems.append("ensure_weight_tying: nothing that this adapter trains is tied; leave it out")
     return problems
 
@@ -162,7 +161,7 @@ def check_together(model: nn.Module, names: Collection[str]) -> None:
     """Raise ConfigError if ``names`` cannot be active at the same time."""
     problems = []
     for path, layer in adapter_layers(model):
-        if isinstance(layer, (SavedModule, TokenLayer, HeldParameters)) and (clash := layer.clash(names)):
+        if clash := layer.clash(names):
             problems.append(f"{path}: {clash}" if path else clash)
     if problems:
         raise ConfigError(bullet_list(f"{list(names)} cannot be active at the same time:", problems))

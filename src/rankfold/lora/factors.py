@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Collection
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.lora.config import changes_base
-from rankfold.lora.dora import magnitude_tensors, rescaled_weight, start_magnitude
+from rankfold.lora.dora import MAGNITUDES, magnitude_tensors, rescaled_weight, start_magnitude
 from rankfold.lora.layers import HALF_DTYPES, AdapterLayer, AdapterSpec, cast_merged, wide
 from rankfold.lora.starts import (
     Split,
@@ -23,6 +23,8 @@ from rankfold.lora.starts import (
     split_base,
     start_factors,
 )
+
+Module = TypeVar("Module", bound=nn.Module)
 
 NO_ADAPTERS = nn.ModuleDict()
 NO_DROPOUT = nn.Identity()  # one for all layers: it holds nothing
@@ -43,15 +45,15 @@ class LoraLayer(AdapterLayer):
     A layer type implements ``make_factors``, ``delta`` and ``forward``, in which each adapter in
     ``applied`` adds its update."""
 
-    added: ClassVar[tuple[str, ...]] = (
+    # Of these, each holds something by the adapter's name.
+    by_adapter: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"),
-        *("r", "lora_alpha", "scaling", "specs", "split"),
-        *AdapterLayer.added,
+        *("r", "lora_alpha", "scaling", "specs"),
     )
+    added: ClassVar[tuple[str, ...]] = (*by_adapter, "split", *AdapterLayer.added)
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
-    lora_dropout: nn.ModuleDict
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
@@ -60,15 +62,14 @@ class LoraLayer(AdapterLayer):
 
     def start(self) -> None:
         super().start()
-        for name in ("lora_A", "lora_B", "lora_dropout"):
-            self._modules[name] = nn.ModuleDict()
-        self._modules["lora_dropout"].__dict__["_forward_pre_hooks"] = NO_FAST_PATH
+        lora_a, lora_b = bare(nn.ModuleDict), bare(nn.ModuleDict)
+        lora_a.__dict__["_forward_pre_hooks"] = NO_FAST_PATH
+        self._modules.update(lora_A=lora_a, lora_B=lora_b)
         self.__dict__.update(r={}, lora_alpha={}, scaling={}, specs={}, split=None)
 
     def end(self) -> None:
         if self.split is not None:
             drop_spare(self) if self.merged else end_split(self)
-        self._modules.setdefault("lora_magnitude_vector", NO_ADAPTERS)  # made with the first DoRA adapter
         super().end()
 
     def refresh(self) -> None:
@@ -78,18 +79,23 @@ class LoraLayer(AdapterLayer):
 
     def add_adapter(self, spec: AdapterSpec) -> None:
         """Add an adapter; its factors start as ``init_lora_weights`` says, drawn as PEFT draws them."""
-        name = spec.name
-        self.r[name], self.lora_alpha[name], self.scaling[name] = spec.rank, spec.alpha, spec.scale
-        self.specs[name] = spec
+        self.list_adapter(spec)
         self.make_factors(spec)
-        dropout = spec.config.lora_dropout
-        self.lora_dropout[name] = nn.Dropout(dropout) if dropout else NO_DROPOUT
         self.start_factors(spec)
         self.settle_factors(spec)
         if changes_base(spec.config.init_lora_weights):
             split_base(self, spec)
         if spec.config.use_dora:
-            start_magnitude(self, name)
+            start_magnitude(self, spec.name)
+
+    def list_adapter(self, spec: AdapterSpec) -> None:
+        """Note what ``spec`` says, and make its dropout."""
+        name, dropout = spec.name, spec.config.lora_dropout
+        self.r[name], self.lora_alpha[name], self.scaling[name] = spec.rank, spec.alpha, spec.scale
+        self.specs[name] = spec
+        if dropout or "lora_dropout" in self._modules:
+            held = self._modules["lora_dropout"] = self.lora_dropout
+            held[name] = nn.Dropout(dropout) if dropout else NO_DROPOUT
 
     def make_factors(self, spec: AdapterSpec) -> None:
         """Put fresh modules for ``spec.name`` into ``lora_A`` and ``lora_B``, in PEFT's order of draws."""
@@ -107,28 +113,34 @@ class LoraLayer(AdapterLayer):
     def adapter_names(self) -> Collection[str]:
         return self.r
 
-    def delete_adapter(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         if self.split is not None and self.split.name == name:
             end_split(self)
-        for holder in (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector):
-            if name in holder:
+        for key in type(self).by_adapter:
+            holder: Any = self._modules.get(key, self.__dict__.get(key))
+            if holder is not None and name in holder:
                 del holder[name]
-        for values in (self.r, self.lora_alpha, self.scaling, self.specs):
-            cast(dict[str, Any], values).pop(name, None)
-        self.set_adapters([active for active in self._active if active != name])
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """lora_A (rank, in) and lora_B (out, rank) of one adapter."""
         # The same as self.lora_A[name].weight, without torch's slow attribute lookup on each call.
-        lora_a, lora_b = (self._modules[side]._modules[name] for side in ("lora_A", "lora_B"))  # type: ignore[union-attr]
-        return lora_a._parameters["weight"], lora_b._parameters["weight"]  # type: ignore[union-attr, return-value]
+        modules: dict[str, Any] = self._modules
+        lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return lora_a._parameters["weight"], lora_b._parameters["weight"]
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.r:
             return {}
-        tensors = dict(zip(("lora_A.weight", "lora_B.weight"), self.factors(name), strict=True))
-        bias = getattr(self.lora_B[name], "bias", None) if name in self.lora_B else None
-        return tensors | ({} if bias is None else {"lora_B.bias": bias}) | magnitude_tensors(self, name)
+        lora_a, lora_b = self.factors(name)
+        tensors = {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
+        if (bias := self.factor_bias(name)) is not None:
+            tensors["lora_B.bias"] = bias
+        return tensors | magnitude_tensors(self, name) if MAGNITUDES in self._modules else tensors
+
+    def factor_bias(self, name: str) -> nn.Parameter | None:
+        """The bias of one adapter's B, if it has one (``lora_bias``)."""
+        modules: dict[str, Any] = self._modules
+        return cast(nn.Parameter | None, modules["lora_B"]._modules[name]._parameters.get("bias"))
 
     def base_weight(self) -> Tensor:
         """The base weight as numbers, in the shape of ``delta``."""
@@ -147,23 +159,26 @@ class LoraLayer(AdapterLayer):
             return rescaled_weight(self, name, weight)
         return weight + self.delta(name)
 
-    def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
+    def merged_weight(self, names: Collection[str]) -> Tensor:
+        """The base weight with the adapters ``names`` in it, at least float32."""
         base = wide(self.base_weight_for(names).detach())
-        total, values = base, {}
-        for name in names:
-            total = total + (self.changed_weight(name, base) - base if len(names) > 1 else 0)
-        if len(names) == 1:
-            total = self.changed_weight(next(iter(names)), base)
-        values["weight"] = cast_merged(total, self.merged_like())
+        changed = [self.changed_weight(name, base) for name in names]
+        return changed[0] if len(changed) == 1 else sum((weight - base for weight in changed), base)
+
+    def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
+        return self.with_bias(names, cast_merged(self.merged_weight(names), self.merged_like()))
+
+    def with_bias(self, names: Collection[str], weight: Tensor) -> dict[str, Tensor]:
+        """``weight`` as a merged value, beside the merged bias if there is one."""
         bias = self._merged_bias(names)
-        return values if bias is None else values | {"bias": bias}
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
     def merged_like(self) -> Tensor:
         """A tensor of the dtype that a merged weight is stored in."""
         return cast(Tensor, self.weight)
 
     def _merged_bias(self, names: Collection[str]) -> Tensor | None:
-        shifts = {n: b for n in names if (b := getattr(self.lora_B[n], "bias", None)) is not None}
+        shifts = {n: b for n in names if (b := self.factor_bias(n)) is not None}
         if not shifts:
             return None
         bias = cast(Tensor | None, self.bias)
@@ -199,12 +214,26 @@ class LoraLayer(AdapterLayer):
         and then to float32 where that is a half-precision one and ``spec.widen``."""
         home = self.merged_like()
         for parameter in self.adapter_tensors(spec.name).values():
+            if parameter.dtype == home.dtype == torch.float32 and parameter.device == home.device:
+                continue
             data = parameter.data.to(home.device)
             if home.dtype.is_floating_point and data.dtype != home.dtype:
                 data = data.to(home.dtype)
             if spec.widen and data.dtype in HALF_DTYPES:
                 data = data.float()
             parameter.data = data
+
+    def dropped(self, name: str, x: Tensor) -> Tensor:
+        """``x`` after one adapter's dropout."""
+        if self.training and self.specs[name].config.lora_dropout:
+            return cast(Tensor, self.lora_dropout[name](x))
+        return x
+
+    @property
+    def lora_dropout(self) -> Any:
+        """A module of this layer only if some adapter drops anything."""
+        held = self._modules.get("lora_dropout")
+        return nn.ModuleDict(dict.fromkeys(self.r, NO_DROPOUT)) if held is None else held
 
     @property
     def lora_embedding_A(self) -> Any:
@@ -227,10 +256,24 @@ class LoraLayer(AdapterLayer):
         return f"{own}{', ' if own else ''}adapters=[{adapters}]"
 
 
+# What nn.Module.__init__ puts on an object: the constants, and what makes each of the empty containers.
+CONSTANTS = {key: value for key, value in vars(nn.Module()).items() if isinstance(value, bool | None)}
+CONTAINERS = [(key, type(value)) for key, value in vars(nn.Module()).items() if key not in CONSTANTS]
+
+
+def bare(kind: type[Module]) -> Module:
+    """An object of ``kind`` as ``nn.Module.__init__`` leaves it, in half the time."""
+    module = kind.__new__(kind)
+    own = module.__dict__
+    own.update(CONSTANTS)
+    for key, container in CONTAINERS:
+        own[key] = container()
+    return module
+
+
 def linear_factor(in_features: int, out_features: int, *, bias: bool = False) -> nn.Linear:
     """``nn.Linear(in_features, out_features, bias)`` with the same random draws, made faster."""
-    layer = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(layer)
+    layer = bare(nn.Linear)
     weight = torch.empty(out_features, in_features)
     draw_kaiming(weight)
     drawn_bias = None

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -23,6 +23,7 @@ FACTS_NAME = "rankfold.json"
 SCHEMA_VERSION = 2  # 1 knew prompt_style and base_description
 MAX_FACTS_BYTES = 1_000_000
 
+Kind = TypeVar("Kind")
 PromptStyle = Literal["chat", "plain"]
 log = logging.getLogger("rankfold")
 
@@ -62,19 +63,18 @@ class AdapterFacts:
         path = folder / FACTS_NAME
         if not path.is_file():
             return cls()
+        facts = None
         try:
             content = read_json_object(path, MAX_FACTS_BYTES)
-            version = _whole(content.pop("schema_version"))
-        except (KeyError, TypeError, AdapterError) as error:
-            raise _damaged(path, error) from error
-        if version > SCHEMA_VERSION:
+            version = _of(int, content.pop("schema_version"))
+            if version <= SCHEMA_VERSION:
+                facts = cls(**_checked(content))
+        except (KeyError, TypeError, ValueError, AdapterError) as error:
+            hint = "remove it to load the adapter without it"
+            raise AdapterError(f"{path} is damaged ({error!r}); {hint}") from error
+        if facts is None:
             raise AdapterError(f"{path} was written by a newer rankfold (schema {version}); update rankfold")
-        try:
-            return cls(**_checked(content))
-        except (KeyError, TypeError) as error:
-            raise _damaged(path, error) from error
-        except ValueError as error:
-            raise AdapterError(f"{path}: {error}") from error
+        return facts
 
 
 def versions() -> dict[str, str]:
@@ -84,10 +84,6 @@ def versions() -> dict[str, str]:
     return found if transformers is None else found | {"transformers": str(transformers.__version__)}
 
 
-def _damaged(path: Path, error: Exception) -> AdapterError:
-    return AdapterError(f"{path} is damaged ({error!r}); remove it to load the adapter without it")
-
-
 def _checked(content: dict[str, Any]) -> dict[str, Any]:
     """The fields of AdapterFacts in ``content``.  Raises KeyError, TypeError or ValueError."""
     style, base = content["prompt_style"], content.get("base")
@@ -95,8 +91,8 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"prompt_style must be 'chat' or 'plain', got {style!r}")
     facts: dict[str, Any] = {
         "prompt_style": style,
-        "base_description": _text(content.get("base_description", "")),
-        "chat_template": _text(content.get("chat_template", "")),
+        "base_description": _of(str, content.get("base_description", "")),
+        "chat_template": _of(str, content.get("chat_template", "")),
         "base": None,
     }
     for name in ("tokenizer", "versions", "sha256"):
@@ -107,18 +103,10 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _texts(value: object) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r} is not an object")
-    return {key: _text(text) for key, text in value.items()}
+    return {key: _of(str, text) for key, text in _of(dict, value).items()}
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
-
-
-def _whole(value: object) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r} is not a whole number")
+def _of(kind: type[Kind], value: object) -> Kind:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
     return value

@@ -49,16 +49,10 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> BaseFinger
         storages.add(storage)
         if sample is not None:
             samples.append(sample)
-    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    for index, sample in enumerate(samples):
-        by_device.setdefault(sample.device, []).append((index, sample))
-    values: dict[int, Tensor] = {}
-    for group in by_device.values():  # one transfer a device, not one a tensor
-        joined = torch.cat([sample for _, sample in group]).cpu()
-        parts = joined.split([sample.numel() for _, sample in group])
-        values |= {index: part for (index, _), part in zip(group, parts, strict=True)}
-    ordered = [values[index] for index in range(len(samples))]
-    content = save({"samples": torch.cat(ordered)}) if ordered else b""
+    if len({(sample.device, sample.dtype) for sample in samples}) > 1:
+        samples = [sample.to(torch.bfloat16).cpu() for sample in samples]
+    # One conversion and one transfer for all where they are of a kind.
+    content = save({"samples": torch.cat(samples).to(torch.bfloat16).cpu()}) if samples else b""
     return BaseFingerprint(
         shapes.hexdigest(), hashlib.sha256(content).hexdigest(), "+".join(sorted(storages))
     )
@@ -69,14 +63,14 @@ def base_tensors(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str,
     merged, split or exchanged for an adapter's own."""
     endings = tuple(f".{name}." for name in leave_out)
     tensors: dict[str, Tensor] = {}
-    seen: set[nn.Parameter] = set()
+    seen: set[int] = set()
     for path, module in base_modules(model):
         added = type(module).added if isinstance(module, AdapterLayer) else ()
         for key, parameter in module._parameters.items():
             name = f"{path}.{key}" if path else key
-            if parameter is None or parameter in seen or key in added:
+            if parameter is None or id(parameter) in seen or key in added:
                 continue
-            seen.add(parameter)
+            seen.add(id(parameter))
             if not any(ending in f".{name}" for ending in endings):
                 tensors[name] = parameter
     for path, layer in adapter_layers(model):
@@ -97,10 +91,8 @@ def _originals(layer: AdapterLayer) -> dict[str, Tensor]:
 
 
 def _sample(tensor: Tensor) -> tuple[str, Tensor | None]:
-    """How ``tensor`` is held, and up to SAMPLES of its values as bfloat16, if they can be read."""
-    data = tensor.detach()
-    if isinstance(tensor, nn.Parameter):
-        data = tensor.data
+    """How ``tensor`` is held, and up to SAMPLES of its values, if they can be read."""
+    data = tensor.data
     if type(data) is not Tensor and not isinstance(data, nn.Parameter):
         return type(data).__name__, None
     if data.is_meta:
@@ -108,7 +100,7 @@ def _sample(tensor: Tensor) -> tuple[str, Tensor | None]:
     storage = ROUND_ALIKE.get(data.dtype, str(data.dtype).removeprefix("torch."))
     # An odd stride: one that divides the row length would read a single column.
     stride = max(1, data.numel() // SAMPLES) | 1
-    return storage, data.reshape(-1)[::stride][:SAMPLES].to(torch.bfloat16)
+    return storage, data.reshape(-1)[: SAMPLES * stride : stride]
 
 
 def compare(saved: BaseFingerprint, now: BaseFingerprint) -> tuple[str | None, str | None]:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import AdapterError, ConfigError, bullet_list
+from rankfold.errors import AdapterError, ConfigError, MergeError, bullet_list
 from rankfold.lora.brought import bring, embedding_tensors, find_brought
 from rankfold.lora.checkpoint import file_tensors, fitting
 from rankfold.lora.config import LoraConfig
-from rankfold.lora.inject import activate, freeze
-from rankfold.lora.layers import adapter_layers
+from rankfold.lora.held import HeldParameters
+from rankfold.lora.inject import freeze
+from rankfold.lora.layers import AdapterLayer, adapter_layers
 from rankfold.lora.model import LoraModel, PeftModel
 from rankfold.lora.prepare import prepared
 from rankfold.lora.renames import PREFIX, renamed
-from rankfold.lora.stored import LoadResult, bad_values
+from rankfold.lora.replication import replicated
+from rankfold.lora.saved import SavedModule
+from rankfold.lora.stored import FLOATS, LoadResult, bad_values
 
 
 def inject_adapter_in_model(
@@ -41,22 +44,85 @@ def inject_adapter_in_model(
         peft_config = replace(peft_config, target_modules=exact, exclude_modules=None)
     held: dict[str, LoraConfig] = model.__dict__.get("peft_config", {})
     if any(True for _ in adapter_layers(model)):
-        wrapped = _around(model, held, adapter_name)
-        wrapped._place(adapter_name, *prepared(model, peft_config))
-        freeze(model.parameters())
-        activate(model, [adapter_name], trainable=not peft_config.inference_mode)
+        wrapped = _around(model, held, [adapter_name])
+        with replicated(model, peft_config):
+            wrapped._place(adapter_name, *prepared(model, peft_config))
+        freeze(model)
+        wrapped._settle(trainable=not peft_config.inference_mode)
     else:
         wrapped = PeftModel(model, peft_config, adapter_name)
     model.peft_config = wrapped.peft_config  # type: ignore[assignment]
     return model
 
 
-def _around(model: nn.Module, configs: dict[str, LoraConfig], adapter_name: str) -> PeftModel:
+def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """Make one adapter, or several whose updates are added, the active ones, trained unless
+    ``inference_mode``.  What is merged is unmerged first.
+
+    Raises ConfigError for an adapter that is not there, or several that cannot be active together."""
+    _wrapped(model).set_adapter(adapter_name, inference_mode)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "lora_") -> list[str] | None:
+    """Drop an adapter and its config, and return the names of those active now; None if it was the last
+    one, of which nothing stays on the layers (PEFT leaves its wrappers and the config).
+
+    ``prefix`` is PEFT's word and changes nothing.  Raises MergeError while it is merged."""
+    wrapped, (inner, _) = _wrapped(model), _inside(model, adapter_name)
+    if len(wrapped.peft_config) > 1 or wrapped is model:
+        wrapped.delete_adapter(adapter_name)
+        return wrapped.active_adapters
+    if any(layer.merged for _, layer in adapter_layers(inner)):
+        raise MergeError(f"{adapter_name!r} is merged; unmerge it first")
+    wrapped.unload()
+    wrapped.peft_config.clear()
+    return None
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Turn half-precision and float8 factors and token rows of one adapter into float32, in place.
+
+    Does nothing without ``autocast_adapter_dtype``.  ``modules_to_save`` and biases stay, as in PEFT."""
+    inner, _ = _inside(model, adapter_name)
+    for _, layer in adapter_layers(inner):
+        if isinstance(layer, (SavedModule, HeldParameters)) or not autocast_adapter_dtype:
+            continue
+        for parameter in _parameters(layer, adapter_name):
+            if parameter.dtype in FLOATS and parameter.dtype.itemsize < torch.float32.itemsize:
+                parameter.data = parameter.data.float()
+        layer.refresh()
+
+
+def set_requires_grad(
+    model: nn.Module, adapter_names: str | Collection[str], requires_grad: bool = True
+) -> None:
+    """Train, or do not train, the tensors of the named adapters, active or not."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    for name in names:
+        for _, layer in adapter_layers(_inside(model, name)[0]):
+            for parameter in _parameters(layer, name):
+                parameter.requires_grad_(requires_grad)
+
+
+def _parameters(layer: AdapterLayer, name: str) -> list[nn.Parameter]:
+    tensors = layer.adapter_tensors(name).values() if name in layer.adapter_names() else ()
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+
+
+def _wrapped(model: nn.Module) -> PeftModel:
+    """``model`` itself, or a wrapper around it for the length of a call."""
+    if isinstance(model, PeftModel):
+        return model
+    active = next((layer.active_adapters for _, layer in adapter_layers(model)), [])
+    return _around(model, vars(model).get("peft_config", {}), active)
+
+
+def _around(model: nn.Module, configs: dict[str, LoraConfig], active: list[str]) -> PeftModel:
     """A wrapper around a model whose layers are adapted already."""
     wrapped = PeftModel.__new__(PeftModel)
     nn.Module.__init__(wrapped)
     wrapped.widen, wrapped.peft_config, wrapped.targeted_module_names = True, configs, []
-    wrapped.adapter_facts, wrapped._active = {}, [adapter_name]
+    wrapped.adapter_facts, wrapped._active = {}, active
     wrapped.base_model = LoraModel(model)
     return wrapped
 
@@ -110,7 +176,7 @@ def set_peft_model_state_dict(
     fits, faults, result = fitting(tensors, wanted | {key: place for key, (_, place) in brought.items()})
     wrong = [text for fault, text in faults if fault == "shape"]
     refused = [] if ignore_mismatched_sizes else wrong
-    refused += [text for key, tensor in tensors.items() for _, text in bad_values(key, tensor)]
+    refused += [text for _, text in bad_values(tensors)]
     if refused:
         raise AdapterError(bullet_list("the given tensors do not fit this model:", sorted(refused)))
     for key, tensor in fits.items():

@@ -60,10 +60,9 @@ class HeldParameters(AdapterLayer):
     def adapter_names(self) -> Collection[str]:
         return self.held.keys()
 
-    def delete_adapter(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         self._show([])
         del self.held[name]
-        self.set_adapters([active for active in self._active if active != name])
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The trained ones; a loaded embedding is kept, and not trained."""
@@ -71,7 +70,6 @@ class HeldParameters(AdapterLayer):
         return {file_path(self.root[0], path): held.own for held in trained for path in held.paths}
 
     def clash(self, names: Collection[str]) -> str | None:
-        """What is wrong with ``names`` being active at a time, if anything."""
         owners: dict[int, str] = {}
         for name in names:
             for held in self.held.get(name, []):
@@ -81,8 +79,6 @@ class HeldParameters(AdapterLayer):
         return None
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
-        if clash := self.clash(names):
-            raise MergeError(clash)
         broken = [h.paths[0] for n in names for h in self.held[n] if not torch.isfinite(h.own).all()]
         if broken:
             raise MergeError(f"NaN or infinite values in {', '.join(broken)}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from rankfold.errors import ConfigError, TargetError, bullet_list
@@ -20,7 +21,6 @@ from rankfold.lora.layers import (
     adapter_layers,
     base_modules,
     lora_class,
-    replaced_forward,
     restore,
 )
 from rankfold.lora.starts import start_problems, tied_problems
@@ -41,8 +41,9 @@ def inject(
         for target in targets
     }
     check_layers(modules, specs)
-    for target, spec in specs.items():
-        adapt(modules[target]).add_adapter(spec)
+    with torch.no_grad():
+        for target, spec in specs.items():
+            adapt(modules[target]).add_adapter(spec)
 
 
 @contextmanager
@@ -55,13 +56,18 @@ def no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            if not gc.get_freeze_count():  # else somebody has frozen objects, and wants them to stay so
+                gc.freeze()
+                gc.unfreeze()  # both at once call all that is there old, without a look at it
             gc.enable()
 
 
-def freeze(parameters: Iterable[nn.Parameter]) -> None:
-    """Train none of ``parameters``."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+def freeze(model: nn.Module) -> None:
+    """Train nothing that belongs to the base."""
+    for _, module in base_modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
 
 
 def activate(model: nn.Module, names: Collection[str], *, trainable: bool) -> None:
@@ -69,9 +75,15 @@ def activate(model: nn.Module, names: Collection[str], *, trainable: bool) -> No
     for _, layer in adapter_layers(model):
         layer.set_adapters(names)
         for name in layer.adapter_names():
+            trained = trainable and name in names
             for parameter in layer.adapter_tensors(name).values():
-                if parameter.is_floating_point() and isinstance(parameter, nn.Parameter):
-                    parameter.requires_grad_(trainable and name in names)
+                if parameter.requires_grad is not trained and _is_trainable(parameter):
+                    parameter.requires_grad_(trained)
+
+
+def _is_trainable(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is no buffer, such as a running mean, of a module that an adapter copied."""
+    return tensor.is_floating_point() and isinstance(tensor, nn.Parameter)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
@@ -91,7 +103,7 @@ def remove(model: nn.Module) -> None:
         restore(layer)
 
 
-def check_targets(targets: dict[str, nn.Module]) -> None:
+def check_targets(targets: Mapping[str, nn.Module]) -> None:
     """Raise TargetError listing every target that no LoRA class is for."""
     wrong = []
     for name, module in targets.items():
@@ -125,12 +137,18 @@ def check_layers(modules: Mapping[str, nn.Module], specs: Mapping[str, AdapterSp
         raise ConfigError(bullet_list("these layers cannot carry this adapter:", wrong))
 
 
-def check_ranks(model: nn.Module, targets: Collection[str], config: LoraConfig) -> None:
+def replaced_forward(layer: nn.Module) -> bool:
+    """Whether the object holds a ``forward`` of its own that does not end in that of its class."""
+    innermost = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
+    return innermost is not None and getattr(innermost, "__func__", None) is not type(layer).forward
+
+
+def check_ranks(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
     """Raise ConfigError listing every target whose weight is smaller than the rank asked for it."""
     too_large = []
-    for name in targets:
-        module, rank = model.get_submodule(name), rank_of(name, config)
-        weight = getattr(module, "in_proj_weight", getattr(module, "weight", None))
+    for name, module in targets.items():
+        rank, own = rank_of(name, config), module._parameters
+        weight = own["in_proj_weight"] if "in_proj_weight" in own else getattr(module, "weight", None)
         # A 4-bit weight (which has a quant_state) may be stored as floats, but not in its own shape.
         if isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(weight, "quant_state"):
             rows, columns = weight.shape[0], weight.shape[1:].numel() * getattr(module, "groups", 1)

@@ -44,11 +44,15 @@ class AdapterLayer(nn.Module):
     """A layer that carries named adapters of any kind.
 
     ``applied`` names the adapters whose effect ``forward`` adds: none while they are disabled or merged.
-    A subclass implements ``add_adapter``, ``adapter_tensors`` and, if it can be merged, ``merged_values``."""
+    A subclass implements ``add_adapter``, ``drop``, ``adapter_names``, ``adapter_tensors`` and, if it can
+    be merged, ``merged_values``."""
 
     plain_class: ClassVar[type[nn.Module]] = nn.Module
-    # Attributes that adapting adds to the object, in the order in which they are removed again.
-    added: ClassVar[tuple[str, ...]] = ("merged_adapters", "applied", "_active", "_disabled", "_originals")
+    # Attributes that adapting adds to the object; some of them only when they are first needed.
+    added: ClassVar[tuple[str, ...]] = (
+        *("merged_adapters", "applied"),
+        *("_active", "_disabled", "_originals", "_leader"),
+    )
     # The dimension of the weight along which the outputs lie; None where DoRA is not supported.
     row_dim: ClassVar[int | None] = None
     # Whether the starts that need the weight as a matrix are supported.
@@ -59,17 +63,20 @@ class AdapterLayer(nn.Module):
     _active: list[str]
     _disabled: bool
     _originals: dict[str, Tensor]
+    _leader: list[AdapterLayer]  # in a list, so that torch does not take the leader for a part of this layer
 
     def start(self) -> None:
         """Make room for adapters on a layer that has just become an adapter layer."""
         # Not by assignment: torch's __setattr__ takes longer than all the rest, for each attribute.
-        state = {"merged_adapters": [], "applied": (), "_active": [], "_disabled": False, "_originals": {}}
-        self.__dict__.update(state)
+        self.__dict__.update(
+            merged_adapters=[], applied=(), _active=[], _disabled=False, _originals={}, _leader=[]
+        )
 
     def end(self) -> None:
         """Remove everything that ``start`` and ``add_adapter`` put on the layer."""
         for name in type(self).added:
-            delattr(self, name)
+            self.__dict__.pop(name, None)
+            self._modules.pop(name, None)
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -80,6 +87,11 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def delete_adapter(self, name: str) -> None:
+        self.drop(name)
+        self.set_adapters([active for active in self._active if active != name])
+
+    def drop(self, name: str) -> None:
+        """Forget all that belongs to one adapter."""
         raise NotImplementedError
 
     def adapter_names(self) -> Collection[str]:
@@ -94,8 +106,12 @@ class AdapterLayer(nn.Module):
         """How many wrappers PEFT puts around this layer for one adapter."""
         return int(name in self.adapter_names())
 
+    def clash(self, names: Collection[str]) -> str | None:
+        """What is wrong with ``names`` being active at a time, if anything."""
+        return None
+
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The base parameters after merging ``names``, by parameter name, in the base's dtype.
+        """The base parameters after merging ``names``, which do not clash, by name, in the base's dtype.
 
         Raises MergeError where that cannot be had."""
         raise MergeError(f"a {self.plain_class.__name__} with this kind of adapter cannot be merged")
@@ -103,7 +119,7 @@ class AdapterLayer(nn.Module):
     @property
     def leader(self) -> AdapterLayer | None:
         """The layer with which this one shares its weight, whose adapters count here too."""
-        return None
+        return self._leader[0] if self._leader else None
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that merging may change."""
@@ -136,14 +152,14 @@ class AdapterLayer(nn.Module):
 
     def set_adapters(self, names: Collection[str]) -> None:
         """Make ``names`` the active adapters; those not carried here are passed over."""
-        self._active = list(names)
+        self.__dict__["_active"] = list(names)
         self.refresh()
 
     def refresh(self) -> None:
         """Work out ``applied`` anew; called after every change of state."""
         carried = self.adapter_names()
         idle = self._disabled or self.merged
-        self.applied = () if idle else tuple(name for name in self._active if name in carried)
+        self.__dict__["applied"] = () if idle else tuple(name for name in self._active if name in carried)
 
     @torch.no_grad()
     def merge(self, names: Collection[str], values: Mapping[str, Tensor], *, keep: bool) -> None:
@@ -253,16 +269,10 @@ def become(layer: nn.Module, kind: type[nn.Module]) -> None:
     """Change the class of ``layer``, and with it a bound ``forward`` of the old one that the object holds:
     accelerate's hooks keep one, without which the adapter would be passed over in silence."""
     before = type(layer).forward
-    layer.__class__ = kind
+    object.__setattr__(layer, "__class__", kind)  # past torch's __setattr__, which is slow
     for name in OWN_FORWARDS & layer.__dict__.keys():
         if getattr(layer.__dict__[name], "__func__", None) is before:
             layer.__dict__[name] = MethodType(kind.forward, layer)
-
-
-def replaced_forward(layer: nn.Module) -> bool:
-    """Whether the object holds a ``forward`` of its own that does not end in that of its class."""
-    innermost = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
-    return innermost is not None and getattr(innermost, "__func__", None) is not type(layer).forward
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -276,12 +286,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(module)
         yield path, module
         added = type(module).added if isinstance(module, AdapterLayer) else ()
-        children = [
-            (f"{path}.{name}" if path else name, child)
-            for name, child in module._modules.items()
-            if child is not None and name not in added
-        ]
-        pending += reversed(children)
+        for name, child in reversed(module._modules.items()):
+            if child is not None and name not in added:
+                pending.append((f"{path}.{name}" if path else name, child))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

@@ -38,9 +38,7 @@ class LinearUpdates(LoraLayer):
 
     def updated(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         """``out`` with the update of one adapter."""
-        scale = self.scaling[name]
-        if self.training and self.specs[name].config.lora_dropout:
-            x = self.lora_dropout[name](x)
+        scale, x = self.scaling[name], self.dropped(name, x)
         if self.specs[name].config.lora_bias:
             out = out + (scale * cast(Tensor, self.lora_B[name].bias)).to(out.dtype)
         return add_low_rank_update(out, x, *self.factors(name), scale)
@@ -50,7 +48,7 @@ class LinearUpdates(LoraLayer):
 
         Under dropout the base part of the update sees the dropped-out x too, as in PEFT."""
         if self.training and self.specs[name].config.lora_dropout:
-            x = self.lora_dropout[name](x)
+            x = self.dropped(name, x)
             base = cast(Tensor, super().forward(x))
         bias = self._parameters.get("bias")
         base = wide(base) if bias is None else wide(base) - bias

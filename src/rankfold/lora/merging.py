@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankfold.errors import MergeError, bullet_list
 from rankfold.lora.layers import AdapterLayer, adapter_layers, restore
@@ -20,7 +20,7 @@ def merge(model: nn.Module, names: Collection[str], *, keep: bool = True) -> Non
     Raises MergeError naming every layer that cannot be merged; the model is then as it was."""
     for layer in _check(model, names).values():
         carried = _carried(layer, names)
-        layer.merge(carried, layer.merged_values(carried), keep=keep)
+        layer.merge(carried, _values(layer, carried), keep=keep)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -46,7 +46,7 @@ def _check(model: nn.Module, names: Collection[str]) -> dict[str, AdapterLayer]:
     problems += _shared_weights(model, layers)
     for path, layer in layers.items():
         try:
-            layer.merged_values(_carried(layer, names))
+            _values(layer, _carried(layer, names))
         except MergeError as error:
             problems.append(f"{path}: {error}")
     if problems:
@@ -56,6 +56,13 @@ def _check(model: nn.Module, names: Collection[str]) -> dict[str, AdapterLayer]:
 
 def _carried(layer: AdapterLayer, names: Collection[str]) -> list[str]:
     return [name for name in names if name in layer.adapter_names()]
+
+
+def _values(layer: AdapterLayer, carried: list[str]) -> dict[str, Tensor]:
+    """What ``layer`` stores when ``carried`` are merged; a follower's weight is its leader's to change."""
+    if clash := layer.clash(carried):
+        raise MergeError(clash)
+    return {} if layer.leader is not None else layer.merged_values(carried)
 
 
 def _shared_weights(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
-from torch import Tensor, nn
+from torch import nn
 
 from rankfold.errors import ConfigError, MergeError
 from rankfold.lora import merging
-from rankfold.lora.brought import embedding_tensors, embeddings_in
-from rankfold.lora.checkpoint import file_tensors, save_adapter
+from rankfold.lora.checkpoint import load_onto
 from rankfold.lora.config import LoraConfig
-from rankfold.lora.conversion import as_plain_adapter
 from rankfold.lora.extras import check_together, find_extras, place_extras
 from rankfold.lora.facts import AdapterFacts
-from rankfold.lora.fingerprint import BaseFingerprint, fingerprint
 from rankfold.lora.inject import (
     activate,
     freeze,
@@ -28,8 +25,8 @@ from rankfold.lora.inject import (
     remove_adapter,
 )
 from rankfold.lora.layers import adapter_layers
-from rankfold.lora.loading import load_onto
 from rankfold.lora.names import check_adapter_name
+from rankfold.lora.nested import pack_without_grad
 from rankfold.lora.parameter_targets import (
     checked_parameters,
     inject_parameters,
@@ -37,7 +34,22 @@ from rankfold.lora.parameter_targets import (
     parameter_targets,
 )
 from rankfold.lora.prepare import prepared, read_config, refuse_adapted
+from rankfold.lora.replication import end_replication, replicated
+from rankfold.lora.saving import save_from
 from rankfold.lora.stored import AdapterSource, LoadOptions, LoadResult
+from rankfold.lora.ties import find_heads, place_heads, with_leaders
+
+
+def for_one_batch(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` of a call without PEFT's ``adapter_names``, one for each sample.
+
+    Raises ConfigError if that is given."""
+    if kwargs.pop("adapter_names", None) is not None:
+        raise ConfigError(
+            "adapter_names: a batch for several adapters is not supported by this version of rankfold; "
+            "set_adapter(name) and call the model once for each adapter"
+        )
+    return kwargs
 
 
 class LoraModel(nn.Module):
@@ -87,13 +99,13 @@ class PeftModel(nn.Module):
         self.targeted_module_names: list[str] = []
         self._active: list[str] = [adapter_name]
         self.base_model = LoraModel(model)
-        base_parameters = list(model.parameters())
-        if source is None:
-            self._place(adapter_name, *prepared(model, peft_config))
-        else:
-            load_onto(self, adapter_name, peft_config, source)
-        freeze(base_parameters)
-        activate(model, self._active, trainable=not peft_config.inference_mode)
+        with replicated(model, peft_config):
+            if source is None:
+                self._place(adapter_name, *prepared(model, peft_config))
+            else:
+                load_onto(self, adapter_name, peft_config, source)
+        freeze(model)
+        self._settle(trainable=not peft_config.inference_mode)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -104,7 +116,7 @@ class PeftModel(nn.Module):
             return getattr(self.base_model.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
+        return self.base_model(*args, **for_one_batch(kwargs))
 
     def get_base_model(self) -> nn.Module:
         """The model inside, its layers adapted."""
@@ -133,8 +145,9 @@ class PeftModel(nn.Module):
 
         Raises ConfigError if the name is taken, TargetError if nothing matches; nothing is changed then."""
         model, trainable = self.get_base_model(), self._any_trainable()
-        self._place(adapter_name, *prepared(model, peft_config))
-        activate(model, self._active, trainable=trainable)
+        with replicated(model, peft_config):
+            self._place(adapter_name, *prepared(model, peft_config))
+        self._settle(trainable=trainable)
 
     @no_garbage_collection()
     def load_adapter(
@@ -148,8 +161,10 @@ class PeftModel(nn.Module):
 
         Raises AdapterError listing all that does not fit; the model is then as it was."""
         trainable, source = self._any_trainable(), AdapterSource.of(model_id, options)
-        result = load_onto(self, adapter_name, read_config(source.folder, is_trainable), source)
-        activate(self.get_base_model(), self._active, trainable=trainable)
+        config = read_config(source.folder, is_trainable)
+        with replicated(self.get_base_model(), config):
+            result = load_onto(self, adapter_name, config, source)
+        self._settle(trainable=trainable)
         return result
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -159,7 +174,7 @@ class PeftModel(nn.Module):
         check_together(self.get_base_model(), names)
         merging.unmerge(self.get_base_model())
         self._active = names
-        activate(self.get_base_model(), names, trainable=not inference_mode)
+        self._settle(trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter.  Raises MergeError while it is merged, ConfigError if it is the last one."""
@@ -174,7 +189,7 @@ class PeftModel(nn.Module):
         self._active = [name for name in self._active if name != adapter_name] or [
             next(iter(self.peft_config))
         ]
-        activate(self.get_base_model(), self._active, trainable=self._any_trainable())
+        self._settle(trainable=self._any_trainable())
 
     @classmethod
     def from_pretrained(
@@ -183,11 +198,13 @@ class PeftModel(nn.Module):
         model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: LoraConfig | None = None,
         *,
         autocast_adapter_dtype: bool = True,
         **options: Unpack[LoadOptions],
     ) -> PeftModel:
         """Load an adapter folder (written by rankfold or PEFT) onto ``model``; ``options`` are LoadOptions.
+        A ``config`` takes the place of the one in the folder, and is not changed.
 
         Every tensor must find its place with the right shape and finite values, every place its tensor,
         and the base must be the one it was saved with.  Raises AdapterError listing all that is not so;
@@ -195,7 +212,10 @@ class PeftModel(nn.Module):
         from rankfold.lora.tasks import model_class
 
         source = AdapterSource.of(model_id, options)
-        config = read_config(source.folder, is_trainable)
+        if config is None:
+            config = read_config(source.folder, is_trainable)
+        else:
+            config = dataclasses.replace(config, inference_mode=not is_trainable)
         loaded = model_class(config)(
             model,
             config,
@@ -227,28 +247,15 @@ class PeftModel(nn.Module):
         that are not named here change nothing: the file is always one, and always safetensors."""
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._check_known(names)
-        model, initial = self.get_base_model(), path_initial_model_for_weight_conversion
-        forms: dict[str, tuple[LoraConfig, dict[str, Tensor]]] = {}
-        for name in names:
-            config = self.peft_config[name]
-            if initial is None:
-                forms[name] = config, {**file_tensors(model, name, config)}
-            else:
-                forms[name] = as_plain_adapter(model, name, config, Path(initial))
-        for name, (config, tensors) in forms.items():
-            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            known = dataclasses.replace(self.adapter_facts.get(name, AdapterFacts()), **(facts or {}))
-            brought = embedding_tensors(model, name, config, save_embedding_layers)
-            complete = tensors | brought
-            save_adapter(complete, config, folder, known, self.base_fingerprint(name, complete))
-            self.adapter_facts[name] = known
-
-    def base_fingerprint(self, adapter_name: str, saved: Collection[str] = ()) -> BaseFingerprint:
-        """The fingerprint of the base as the adapter found it, whatever is merged or split now, without
-        the embeddings among ``saved``, keys of the adapter's file."""
-        left_out = self.peft_config[adapter_name].modules_to_save or ()
-        model = self.get_base_model()
-        return fingerprint(model, [*left_out, *embeddings_in(model, saved)])
+        initial = path_initial_model_for_weight_conversion
+        save_from(
+            self,
+            names,
+            Path(save_directory),
+            save_embeddings=save_embedding_layers,
+            initial=None if initial is None else Path(initial),
+            facts=facts or {},
+        )
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
         """Merge the named (or the active) adapters into the weights until ``unmerge_adapter``.
@@ -276,11 +283,14 @@ class PeftModel(nn.Module):
         model = self.get_base_model()
         merging.unmerge(model)
         merging.merge_and_restore(model, names)
+        pack_without_grad(model)
         return model
 
     def unload(self) -> nn.Module:
         """Drop all adapters and return the base model as it was."""
         remove(self.get_base_model())
+        end_replication(self.get_base_model())
+        pack_without_grad(self.get_base_model())
         return self.get_base_model()
 
     @contextmanager
@@ -314,14 +324,22 @@ class PeftModel(nn.Module):
     def _place(self, name: str, targets: list[str], config: LoraConfig) -> None:
         """Inject an adapter and note it."""
         check_adapter_name(name, self.peft_config)
+        heads = find_heads(self.get_base_model(), targets, config)
+        targets = with_leaders(targets, heads)
         parameters = checked_parameters(self.get_base_model(), targets, config, new=False)
         taken = [*targets, *owners_of(parameters)]
         extras = find_extras(self.get_base_model(), taken, config, self.peft_config)
         inject(self.get_base_model(), targets, config, name, widen=self.widen)
+        place_heads(self.get_base_model(), heads, config, name)
         inject_parameters(self.get_base_model(), parameters, config, name, widen=self.widen)
         place_extras(self.get_base_model(), extras, name, config, widen=self.widen)
         self.peft_config[name] = config
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *targets]))
+
+    def _settle(self, *, trainable: bool) -> None:
+        """Make ``_active`` count, after every change of what there is."""
+        activate(self.get_base_model(), self._active, trainable=trainable)
+        pack_without_grad(self.get_base_model())
 
     def _any_trainable(self) -> bool:
         return any(p.requires_grad for _, layer in adapter_layers(self) for p in layer.parameters())

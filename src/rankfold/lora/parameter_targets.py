@@ -13,6 +13,7 @@ from rankfold.lora.config import LoraConfig
 from rankfold.lora.inject import alpha_of, rank_of
 from rankfold.lora.layers import HALF_DTYPES, AdapterLayer, AdapterSpec, adapter_layers
 from rankfold.lora.parameters import ParameterAdapters, adapt_parameter, base_value
+from rankfold.lora.subconfigs import start_from_data
 from rankfold.lora.targets import find_parameters
 
 # What an adapted module has that a plain one has not; a module of any class may be adapted.
@@ -54,7 +55,10 @@ def owners_of(parameters: Collection[str]) -> list[str]:
 
 def _wrong_options(config: LoraConfig) -> list[str]:
     names = [n for n in ("lora_dropout", "lora_bias", "use_dora", "fan_in_fan_out") if getattr(config, n)]
-    if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights != "gaussian":
+    if config.inference_mode and "lora_dropout" in names:
+        names.remove("lora_dropout")  # without training it is never used
+    start = config.init_lora_weights
+    if not isinstance(start, bool) and start != "gaussian" and not start_from_data(start):
         names.append("init_lora_weights")
     return [f"{name}={getattr(config, name)!r} does not work with target_parameters" for name in names]
 

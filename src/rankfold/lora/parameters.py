@@ -29,6 +29,7 @@ from rankfold.lora.layers import (
     AdapterLayer,
     AdapterSpec,
     adapt,
+    become,
     cast_merged,
     mixed_class,
     wide,
@@ -149,13 +150,12 @@ class ParameterAdapters(AdapterLayer):
             self._sort()
         self.parameter_factors()[name].add_adapter(spec)
 
-    def delete_adapter(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         for parameter, part in list(self.parameter_factors().items()):
             if name in part.r:
                 part.delete_adapter(name)
             if not part.r:
                 del self.lora_parameters._modules[parameter]
-        self.set_adapters([active for active in self._active if active != name])
 
     def adapter_names(self) -> Collection[str]:
         return {name: None for part in self.parameter_factors().values() for name in part.r}
@@ -247,6 +247,6 @@ def adapt_parameter(module: nn.Module, name: str) -> ParameterAdapters:
     """Make ``module`` one whose parameter ``name`` can carry adapters, in place."""
     if isinstance(module, ParameterAdapters):
         kind = parameters_class(module.parameter_names | {name})
-        cast(nn.Module, module).__class__ = mixed_class(kind, module.plain_class)
+        become(module, mixed_class(kind, module.plain_class))
         return module
     return cast(ParameterAdapters, adapt(module, parameters_class(frozenset({name}))))

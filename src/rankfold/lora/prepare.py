@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from rankfold.errors import ConfigError
 from rankfold.lora.config import LoraConfig
 from rankfold.lora.extras import find_extras
 from rankfold.lora.inject import check_ranks, check_targets
-from rankfold.lora.layers import AdapterLayer
+from rankfold.lora.layers import adapter_layers, base_modules
 from rankfold.lora.parameter_targets import checked_parameters, owners_of
 from rankfold.lora.saved import with_task_modules
+from rankfold.lora.starts import refuse_start_from_data
 from rankfold.lora.targets import ALL_LINEAR, find_targets, module_names, resolve, shortest_list
+from rankfold.lora.ties import find_heads, spelt_with_leaders, with_leaders
 
 
 def read_config(folder: str | Path, is_trainable: bool) -> LoraConfig:
@@ -27,14 +30,20 @@ def read_config(folder: str | Path, is_trainable: bool) -> LoraConfig:
 
 def prepared(model: nn.Module, given: LoraConfig) -> tuple[list[str], LoraConfig]:
     """The targets of a new adapter and the model's own copy of its config, all of it checked."""
+    refuse_start_from_data(given)
     given = with_task_modules(given)
-    targets = find_targets(model, given)
-    check_targets({target: model.get_submodule(target) for target in targets})
-    check_ranks(model, targets, given)
+    targets, modules = find_targets(model, given), dict(base_modules(model))
+    heads = find_heads(model, targets, given)
+    targets = with_leaders(targets, heads)
+    layers = {target: modules[target] for target in targets}
+    check_targets(layers)
+    check_ranks(layers, given)
     parameters = checked_parameters(model, targets, given, new=True)
     find_extras(model, [*targets, *owners_of(parameters)], given, {}, every_entry=True)
     config = dataclasses.replace(given, **_spelt_out(model, targets, given))
-    config.fan_in_fan_out = _fan_in_fan_out(model, targets, given)
+    if heads and config.target_modules:
+        config.target_modules = spelt_with_leaders(config.target_modules, heads)
+    config.fan_in_fan_out = _fan_in_fan_out(layers.values(), given)
     base_name = getattr(model, "name_or_path", None) or getattr(
         getattr(model, "config", None), "name_or_path", None
     )
@@ -45,9 +54,9 @@ def prepared(model: nn.Module, given: LoraConfig) -> tuple[list[str], LoraConfig
     return targets, config
 
 
-def _fan_in_fan_out(model: nn.Module, targets: list[str], config: LoraConfig) -> bool:
+def _fan_in_fan_out(layers: Iterable[nn.Module], config: LoraConfig) -> bool:
     """True where every linear target is a transformers Conv1D, as PEFT writes it."""
-    kinds = {type(model.get_submodule(target)) for target in targets}
+    kinds = {type(layer) for layer in layers}
     linear = {kind for kind in kinds if issubclass(kind, nn.Linear)}
     transposed = {kind for kind in kinds if any(k.__name__ == "Conv1D" for k in kind.__mro__)}
     return not linear if linear or transposed else config.fan_in_fan_out
@@ -65,7 +74,7 @@ def _spelt_out(model: nn.Module, targets: list[str], config: LoraConfig) -> dict
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    if any(isinstance(module, AdapterLayer) for module in model.modules()):
+    if any(True for _ in adapter_layers(model)):
         raise ConfigError(
             "this model carries an adapter already; use add_adapter() or load_adapter() on the wrapped "
             "model, or merge_and_unload() or unload() it first"

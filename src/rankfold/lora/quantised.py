@@ -61,9 +61,9 @@ class QuantisedUpdates(LinearUpdates):
     """The low-rank updates of a linear layer with a quantised weight.
 
     The base part is the layer's own forward, the update is computed in the factors' dtype, and the sum has
-    the dtype of the base part.  It is a tensor of its own: bitsandbytes' output may be a view."""
+    the dtype of the base part.  It is a tensor of its own: bitsandbytes' output may be a view.
+    DoRA takes its norms from the dequantised weight, which it makes in every call, as PEFT does."""
 
-    row_dim: ClassVar[int | None] = None  # no DoRA: it would dequantise the whole weight in every call
     added: ClassVar[tuple[str, ...]] = ("_rounds", *LinearUpdates.added)
 
     _rounds: bool  # whether a merge may round the weight without asking
@@ -98,33 +98,32 @@ class QuantisedUpdates(LinearUpdates):
         # The dtype of the storage says nothing about the numbers, even if it is one of floats.
         return torch.empty(0, dtype=torch.uint8, device=cast(Tensor, self._parameters["weight"]).device)
 
-    def requantised(self, weight: Tensor) -> nn.Parameter:
-        """``weight`` in the layer's bits, rounded with the parameters of the weight that it has now."""
-        raise NotImplementedError
+    def requantised(self, total: Tensor) -> nn.Parameter:
+        """``total`` in the layer's bits, rounded with the parameters of the weight that it has now.
+
+        Raises MergeError if ``total`` is not finite in the dtype that the library rounds from."""
+        raise MergeError(
+            f"nothing says how a {self.plain_class.__name__} is rounded; give {type(self).__name__} a "
+            "requantised(), or call dequantise(model) first"
+        )
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
         """As the base class says; raises MergeError outside of ``requantising()``, too."""
-        total = self.base_weight() + sum(self.delta(name) for name in names)
-        weight = self.requantised(cast_merged(total, self.rounded_from()))
+        weight = self.requantised(self.merged_weight(names))
         if _losses.get() is None and not self._rounds:
             raise MergeError(
                 f"its weight is quantised, and rounding the merged one again would miss "
                 f"{self._missed(names, weight):.0%} of the update; dequantise(model) first for an exact "
                 "merge, or merge within requantising()"
             )
-        bias = self._merged_bias(names)
-        return {"weight": weight} | ({} if bias is None else {"bias": bias})
+        return self.with_bias(names, weight)
 
     def _missed(self, names: Collection[str], weight: Tensor) -> float:
         """How far ``weight``, merged and rounded, is from the exact sum, as a share of the update."""
-        base, update = self.base_weight(), sum(self.delta(name) for name in names)
-        wanted = float(torch.linalg.vector_norm(cast(Tensor, update)))
-        error = float(torch.linalg.vector_norm(dequantised(self, weight) - base - update))
+        total = self.merged_weight(names)
+        wanted = float(torch.linalg.vector_norm(total - self.base_weight()))
+        error = float(torch.linalg.vector_norm(dequantised(self, weight) - total))
         return error / wanted if wanted else 0.0
-
-    def rounded_from(self) -> Tensor:
-        """An empty tensor of the dtype that the library rounds from."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def merge(self, names: Collection[str], values: Mapping[str, Tensor], *, keep: bool) -> None:
@@ -151,12 +150,10 @@ class QuantisedUpdates(LinearUpdates):
 class LoraLinear8bitLt(QuantisedUpdates):
     """bitsandbytes' ``Linear8bitLt`` (Dettmers et al. 2022, arXiv 2208.07339) with its updates."""
 
-    def rounded_from(self) -> Tensor:
-        return torch.empty(0, dtype=torch.float16)
-
-    def requantised(self, weight: Tensor) -> nn.Parameter:
+    def requantised(self, total: Tensor) -> nn.Parameter:
         old = cast(Any, self._parameters["weight"])
-        fresh = type(old)(weight.cpu(), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+        weight = cast_merged(total, torch.empty(0, dtype=torch.float16)).cpu()
+        fresh = type(old)(weight, requires_grad=False, has_fp16_weights=old.has_fp16_weights)
         return cast(nn.Parameter, fresh.to(old.device))
 
     def whole_weight(self) -> nn.Parameter:
@@ -184,11 +181,9 @@ class LoraLinear4bit(QuantisedUpdates):
         super().start()
         unpack(cast(Any, self._parameters["weight"]))
 
-    def rounded_from(self) -> Tensor:
-        return torch.empty(0, dtype=cast(Any, self._parameters["weight"]).quant_state.dtype)
-
-    def requantised(self, weight: Tensor) -> nn.Parameter:
+    def requantised(self, total: Tensor) -> nn.Parameter:
         old = cast(Any, self._parameters["weight"])
+        weight = cast_merged(total, torch.empty(0, dtype=old.quant_state.dtype))
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         fresh = type(old)(weight, requires_grad=False, **{name: getattr(old, name) for name in names})
         return cast(nn.Parameter, fresh.to(old.device))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankfold.errors import ConfigError
+from rankfold.lora.layers import base_modules
 
 PREFIX = "base_model.model."
 
@@ -23,7 +24,7 @@ def renamed(
     ``_checkpoint_conversion_mapping``.  After that a key whose module the model does not have goes through
     transformers' renames for this model type, and is changed only if they lead to a module."""
     mapping = getattr(model, "_checkpoint_conversion_mapping", None) if key_mapping is None else key_mapping
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name for name, _ in base_modules(model)}
     follow: Callable[[str], str] | None = None
     result: dict[str, Tensor] = {}
     doubled = []

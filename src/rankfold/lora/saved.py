@@ -22,11 +22,6 @@ TASK_MODULES: dict[str, tuple[str, ...]] = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks"),
-)
 
 
 class SavedModule(AdapterLayer):
@@ -36,14 +31,13 @@ class SavedModule(AdapterLayer):
     keep their names and values.  Reading an attribute such as ``weight`` gives the base's, not the
     copy's as in PEFT.  The module's hooks run once, around whichever of the two is called."""
 
-    added: ClassVar[tuple[str, ...]] = ("modules_to_save", "_leader", *AdapterLayer.added)
+    added: ClassVar[tuple[str, ...]] = ("modules_to_save", *AdapterLayer.added)
 
     modules_to_save: nn.ModuleDict
-    _leader: list[AdapterLayer]
 
     def start(self) -> None:
         super().start()
-        self.modules_to_save, self._leader = nn.ModuleDict(), []
+        self.modules_to_save = nn.ModuleDict()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.applied:
@@ -59,9 +53,8 @@ class SavedModule(AdapterLayer):
     def adapter_names(self) -> Collection[str]:
         return self.modules_to_save.keys()
 
-    def delete_adapter(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         del self.modules_to_save[name]
-        self.set_adapters([active for active in self._active if active != name])
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The copy's parameters, and its buffers, under the names that the base's own have."""
@@ -70,15 +63,10 @@ class SavedModule(AdapterLayer):
         return cast(dict[str, nn.Parameter], own_tensors(self.modules_to_save[name]))
 
     def clash(self, names: Collection[str]) -> str | None:
-        """What is wrong with ``names`` being active at a time, if anything."""
         mine = [name for name in names if name in self.modules_to_save]
         return f"each of {mine} has its own copy of it (modules_to_save)" if len(mine) > 1 else None
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
-        if clash := self.clash(names):
-            raise MergeError(clash)
-        if self.leader is not None:
-            return {}
         values = own_tensors(self.modules_to_save[next(iter(names))])
         broken = [key for key, value in values.items() if not torch.isfinite(value).all()]
         if broken:
@@ -96,12 +84,7 @@ class SavedModule(AdapterLayer):
         self._base_tensors()[key].copy_(value)
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        inside = (pair for pair in self.named_parameters() if not pair[0].startswith("modules_to_save."))
-        return inside
-
-    @property
-    def leader(self) -> AdapterLayer | None:
-        return self._leader[0] if self._leader else None
+        return (pair for pair in self.named_parameters() if not pair[0].startswith("modules_to_save."))
 
     def _base_tensors(self) -> dict[str, Tensor]:
         return {k: t for k, t in own_tensors(self).items() if not k.startswith("modules_to_save.")}
@@ -115,7 +98,11 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 def plain_copy(layer: SavedModule) -> nn.Module:
     """A deep copy of the base module as it is unmerged, without copies and without hooks of its own."""
     # What is in the memo is taken to be copied: hooks may reach far beyond the module.
-    memo: dict[int, Any] = {id(vars(layer)[hooks]): OrderedDict() for hooks in HOOKS}
+    memo: dict[int, Any] = {
+        id(value): OrderedDict()
+        for name, value in vars(layer).items()
+        if name.startswith(("_forward", "_backward")) and isinstance(value, OrderedDict)
+    }
     memo[id(layer.modules_to_save)] = nn.ModuleDict()
     memo[id(layer._leader)] = []
     twin = copy.deepcopy(layer, memo)

@@ -13,13 +13,16 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from rankfold.errors import ConfigError, bullet_list
 from rankfold.lora.config import PISSA, LoraConfig, changes_base
 from rankfold.lora.layers import AdapterLayer, AdapterSpec
+from rankfold.lora.subconfigs import DATA_STARTS, start_from_data
 
 if TYPE_CHECKING:
     from rankfold.lora.factors import LoraLayer
@@ -35,7 +38,6 @@ class Split:
     in_place: bool = False
 
 
-@torch.no_grad()
 def start_factors(layer: LoraLayer, spec: AdapterSpec) -> None:
     """Give the fresh factors of ``spec.name``, still in the default dtype, their start.
 
@@ -45,11 +47,11 @@ def start_factors(layer: LoraLayer, spec: AdapterSpec) -> None:
     start = spec.config.init_lora_weights
     if start is False or changes_base(start):
         return
-    lora_a, lora_b = layer.factors(spec.name)
+    lora_a, lora_b = (factor.data for factor in layer.factors(spec.name))
     if start == "orthogonal":
         orthogonal(lora_a, lora_b)
         return
-    if start is True:
+    if start is True or start_from_data(start):  # the latter is about to be loaded
         draw_kaiming(lora_a)
     else:
         nn.init.normal_(lora_a, std=1 / spec.rank)
@@ -60,9 +62,14 @@ def start_factors(layer: LoraLayer, spec: AdapterSpec) -> None:
 
 def draw_kaiming(weight: Tensor) -> None:
     """``nn.init.kaiming_uniform_(weight, a=sqrt(5))`` without autograd, bit for bit, and faster."""
-    gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
-    bound = math.sqrt(3.0) * (gain / math.sqrt(weight[0].numel()))
+    bound = _kaiming_bound(weight.shape[1:].numel())
     weight.uniform_(-bound, bound)
+
+
+@cache
+def _kaiming_bound(fan_in: int) -> float:
+    gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
+    return math.sqrt(3.0) * (gain / math.sqrt(fan_in))
 
 
 def orthogonal(lora_a: Tensor, lora_b: Tensor) -> None:
@@ -150,7 +157,8 @@ def start_problems(kind: type[AdapterLayer], layer: nn.Module, spec: AdapterSpec
     problems = []
     if dora and kind.row_dim is None:
         problems.append(f"use_dora is not for a {name}")
-    if isinstance(start, str) and start != "gaussian" and not kind.is_matrix:
+    plain = not isinstance(start, str) or start == "gaussian" or start_from_data(start)
+    if not plain and not kind.is_matrix:
         problems.append(f"init_lora_weights={start!r} is for linear layers, not for {name}")
     elif start == "orthogonal" and spec.rank % 2:
         problems.append(f"init_lora_weights='orthogonal' needs an even rank, got {spec.rank}")
@@ -187,6 +195,34 @@ def tied_problems(modules: Mapping[str, nn.Module], specs: Mapping[str, AdapterS
         for target in changed
         if uses[id(modules[target]._parameters.get("weight"))] > 1
     ]
+
+
+def refuse_start_from_data(config: LoraConfig) -> None:
+    """Raise ConfigError if a new adapter cannot start as ``config`` says, or would pass an option by."""
+    start, problems = config.init_lora_weights, []
+    if start_from_data(start):
+        problems.append(
+            f"init_lora_weights={start!r} is read and written by this version of rankfold, and cannot be "
+            'started with yet; use True, "pissa", "olora" or "orthogonal"; an adapter that was started so '
+            "can be loaded"
+        )
+    for own, (name, _) in DATA_STARTS.items():
+        if getattr(config, name) and start != own:
+            problems.append(f"{name} has no effect unless init_lora_weights={own!r}; leave it out")
+    if problems:
+        raise ConfigError(bullet_list("this adapter cannot be started:", problems))
+
+
+def changed_base(config: LoraConfig) -> str | None:
+    """Why the base that an adapter with ``config`` was trained on cannot be told to be the one at hand."""
+    start = config.init_lora_weights
+    if start == "eva" or not start_from_data(start):
+        return None
+    return (
+        f"init_lora_weights={start!r} changed the base weights before training, and the change is not in "
+        "the file: load it onto the base as it was after that start and allow 'base', or let PEFT convert "
+        "the adapter (save_pretrained with path_initial_model_for_weight_conversion)"
+    )
 
 
 def warn_if_random(config: LoraConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,11 @@ from rankfold.lora.brought import embeddings_in
 from rankfold.lora.config import CONFIG_NAME, LoraConfig
 from rankfold.lora.facts import FACTS_NAME, AdapterFacts, log
 from rankfold.lora.fingerprint import compare, fingerprint
+from rankfold.lora.fused import with_fused_experts
 from rankfold.lora.inject import alpha_of, rank_of
 from rankfold.lora.patterns import check_patterns
 from rankfold.lora.renames import PREFIX, renamed
+from rankfold.lora.starts import changed_base
 from rankfold.lora.targets import find_parameters, find_targets, module_names
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -45,13 +48,15 @@ class LoadOptions(TypedDict, total=False):
     ``key_mapping``: as in PEFT, patterns for the file's keys without ``base_model.model.`` and their
     replacements, of which the first that matches counts; the default is the model's own
     ``_checkpoint_conversion_mapping``.  ``ignore_mismatched_sizes`` is PEFT's word for allow={"shape"};
-    ``low_cpu_mem_usage`` is taken and changes nothing."""
+    ``low_cpu_mem_usage`` and ``torch_device`` are taken and change nothing: as in PEFT, an adapter is where
+    its base is."""
 
     subfolder: str | None
     allow: Collection[Fault]
     key_mapping: Mapping[str, str] | None
     ignore_mismatched_sizes: bool
     low_cpu_mem_usage: bool
+    torch_device: str | torch.device | None
 
 
 class LoadResult(NamedTuple):
@@ -108,14 +113,15 @@ def read_adapter(source: AdapterSource, config: LoraConfig, model: nn.Module) ->
     stored = StoredAdapter(source, config, *content)
     stored.tensors, doubled = renamed(stored.tensors, model, source.key_mapping)
     stored.found += [("unexpected", f"unexpected: a second {shown(key)}") for key in doubled]
+    stored.config, stored.tensors = with_fused_experts(config, stored.tensors, model)
+    config = stored.config
     try:
         stored.targets = find_targets(model, config, every_entry=False)
         stored.parameters = find_parameters(model, config, every_entry=False)
     except TargetError as error:
         raise AdapterError(f"{source.folder}: {error}") from error
     check_sizes(stored, model)
-    for key, tensor in stored.tensors.items():
-        stored.found += bad_values(key, tensor)
+    stored.found += bad_values(stored.tensors)
     check_base(stored, model)
     return stored
 
@@ -145,19 +151,25 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], AdapterFacts, list[tu
     return tensors, facts, [("hash", text.format(name)) for name in changed]
 
 
-def bad_values(key: str, tensor: Tensor) -> list[tuple[Fault, str]]:
-    """A fault if ``tensor`` holds NaN or infinite values."""
-    if tensor.dtype not in FLOATS:
+def bad_values(tensors: Mapping[str, Tensor]) -> list[tuple[Fault, str]]:
+    """A fault for each of ``tensors`` that holds NaN or infinite values."""
+    wide = {
+        key: tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        for key, tensor in tensors.items()
+        if tensor.dtype in FLOATS and tensor.numel()
+    }
+    # One look at the largest magnitude of all; which one it is need be told only if that is not finite.
+    if torch.isfinite(nn.utils.get_total_norm(list(wide.values()), math.inf)):
         return []
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    if not torch.isfinite(wide).all():
-        return [("non_finite", f"{shown(key)} holds NaN or infinite values")]
-    return []
+    bad = [key for key, tensor in wide.items() if not torch.isfinite(tensor).all()]
+    return [("non_finite", f"{shown(key)} holds NaN or infinite values") for key in bad]
 
 
 def check_base(stored: StoredAdapter, model: nn.Module) -> None:
     """Add a fault if ``model`` is not the base of ``stored``, and log in one line what cannot be told."""
     folder, facts = stored.source.folder, stored.facts
+    if change := changed_base(stored.config):
+        stored.found.append(("base", change))
     unchecked = "whether this is the base it was trained on, and whether its files are whole"
     if facts.base is not None:
         replaced = [*(stored.config.modules_to_save or ()), *embeddings_in(model, stored.tensors)]

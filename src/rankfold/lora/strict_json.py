@@ -38,7 +38,8 @@ def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:
             parse_float=_finite,
             parse_int=_small,
         )
-        _check_depth(content)
+        if _depth(content) > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -72,15 +73,8 @@ def _small(text: str) -> int:
     return int(text)
 
 
-def _check_depth(content: object) -> None:
-    level = [content]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for value in level
-            if isinstance(value, (dict, list))
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+def _depth(content: object) -> int:
+    if not isinstance(content, (dict, list)):
+        return 0
+    inner = content.values() if isinstance(content, dict) else content
+    return 1 + max(map(_depth, inner), default=0)

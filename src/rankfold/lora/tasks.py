@@ -5,30 +5,42 @@ all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import Parameter, Signature
 from typing import Any
 
 from rankfold.lora.config import LoraConfig, TaskType
-from rankfold.lora.model import PeftModel
+from rankfold.lora.model import PeftModel, for_one_batch
+
+TEXT = ("input_ids", "attention_mask", "inputs_embeds")
+DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+FORM = ("output_attentions", "output_hidden_states", "return_dict")
+
+
+def forward_of(*names: str) -> Callable[..., Any]:
+    """A ``forward`` with the inputs ``names``, all None by default, and any others by keyword."""
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(names):
+            raise TypeError(f"forward takes the inputs {', '.join(names)}, got {len(args)} by position")
+        inputs = dict(zip(names, args, strict=False))
+        if twice := inputs.keys() & kwargs.keys():
+            raise TypeError(f"forward got twice: {', '.join(sorted(twice))}")
+        inputs |= kwargs
+        given = {name: v for name, v in inputs.items() if v is not None or name not in names}
+        return PeftModel.forward(self, **given)
+
+    plain = Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [Parameter("self", plain), *(Parameter(name, plain, default=None) for name in names)]
+    signature = Signature([*parameters, Parameter("kwargs", Parameter.VAR_KEYWORD)])
+    setattr(forward, "__signature__", signature)  # noqa: B010 - mypy refuses the plain assignment
+    return forward
 
 
 class PeftModelForSequenceClassification(PeftModel):
     """A model that labels a whole text."""
 
-    def forward(  # noqa: PLR0913, PLR0917 - PEFT's signature
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        labels: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        inputs |= {"labels": labels, "output_attentions": output_attentions}
-        inputs |= {"output_hidden_states": output_hidden_states, "return_dict": return_dict}
-        return super().forward(**given(inputs), **kwargs)
+    forward = forward_of(*TEXT, "labels", *FORM)
 
 
 class PeftModelForTokenClassification(PeftModelForSequenceClassification):
@@ -45,25 +57,7 @@ class PeftModelForCausalLM(PeftModelForSequenceClassification):
 class PeftModelForSeq2SeqLM(PeftModel):
     """A model that reads one text and writes another."""
 
-    def forward(  # noqa: PLR0913, PLR0917 - PEFT's signature
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        decoder_input_ids: Any = None,
-        decoder_attention_mask: Any = None,
-        decoder_inputs_embeds: Any = None,
-        labels: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        inputs |= {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
-        inputs |= {"decoder_inputs_embeds": decoder_inputs_embeds, "labels": labels}
-        inputs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        return super().forward(**given(inputs | {"return_dict": return_dict}), **kwargs)
+    forward = forward_of(*TEXT, *DECODER, "labels", *FORM)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         return generate(self, *args, **kwargs)
@@ -73,47 +67,16 @@ class PeftModelForQuestionAnswering(PeftModel):
     """A model that finds the answer in a text.  ``token_type_ids`` and ``position_ids`` reach the base
     model; PEFT 0.21.2 takes and drops them."""
 
-    def forward(  # noqa: PLR0913, PLR0917 - PEFT's signature
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        token_type_ids: Any = None,
-        position_ids: Any = None,
-        inputs_embeds: Any = None,
-        start_positions: Any = None,
-        end_positions: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        inputs |= {"token_type_ids": token_type_ids, "position_ids": position_ids}
-        inputs |= {"start_positions": start_positions, "end_positions": end_positions}
-        inputs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        return super().forward(**given(inputs | {"return_dict": return_dict}), **kwargs)
+    forward = forward_of(
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+        *("start_positions", "end_positions", *FORM),
+    )
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     """A model that gives hidden states."""
 
-    def forward(
-        self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        inputs_embeds: Any = None,
-        output_attentions: Any = None,
-        output_hidden_states: Any = None,
-        return_dict: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        inputs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        return super().forward(**given(inputs | {"return_dict": return_dict}), **kwargs)
-
-
-def given(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if value is not None}
+    forward = forward_of(*TEXT, *FORM)
 
 
 def generate(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +84,7 @@ def generate(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
     own = model.__dict__.get("generation_config")
     if own is not None:
         kwargs.setdefault("generation_config", own)
-    return model.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+    return model.get_base_model().generate(*args, **for_one_batch(kwargs))  # type: ignore[operator]
 
 
 MODEL_CLASSES: dict[str, type[PeftModel]] = {

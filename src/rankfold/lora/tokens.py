@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankfold.errors import MergeError
 from rankfold.lora.config import LoraConfig
 from rankfold.lora.layers import HALF_DTYPES, AdapterLayer, adapt, base_modules, cast_merged
 from rankfold.lora.saved import names as is_named
@@ -53,16 +52,15 @@ class TokenLayer(AdapterLayer):
     name is left out.  Reading ``weight`` gives the base's, not the changed one as in PEFT.
     A layer that shares its weight with another follows that one (``leader``) and holds no rows."""
 
-    added: ClassVar[tuple[str, ...]] = ("token_adapter", "_leader", "_names", *AdapterLayer.added)
+    added: ClassVar[tuple[str, ...]] = ("token_adapter", "_names", *AdapterLayer.added)
 
     weight: Tensor
     token_adapter: nn.ModuleDict
-    _leader: list[TokenLayer]  # in a list, so that torch does not take the leader for a part of this layer
     _names: list[str]
 
     def start(self) -> None:
         super().start()
-        self.token_adapter, self._leader, self._names = nn.ModuleDict(), [], []
+        self.token_adapter, self._names = nn.ModuleDict(), []
 
     def add_rows(self, name: str, indices: list[int], *, widen: bool) -> None:
         """Add an adapter whose rows start as the base's; float32 for a half-precision base if ``widen``."""
@@ -77,21 +75,16 @@ class TokenLayer(AdapterLayer):
         self._leader = [leader]
         self._names.append(name)
 
-    @property
-    def leader(self) -> TokenLayer | None:
-        return self._leader[0] if self._leader else None
-
     def rows(self, name: str) -> TokenRows:
-        return cast(TokenRows, (self.leader or self).token_adapter[name])
+        return cast(TokenRows, cast(TokenLayer, self.leader or self).token_adapter[name])
 
     def adapter_names(self) -> Collection[str]:
         return self._names
 
-    def delete_adapter(self, name: str) -> None:
+    def drop(self, name: str) -> None:
         self._names.remove(name)
         if name in self.token_adapter:
             del self.token_adapter[name]
-        self.set_adapters([active for active in self._active if active != name])
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.token_adapter:
@@ -100,16 +93,11 @@ class TokenLayer(AdapterLayer):
         return {"token_adapter.trainable_tokens_delta": rows.trainable_tokens_delta}
 
     def clash(self, names: Collection[str]) -> str | None:
-        """What is wrong with ``names`` being active at a time, if anything."""
         mine = [index for name in names if name in self._names for index in self.rows(name).indices]
         twice = sorted({index for index in mine if mine.count(index) > 1}) if len(names) > 1 else []
         return f"more than one of {list(names)} has rows for the tokens {twice}" if twice else None
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
-        if clash := self.clash(names):
-            raise MergeError(clash)
-        if self.leader is not None:
-            return {}
         merged = self.weight.detach().clone()
         for name in names:
             rows = self.rows(name)
@@ -193,7 +181,7 @@ def find_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
     return {path: wanted for path, module in base_modules(model) if module is inputs and path}
 
 
-def find_followers(model: nn.Module, found: dict[str, list[int]], config: LoraConfig) -> dict[str, str]:
+def find_followers(model: nn.Module, found: dict[str, list[int]]) -> dict[str, str]:
     """The layers that share the weight of an embedding in ``found``, each with that embedding's name.
 
     A head that ``trainable_token_indices`` names with other indices than the embedding goes its own way,

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from rankfold.errors import ModelError, OutputError
+from rankfold.errors import ConfigError, ModelError, OutputError
 from rankfold.files import require_space, staged_folder
 from rankfold.lora import LoraConfig, PeftModel
-from rankfold.lora.stored import Fault
-from rankfold.models.facts import FACTS_NAME, AdapterFacts, tokenizer_changes
+from rankfold.lora.stored import AdapterSource, Fault
+from rankfold.models.facts import AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
 from rankfold.models.plain_template import plain_template
 
@@ -83,6 +83,7 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
 
     ``allow``: faults to let through (see LoadOptions); "base" stands for another tokenizer too.
     Raises AdapterError or ModelError."""
+    AdapterSource.of(adapter, {"allow": allow})  # a misspelt fault is told before the base is loaded
     config = LoraConfig.from_pretrained(adapter)
     name = model_name or config.base_model_name_or_path
     if not name:
@@ -93,8 +94,8 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
     if changed and "base" not in allow:
         raise ModelError(
             f"the tokenizer of {name} is not the one that {adapter} was trained with: another "
-            f"{' and another '.join(changed)}; name the right base with --model, or remove the tokenizer's "
-            f"marks from {FACTS_NAME} to use it all the same"
+            f"{' and another '.join(changed)}; name the right base with --model, or allow 'base' "
+            "(--allow base) to use it all the same"
         )
     if facts.chat_template:
         base.tokenizer.chat_template = plain_template(facts.chat_template)
@@ -125,9 +126,11 @@ def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str
     return model.eval()
 
 
-def load(adapter: Path | None, model_name: str | None) -> Base:
+def load(adapter: Path | None, model_name: str | None, allow: Collection[Fault] = ()) -> Base:
     """``load_tuned`` if there is an adapter, else ``load_base`` of the named or the default model."""
-    return load_tuned(adapter, model_name) if adapter else load_base(model_name or DEFAULT_MODEL)
+    if allow and not adapter:
+        raise ConfigError("--allow says what an adapter may lack, and there is no --adapter")
+    return load_tuned(adapter, model_name, allow) if adapter else load_base(model_name or DEFAULT_MODEL)
 
 
 def _placement() -> tuple[torch.device, torch.dtype]:
