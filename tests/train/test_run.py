@@ -11,6 +11,7 @@ import torch
 
 from conftest import tiny_llama
 from rankfold import PeftModel, Recipe, fine_tune
+from rankfold.data.sources import Source
 from rankfold.errors import DataError, OutputError, TrainingError
 from rankfold.models import load
 from rankfold.train.listener import Listener
@@ -194,3 +195,9 @@ def test_the_report_is_one_page_with_nothing_from_elsewhere(recipe, write_rows, 
     assert f"{result.comparison.base_loss:.4f}" in page
     assert f"{result.comparison.tuned_loss:.4f}" in page
     assert page.count("<svg") == 1
+
+
+@pytest.mark.parametrize("name", [str, lambda path: f"{path}:2", lambda path: [Source(path, 2)]])
+def test_the_report_calls_the_data_by_their_files_name(recipe, write_rows, joke_rows, name):
+    result = fine_tune(recipe(data=name(write_rows(joke_rows)), samples=0))
+    assert "rows of rows.jsonl</p>" in (result.out / "report.html").read_text()
