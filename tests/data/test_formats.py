@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankfold.data.example import Message
-from rankfold.data.formats import SHAPES, detect_shape, refuse_judged, to_example, to_examples
+from rankfold.data.example import Example, Image, Message
+from rankfold.data.formats import SHAPES, detect_shape, refuse_untrainable, to_example, to_examples
 from rankfold.data.rows import Row, read_rows
 from rankfold.data.rules import problems
 from rankfold.errors import DataError
@@ -144,11 +144,17 @@ def test_no_rows_are_an_error():
 def test_pairs_and_judged_answers_are_refused_by_a_supervised_run_with_the_way_out():
     pairs, _, _ = to_examples(rows({"prompt": "p", "chosen": "a", "rejected": "b"}))
     with pytest.raises(DataError, match=r"f.jsonl:1: the rows are preference pairs.*give the shape 'chosen'"):
-        refuse_judged(pairs)
+        refuse_untrainable(pairs)
     judged, _, _ = to_examples(rows({"prompt": "p", "completion": "a", "label": True}))
     with pytest.raises(DataError, match=r"judged answers \(KTO\).*prompt=COLUMN,completion=COLUMN"):
-        refuse_judged(judged)
-    refuse_judged(to_examples(rows({"prompt": "p", "chosen": "a", "rejected": "b"}), "chosen")[0])
+        refuse_untrainable(judged)
+    refuse_untrainable(to_examples(rows({"prompt": "p", "chosen": "a", "rejected": "b"}), "chosen")[0])
+
+
+def test_pictures_are_refused_by_a_run_on_text():
+    turns = (Message("user", (Image(Path("a.png")), "What?")), Message("assistant", ("A cat.",)))
+    with pytest.raises(DataError, match="f:1: the row has pictures"):
+        refuse_untrainable([Example("f:1", turns)])
 
 
 column_names = st.sampled_from(

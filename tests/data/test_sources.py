@@ -129,3 +129,11 @@ def test_only_bad_rows_are_an_error(tmp_path):
 def test_no_source_is_an_error():
     with pytest.raises(DataError, match="no source of data was named"):
         read_examples([])
+
+
+def test_a_source_is_called_by_its_file_or_by_its_whole_hub_name(files):
+    assert [source.name for source in sources_of(f"{files}/a.jsonl:2,{files},org/name:test")] == [
+        "a.jsonl",
+        files.name,
+        "org/name:test",
+    ]

@@ -11,6 +11,7 @@ import torch
 
 from conftest import tiny_llama
 from rankfold import PeftModel, Recipe, fine_tune
+from rankfold.data.sources import Source
 from rankfold.errors import DataError, OutputError, TrainingError
 from rankfold.models import load
 from rankfold.train.listener import Listener
@@ -203,3 +204,9 @@ def test_packed_and_padded_runs_learn_the_same(recipe, tmp_path):
     assert [r.loss for r in packed.steps] == pytest.approx([r.loss for r in padded.steps], rel=1e-4)
     assert packed.comparison.tuned_loss == pytest.approx(padded.comparison.tuned_loss, rel=1e-4)
     assert json.loads((packed.out / "run.json").read_text())["batching"]["kind"] == "packed"
+
+
+@pytest.mark.parametrize("name", [str, lambda path: f"{path}:2", lambda path: [Source(path, 2)]])
+def test_the_report_calls_the_data_by_their_files_name(recipe, write_rows, joke_rows, name):
+    result = fine_tune(recipe(data=name(write_rows(joke_rows)), samples=0))
+    assert "rows of rows.jsonl</p>" in (result.out / "report.html").read_text()

@@ -15,7 +15,7 @@ from rankfold.data.balance import Lengths, summarise
 from rankfold.data.encode import encode_each
 from rankfold.data.examination import Examination
 from rankfold.data.fixed import FixedFile, write_fixed
-from rankfold.data.formats import refuse_judged
+from rankfold.data.formats import refuse_untrainable
 from rankfold.data.hints import mask_personal
 from rankfold.data.proof import MaskProof, prove_mask
 from rankfold.data.report import OK, UNREADABLE, WOULD_STOP, Report
@@ -220,7 +220,7 @@ def _other_stop(examination: Examination, skip_bad: float) -> str:
     if examination.mixed:
         return f"{examination.mixed}; split the data"
     try:
-        refuse_judged(examination.judged.values())
+        refuse_untrainable(examination.unusual.values())
     except DataError as error:
         return str(error)
     return ""

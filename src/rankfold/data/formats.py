@@ -171,16 +171,23 @@ def prompt_style(converted: Converted) -> PromptStyle:
     return "plain" if styles.pop() else "chat"
 
 
-def refuse_judged(examples: Iterable[Example]) -> None:
-    """Raise DataError for pairs and judged answers, which a supervised run cannot use as they are."""
-    kinds = {example.kind: example.origin for example in examples}
-    if "preference" in kinds:
-        raise DataError(
-            f"{kinds['preference']}: the rows are preference pairs, and this run is supervised; "
-            "give the shape 'chosen' to train on the chosen answers as chats"
-        )
-    if "feedback" in kinds:
-        raise DataError(
-            f"{kinds['feedback']}: the rows are judged answers (KTO), and this run is supervised; give the "
-            "shape by its columns (prompt=COLUMN,completion=COLUMN) to train on all answers, good or bad"
-        )
+def refuse_untrainable(examples: Iterable[Example]) -> None:
+    """Raise DataError for what a supervised run on text cannot use as it is: preference pairs, judged
+    answers, and pictures, which would be left out without a word."""
+    kinds: dict[str, str] = {}
+    for example in examples:
+        kinds.setdefault(example.kind, example.origin)
+        if any(message.images for message in example.messages):
+            kinds.setdefault("pictures", example.origin)
+    for kind, way_out in WAYS_OUT.items():
+        if kind in kinds:
+            raise DataError(f"{kinds[kind]}: {way_out}")
+
+
+WAYS_OUT = {
+    "preference": "the rows are preference pairs, and this run is supervised; "
+    "give the shape 'chosen' to train on the chosen answers as chats",
+    "feedback": "the rows are judged answers (KTO), and this run is supervised; give the shape by its "
+    "columns (prompt=COLUMN,completion=COLUMN) to train on all answers, good or bad",
+    "pictures": "the row has pictures, which this run cannot train on yet",
+}

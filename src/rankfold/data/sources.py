@@ -34,6 +34,12 @@ class Source:
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise DataError(f"the weight of {self.path} must be a number above 0, got {self.weight}")
 
+    @property
+    def name(self) -> str:
+        """The file's or folder's name without what leads to it; a hub data set's whole name."""
+        path = str(self.path)
+        return os.path.basename(path.rstrip("/")) if _is_there(path) else path
+
 
 @dataclass(frozen=True, slots=True)
 class Mixture:

@@ -14,7 +14,7 @@ import torch
 from rankfold.data.cache import encode_cached, encoding_marks
 from rankfold.data.encode import EncodedRow, encode_all
 from rankfold.data.example import Example
-from rankfold.data.formats import refuse_judged
+from rankfold.data.formats import refuse_untrainable
 from rankfold.data.pack import Batching, choose_batching
 from rankfold.data.proof import MaskProof, prove_mask
 from rankfold.data.sources import Mixture, read_examples, sources_of
@@ -73,7 +73,7 @@ class Plan:
 def read_data(recipe: Recipe) -> Rows:
     """Read and split the rows; raises DataError."""
     data = read_examples(sources_of(recipe.data, recipe.shape), recipe.seed, recipe.skip_bad)
-    refuse_judged(data.examples)
+    refuse_untrainable(data.examples)
     notes = _left_out(data)
     if recipe.held_out is None:
         train, held_out = split_held_out(data.examples)
@@ -82,7 +82,7 @@ def read_data(recipe: Recipe) -> Rows:
             notes.append(f"{dropped} training rows left out: copies or near copies of held-out rows")
     else:
         other = read_examples(sources_of(recipe.held_out, recipe.shape), recipe.seed, recipe.skip_bad)
-        refuse_judged(other.examples)
+        refuse_untrainable(other.examples)
         notes += _left_out(other)
         held_out = other.examples
         train, leaked = without_leaks(data.examples, held_out)

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rankfold.data.encode import marked_pieces
+from rankfold.data.sources import sources_of
 from rankfold.train.listener import RunResult
 from rankfold.train.loop import StepRecord
 from rankfold.train.plan import Plan
@@ -25,6 +26,7 @@ def render_report(plan: Plan, result: RunResult) -> str:
     )
     return environment.get_template("report.html.j2").render(
         plan=plan,
+        data=", ".join(source.name for source in sources_of(plan.recipe.data)),
         result=result,
         comparison=result.comparison,
         settings=setting_rows(plan),
