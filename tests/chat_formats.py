@@ -153,10 +153,11 @@ SMOL_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging F
 
 
 def smollm3_system(text: str) -> str:
-    return (
-        f"{c('<|im_start|>')}system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
-        f"Today Date: 26 July 2024\nReasoning Mode: /no_think\n\n## Custom Instructions\n\n{text}\n\n{c('<|im_end|>')}\n"
+    head = (
+        "## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 26 July 2024\nReasoning Mode: /no_think"
     )
+    written = f"{head}\n\n## Custom Instructions\n\n{text}\n\n"
+    return f"{c('<|im_start|>')}system\n{written}{c('<|im_end|>')}\n"
 
 
 def cohere_turn(role: str, text: str) -> str:

@@ -64,7 +64,10 @@ def test_a_template_renders_as_in_transformers(real_base, name):
 
 
 def test_marks_say_where_the_last_reply_stands():
-    template = "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}.{% endgeneration %}\n{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m.role }}:"
+        "{% generation %}{{ m.content }}.{% endgeneration %}\n{% endfor %}"
+    )
     [[one, two]] = render_all(Named(template), [Conversation(CHAT, [(1, False), (4, False)])])
     assert one.text[slice(*one.marked)] == "Hi é中 <b>."
     assert two.text[slice(*two.marked)] == "See you."

@@ -90,14 +90,15 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
     facts = AdapterFacts.read(Path(adapter))
     base = load_base(name)
     changed = tokenizer_changes(facts.tokenizer, base.tokenizer)
+    if facts.chat_template:  # the adapter's counts, whatever template the base has by now
+        base.tokenizer.chat_template = plain_template(facts.chat_template)
+        changed = [part for part in changed if part != "chat_template"]
     if changed and "base" not in allow:
         raise ModelError(
             f"the tokenizer of {name} is not the one that {adapter} was trained with: another "
             f"{' and another '.join(changed)}; name the right base with --model, or remove the tokenizer's "
             f"marks from {FACTS_NAME} to use it all the same"
         )
-    if facts.chat_template:
-        base.tokenizer.chat_template = plain_template(facts.chat_template)
     base.notes += [f"the tokenizer has another {part} than in training" for part in changed]
     base.model = PeftModel.from_pretrained(base.model, adapter, allow=allow).merge_and_unload()
     base.prompt_style = facts.prompt_style
