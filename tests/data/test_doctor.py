@@ -210,3 +210,28 @@ def test_who_waits_hears_how_many_rows_were_seen(write_rows, monkeypatch):
     heard = []
     check(CheckRequest.of({"data": str(write_rows(questions(25)))}), heard.append)
     assert heard == [10, 20]
+
+
+def test_what_a_supervised_run_refuses_would_stop_it(write_rows, tmp_path):
+    pairs = [{"prompt": "Which one?", "chosen": "This one.", "rejected": "That one."}]
+    report = examined(write_rows(pairs))
+    assert report.status == 1
+    assert "preference pairs" in report.verdict
+    assert examined(write_rows(pairs), shape="chosen").status == 0
+    (tmp_path / "cat.png").write_bytes(b"")
+    report = examined(
+        write_rows([{"prompt": "<image> What?", "completion": "A cat.", "images": ["cat.png"]}])
+    )
+    assert (report.status, report.kept) == (1, 1)
+    assert "pictures" in report.verdict
+
+
+def test_every_row_of_several_sources_is_looked_at_once_and_each_source_counts_by_itself(write_rows):
+    sound, broken = (
+        write_rows(questions(30), "a.jsonl"),
+        write_rows([{"text": ""}, {"text": "x y"}], "b.jsonl"),
+    )
+    report = examined(f"{sound}:3,{broken}", skip_bad=0.2)
+    assert (report.rows, report.kept, report.status) == (32, 31, 1)
+    assert f"1 of 2 rows of {broken} cannot be used" in report.verdict
+    assert any("whatever the weight" in note for note in report.notes)

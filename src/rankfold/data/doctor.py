@@ -15,7 +15,7 @@ from rankfold.data.balance import Lengths, summarise
 from rankfold.data.encode import encode_each
 from rankfold.data.examination import Examination
 from rankfold.data.fixed import FixedFile, write_fixed
-from rankfold.data.formats import refuse_judged
+from rankfold.data.formats import refuse_untrainable
 from rankfold.data.hints import mask_personal
 from rankfold.data.proof import MaskProof, prove_mask
 from rankfold.data.report import OK, UNREADABLE, WOULD_STOP, Report
@@ -191,17 +191,18 @@ def _verdict(examination: Examination, skip_bad: float) -> tuple[int, str]:
     """Exit status and the reason for it: would a run with this ``skip_bad`` start?"""
     ledger = examination.ledger
     rows, dropped = len(ledger), ledger.counts()["dropped"]
-    for status, rules in ((UNREADABLE, {"unreadable"}), (WOULD_STOP, None)):
-        for name, start, end in examination.parts:
-            bad = sum(
-                count
-                for (_, rule), count in ledger.reasons(start, end).items()
-                if ledger.findings[rule].stops and (rules is None or rule in rules)
-            )
-            if bad > skip_bad * (end - start):
-                what = "cannot be read" if status == UNREADABLE else "cannot be used"
-                of = f" of {name}" if len(examination.parts) > 1 else ""
-                return status, f"Training would stop: {bad:,} of {end - start:,} rows{of} {what}."
+    for name, start, end in examination.parts:
+        stopping = {
+            rule: count
+            for (_, rule), count in ledger.reasons(start, end).items()
+            if ledger.findings[rule].stops
+        }
+        bad, unreadable = sum(stopping.values()), stopping.get("unreadable", 0)
+        if bad > skip_bad * (end - start):
+            of = f" of {name}" if len(examination.parts) > 1 else ""
+            read = f", {unreadable:,} of them not even read" if unreadable else ""
+            status = UNREADABLE if unreadable > skip_bad * (end - start) else WOULD_STOP
+            return status, f"Training would stop: {bad:,} of {end - start:,} rows{of} cannot be used{read}."
     if stop := _other_stop(examination, skip_bad):
         return WOULD_STOP, f"Training would stop: {stop}."
     if dropped == rows:
@@ -220,7 +221,7 @@ def _other_stop(examination: Examination, skip_bad: float) -> str:
     if examination.mixed:
         return f"{examination.mixed}; split the data"
     try:
-        refuse_judged(examination.judged.values())
+        refuse_untrainable(examination.unusual.values())
     except DataError as error:
         return str(error)
     return ""

@@ -49,7 +49,7 @@ class Examination:
         self.parts: list[tuple[str, int, int]] = []  # each source, its first row and the one after its last
         self.held_out_rows = 0
         self.bad_held_out: list[str] = []
-        self.judged: dict[str, Example] = {}  # the first pair and the first judged answer
+        self.unusual: dict[str, Example] = {}  # the first pair, judged answer, and row with pictures
         self._kinds: dict[str, str] = {}  # text or messages, and where the first of each stands
         self._copies = bytearray()  # 1 for a row that is an exact copy of an earlier or a held-out one
         spelt = KNOWN_SPECIAL_TOKENS if tokenizer is None else prompt_encoder(tokenizer).control
@@ -91,7 +91,9 @@ class Examination:
             self.balance.shapes[shape] += 1
             self._kinds.setdefault("running text" if example.kind == "text" else "messages", item.origin)
             if example.kind in ("preference", "feedback"):
-                self.judged.setdefault(example.kind, example)
+                self.unusual.setdefault(example.kind, example)
+            if any(message.images for message in example.messages):
+                self.unusual.setdefault("pictures", example)
         return example
 
     def read(self, source: Source, on_rows: Callable[[int], None] = lambda _: None) -> None:
