@@ -15,6 +15,7 @@ from rankfold.data.sources import Source
 from rankfold.errors import DataError, OutputError, TrainingError
 from rankfold.models import load
 from rankfold.train.listener import Listener
+from rankfold.train.run import decide
 
 BEGUN = {".lock", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "rankfold.json"}
@@ -223,3 +224,17 @@ def test_packed_and_padded_runs_learn_the_same(recipe, tmp_path):
 def test_the_report_calls_the_data_by_their_files_name(recipe, write_rows, joke_rows, name):
     result = fine_tune(recipe(data=name(write_rows(joke_rows)), samples=0))
     assert "rows of rows.jsonl</p>" in (result.out / "report.html").read_text()
+
+
+def test_what_is_trained_on_is_a_setting(recipe, write_rows):
+    turns = [
+        {"role": role, "content": word} for role, word in zip(["user", "assistant"] * 2, "abcd", strict=True)
+    ]
+    rows = write_rows(
+        [{"messages": turns[:3] + [{"role": "assistant", "content": f"Yes {n}"}]} for n in range(20)]
+    )
+    counts = {
+        kind: sum(row.trained_tokens for row in decide(recipe(data=rows, train_on=kind), Listener()).train)
+        for kind in ("assistant", "last", "all")
+    }
+    assert counts["last"] < counts["assistant"] < counts["all"]

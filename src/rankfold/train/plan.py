@@ -29,6 +29,7 @@ from rankfold.train.advise import Settings, settle
 from rankfold.train.objectives import token_losses
 from rankfold.train.recipe import Recipe
 
+NAMED_ROWS = 10  # of those that are too long
 LONGEST_ROWS = 64  # enough to fill a micro-batch with short rows
 SHOWN_ROWS = 3  # the longest, the shortest and one by chance
 
@@ -123,17 +124,10 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
     Raises ModelError, DataError, TargetError or ConfigError."""
     base = load_base(recipe.model)
     base.prompt_style = rows.prompt_style
-    encode = partial(encode_all, tokenizer=base.tokenizer, max_length=recipe.max_length)
-    marks = encoding_marks(base.tokenizer, max_length=recipe.max_length)
-    train, cut_train = encode_cached(partial(encode, rows.train), rows.train, marks)
-    held_out, cut_held_out = encode(rows.held_out)
+    train, held_out, left_out = _encode(recipe, rows, base.tokenizer)
     proof = prove_mask(train, base.tokenizer, SHOWN_ROWS, recipe.seed)
-    cut = [*cut_train, *cut_held_out]
     template = template_of(base.tokenizer)[0] if rows.prompt_style == "chat" else ""
     named = [f"the model has no chat template; messages are written in {template}"] if template else []
-    notes = [*base.notes, *named, *rows.notes, *(f"left out, too long: {row}" for row in cut[:10])]
-    if len(cut) > len(cut[:10]):
-        notes.append(f"and {len(cut) - 10} more rows over {recipe.max_length:,} tokens")
     settings = settle(recipe, len(train), base.model.num_parameters())
     batching = choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching)
     torch.manual_seed(recipe.seed)
@@ -156,10 +150,26 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
         train=train,
         held_out=held_out,
         proof=proof,
-        notes=notes,
+        notes=[*base.notes, *named, *rows.notes, *left_out],
         batching=batching,
         tokens_per_second=_measure_speed(model, train, pad_id, batching),
     )
+
+
+def _encode(
+    recipe: Recipe, rows: Rows, tokenizer: Any
+) -> tuple[Sequence[EncodedRow], list[EncodedRow], list[str]]:
+    """Training and held-out rows as tokens, and notes on those that are too long."""
+    length, train_on = recipe.max_length, recipe.train_on
+    encode = partial(encode_all, tokenizer=tokenizer, max_length=length, train_on=train_on)
+    marks = encoding_marks(tokenizer, max_length=length, train_on=train_on)
+    train, cut_train = encode_cached(partial(encode, rows.train), rows.train, marks)
+    held_out, cut_held_out = encode(rows.held_out)
+    cut = [*cut_train, *cut_held_out]
+    notes = [f"left out, too long: {row}" for row in cut[:NAMED_ROWS]]
+    if len(cut) > NAMED_ROWS:
+        notes.append(f"and {len(cut) - NAMED_ROWS} more rows over {recipe.max_length:,} tokens")
+    return train, held_out, notes
 
 
 def _measure_speed(model: Any, rows: Sequence[EncodedRow], pad_id: int, batching: Batching) -> float:

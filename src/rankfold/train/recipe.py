@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rankfold.data.mask import TrainOn
 from rankfold.data.sources import Source
 from rankfold.models.find import DEFAULT_MODEL
 from rankfold.settings import CheckedSettings
@@ -46,6 +47,10 @@ NOT_NEEDED = {
     "evaluation_strategy": "both models are judged on held-out rows before and after every run",
     "eval_strategy": "both models are judged on held-out rows before and after every run",
     "gradient_accumulation_steps": "say rows_per_step; it is cut into micro-batches that fit",
+    "train_on_inputs": "say train_on: assistant, last or all",
+    "completion_only_loss": "say train_on: assistant, last or all",
+    "assistant_only_loss": "say train_on: assistant, last or all",
+    "packing": "say batching: packed or padded",
     "gradient_checkpointing": "it is not there yet",
 }
 
@@ -93,6 +98,10 @@ class Recipe(CheckedSettings):
     )
     batching: Literal["packed", "padded"] | None = Field(
         None, description="packed: rows one after another; padded: side by side [what takes less arithmetic]"
+    )
+    train_on: TrainOn = Field(
+        "assistant",
+        description="the turns to learn: assistant, last (the last of them), or all (every token)",
     )
     max_length: int = Field(
         1024, ge=8, description="longest row in tokens; longer ones are left out and named"
