@@ -231,7 +231,7 @@ def test_what_is_trained_on_is_a_setting(recipe, write_rows):
         {"role": role, "content": word} for role, word in zip(["user", "assistant"] * 2, "abcd", strict=True)
     ]
     rows = write_rows(
-        [{"messages": turns[:3] + [{"role": "assistant", "content": f"Yes {n}"}]} for n in range(20)]
+        [{"messages": [*turns[:3], {"role": "assistant", "content": f"Yes {n}"}]} for n in range(20)]
     )
     counts = {
         kind: sum(row.trained_tokens for row in decide(recipe(data=rows, train_on=kind), Listener()).train)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rankfold.data.encode import EncodedRow
 from rankfold.errors import CheckpointError, bullet_list
+from rankfold.lora.fingerprint import fingerprint
 from rankfold.train.plan import Plan
 
 VERSIONS_OF = ("rankfold", "torch", "transformers")
@@ -23,7 +24,7 @@ def identity_of(plan: Plan) -> dict[str, Any]:
     return {
         "train_rows": rows_hash(plan.train),
         "held_out_rows": rows_hash(plan.held_out),
-        "base": asdict(plan.model.base_fingerprint("default")),
+        "base": asdict(fingerprint(plan.model.get_base_model())),
         "versions": {name: version(name) for name in VERSIONS_OF},
     }
 
