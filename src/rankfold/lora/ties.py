@@ -57,14 +57,12 @@ def find_heads(model: nn.Module, targets: Collection[str], config: LoraConfig) -
 
     Raises TargetError listing every tie that cannot be kept."""
     modules = dict(base_modules(model))
+    users_of = _users_of_weights(modules)
     heads: dict[str, str] = {}
     problems = []
     for target in targets:
-        weight = modules[target]._parameters.get("weight")
-        users = [
-            p for p, m in modules.items() if weight is not None and m._parameters.get("weight") is weight
-        ]
-        if len(users) == 1 or weight is None:
+        users = users_of.get(id(modules[target]._parameters.get("weight")), [])
+        if len(users) <= 1:
             continue
         if config.ensure_weight_tying:
             heads |= dict.fromkeys([path for path in users if path != users[0]], users[0])
@@ -75,6 +73,15 @@ def find_heads(model: nn.Module, targets: Collection[str], config: LoraConfig) -
     if problems:
         raise TargetError(bullet_list("these targets cannot be adapted together:", problems))
     return heads
+
+
+def _users_of_weights(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """The paths of the modules that hold each weight, by the weight's id."""
+    users: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        if (weight := module._parameters.get("weight")) is not None:
+            users.setdefault(id(weight), []).append(path)
+    return users
 
 
 def _wrong_tie(modules: Mapping[str, nn.Module], head: str, embedding: str, config: LoraConfig) -> list[str]:
