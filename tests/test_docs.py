@@ -52,15 +52,17 @@ def require_match(wanted: str, got: str, place: str) -> None:
 
 
 def run_console(block: Block) -> None:
-    """Run each ``$ rankfold`` line; what follows it, up to the next ``$``, is what it must print."""
+    """Run each ``$ rankfold`` line; what follows it, up to the next ``$``, is what it must print, on
+    standard error and with exit status 2 if that begins with ``error:``."""
     for entry in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
         line, _, wanted = entry.partition("\n")
         program, *arguments = shlex.split(line, comments=True)
         if program == "rankfold":
             run = rankfold_command(*arguments, input="")
-            assert run.returncode == 0, f"{block.place}: {line}: {run.stderr}"
+            fails = wanted.startswith("error:")
+            assert run.returncode == (2 if fails else 0), f"{block.place}: {line}: {run.stderr}"
             if wanted.strip():
-                require_match(wanted, run.stdout, block.place)
+                require_match(wanted, run.stderr if fails else run.stdout, block.place)
 
 
 def run_page(page: Path, capsys: pytest.CaptureFixture[str], *, with_slow: bool) -> None:
@@ -78,7 +80,7 @@ def run_page(page: Path, capsys: pytest.CaptureFixture[str], *, with_slow: bool)
             require_match(block.text, printed, block.place)
         elif block.language == "console":
             run_console(block)
-        elif block.language == "jsonl":
+        elif block.language in ("jsonl", "yaml"):
             Path(block.words[0]).write_text(block.text, encoding="utf-8")
         printed = None
 
@@ -102,7 +104,7 @@ def test_the_slow_examples_of_a_page_run_as_written(page, tmp_path, capsys):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_blocks_of_a_page_are_of_a_kind_that_is_checked(page):
     kinds = {block.language for block in blocks(page)}
-    assert kinds <= {"python", "console", "text", "jsonl"}
+    assert kinds <= {"python", "console", "text", "jsonl", "yaml"}
 
 
 def test_both_readmes_have_the_same_examples_headings_and_numbers():
@@ -134,7 +136,7 @@ def test_every_make_target_that_a_page_names_exists():
 
 def test_the_compatibility_page_says_what_the_marks_of_the_tests_say():
     """``make compatibility`` writes the page anew."""
-    marks = re.compile(r"""@pytest\.mark\.peft\(\s*(['"])(.*?)\1,""")
+    marks = re.compile(r"""pytest\.mark\.peft\(\s*(['"])(.*?)\1,""")
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     features = {feature.replace("\\", "") for _, feature in marks.findall(tests)}
     page = (ROOT / "docs" / "peft-compatibility.md").read_text(encoding="utf-8")

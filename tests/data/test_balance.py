@@ -85,10 +85,6 @@ def test_the_cut_says_where_it_comes_from(most, asked, cut, reason):
     assert (lengths.cut, lengths.reason) == (cut, reason)
 
 
-def test_no_rows_have_no_lengths():
-    assert summarise(array("I"), "tokens", None, None) is None
-
-
 def test_one_very_long_row_does_not_flatten_the_picture():
     lengths = summarise(array("I", [*range(10, 60)] * 100 + [4_000_000]), "characters", None, None)
     assert lengths.bars[-1] == (4_000_000, 1)

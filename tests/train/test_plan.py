@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -125,3 +127,21 @@ def test_preference_pairs_are_refused_unless_the_chosen_answers_are_asked_for(re
     with pytest.raises(DataError, match="the rows are preference pairs"):
         read_data(recipe(pairs))
     assert len(read_data(recipe(pairs, shape="chosen")).train) == 8
+
+
+def test_without_a_length_training_rows_are_cut_off_where_the_doctor_would(recipe):
+    rows = [{"prompt": f"What is {n}?", "completion": f"{n} is a number. " * 3} for n in range(200)]
+    rows.append({"prompt": "And all?", "completion": "word " * 300})
+    plan = plan_of(recipe(rows))
+    longest = max(map(len, plan.train))
+    assert plan.lengths.cut == 64 * -(-longest // 64)
+    assert plan.lengths.longest > 300
+    [note] = [note for note in plan.notes if "too long" in note]
+    assert re.search(r"rows.jsonl:201 has 3\d\d tokens, more than", note)
+
+
+def test_rows_longer_than_the_model_can_read_are_left_out(recipe):
+    rows = [{"prompt": f"What is {n}?", "completion": "word " * (600 if n < 3 else 9)} for n in range(20)]
+    plan = plan_of(recipe(rows))
+    assert max(map(len, plan.train)) <= 512
+    assert sum("more than 512" in note for note in plan.notes) == 3

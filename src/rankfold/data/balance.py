@@ -119,11 +119,9 @@ class Lengths:
     bars: list[tuple[int, int]]  # (upper end, inclusive; rows) of each bar of the histogram
 
 
-def summarise(lengths: array[int], unit: str, most: int | None, asked: int | None) -> Lengths | None:
+def summarise(lengths: array[int], unit: str, most: int | None, asked: int | None) -> Lengths:
     """Describe ``lengths`` and choose the cut: what was ``asked`` for, or else the 99th percentile, rounded
-    up to a multiple of 64 (of 256 for characters), and never more than ``most``.  None without rows."""
-    if not len(lengths):
-        return None
+    up to a multiple of 64 (of 256 for characters), and never more than ``most``.  There must be rows."""
     values = np.sort(np.frombuffer(lengths, dtype=np.uint32))
     at_99 = int(values[math.ceil(len(values) * CUT_PERCENTILE / 100) - 1])
     step = 64 if unit == "tokens" else 256

@@ -117,8 +117,10 @@ def _why_not(path: Path, request: CheckRequest) -> str:
 def _choose_length(examination: Examination, longest: int | None, asked: int | None) -> Lengths | None:
     """Describe the lengths and, if they are in tokens, cut or drop what is over the chosen one."""
     measured, unit = examination.meter.measured, examination.meter.unit
+    if not measured.lengths:
+        return None
     lengths = summarise(measured.lengths, unit, longest, asked)
-    if lengths is None or unit != "tokens":
+    if unit != "tokens":
         return lengths
     for row, length, shortest in zip(measured.rows, measured.lengths, measured.shortest, strict=True):
         if length > lengths.cut:
@@ -140,7 +142,11 @@ def _proof(examination: Examination, tokenizer: Any, seed: int) -> MaskProof | N
         return None
     proof = prove_mask([row for rows in encoded for row in rows], tokenizer, picked.count, seed)
     shown = [
-        replace(row, pieces=[(mask_personal(text), trained) for text, trained in row.pieces])
+        replace(
+            row,
+            why=row.why if row.why == "by chance" else f"{row.why} in characters",
+            pieces=[(mask_personal(text), trained) for text, trained in row.pieces],
+        )
         for row in proof.shown
     ]
     measured = examination.meter.measured

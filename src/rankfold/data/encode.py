@@ -46,7 +46,7 @@ def encode_all(
 ) -> tuple[list[EncodedRow], list[str]]:
     """Encode every example; the second list names the rows left out because they exceed ``max_length``
     tokens.  Raises DataError listing every row that cannot be encoded, or if none is left."""
-    kept, too_long, problems = [], [], []
+    kept, over, problems = [], [], []
     for example, rows in encode_each(examples, tokenizer, train_on):
         if isinstance(rows, DataError):
             problems.append(f"{example.origin}: {rows}")
@@ -55,12 +55,16 @@ def encode_all(
             if len(row) <= max_length:
                 kept.append(row)
             else:
-                too_long.append(f"{row.origin} has {len(row):,} tokens, more than {max_length:,}")
+                over.append(too_long(row, max_length))
     if problems:
         raise DataError(bullet_list(f"{len(problems)} rows cannot be encoded:", problems))
     if not kept:
-        raise DataError(bullet_list("every row is too long; raise --max-length:", too_long))
-    return kept, too_long
+        raise DataError(bullet_list("every row is too long; raise --max-length:", over))
+    return kept, over
+
+
+def too_long(row: EncodedRow, max_length: int) -> str:
+    return f"{row.origin} has {len(row):,} tokens, more than {max_length:,}"
 
 
 def encode(example: Example, tokenizer: Any, train_on: TrainOn = "assistant") -> EncodedRow:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +14,9 @@ from typing import Any
 
 import torch
 
+from rankfold.data.balance import Lengths, summarise
 from rankfold.data.cache import encode_cached, encoding_marks
-from rankfold.data.encode import EncodedRow, encode_all
+from rankfold.data.encode import EncodedRow, encode_all, too_long
 from rankfold.data.example import Example
 from rankfold.data.formats import refuse_untrainable
 from rankfold.data.pack import Batching, choose_batching
@@ -57,6 +60,7 @@ class Plan:
     train: Sequence[EncodedRow]
     held_out: list[EncodedRow]
     proof: MaskProof
+    lengths: Lengths
     notes: list[str]
     batching: Batching
     tokens_per_second: float
@@ -124,7 +128,8 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
     Raises ModelError, DataError, TargetError or ConfigError."""
     base = load_base(recipe.model)
     base.prompt_style = rows.prompt_style
-    train, held_out, left_out = _encode(recipe, rows, base.tokenizer)
+    encoded = _encode(recipe, rows, base)
+    train = encoded.train
     proof = prove_mask(train, base.tokenizer, SHOWN_ROWS, recipe.seed)
     template = template_of(base.tokenizer)[0] if rows.prompt_style == "chat" else ""
     named = [f"the model has no chat template; messages are written in {template}"] if template else []
@@ -148,28 +153,41 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
         model=model,
         rows=rows,
         train=train,
-        held_out=held_out,
+        held_out=encoded.held_out,
+        lengths=encoded.cut,
         proof=proof,
-        notes=[*base.notes, *named, *rows.notes, *left_out],
+        notes=[*base.notes, *named, *rows.notes, *encoded.notes],
         batching=batching,
         tokens_per_second=_measure_speed(model, train, pad_id, batching),
     )
 
 
-def _encode(
-    recipe: Recipe, rows: Rows, tokenizer: Any
-) -> tuple[Sequence[EncodedRow], list[EncodedRow], list[str]]:
-    """Training and held-out rows as tokens, and notes on those that are too long."""
-    length, train_on = recipe.max_length, recipe.train_on
-    encode = partial(encode_all, tokenizer=tokenizer, max_length=length, train_on=train_on)
-    marks = encoding_marks(tokenizer, max_length=length, train_on=train_on)
-    train, cut_train = encode_cached(partial(encode, rows.train), rows.train, marks)
-    held_out, cut_held_out = encode(rows.held_out)
-    cut = [*cut_train, *cut_held_out]
-    notes = [f"left out, too long: {row}" for row in cut[:NAMED_ROWS]]
-    if len(cut) > NAMED_ROWS:
-        notes.append(f"and {len(cut) - NAMED_ROWS} more rows over {recipe.max_length:,} tokens")
-    return train, held_out, notes
+@dataclass(frozen=True)
+class _Encoded:
+    train: Sequence[EncodedRow]
+    held_out: list[EncodedRow]
+    cut: Lengths
+    notes: list[str]
+
+
+def _encode(recipe: Recipe, rows: Rows, base: Base) -> _Encoded:
+    """Training and held-out rows as tokens, without those that are too long for the model or for
+    ``recipe``; where it is silent, training rows are cut off as ``rankfold check`` would."""
+    longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    most, train_on = recipe.max_length or longest or sys.maxsize, recipe.train_on
+    encode = partial(encode_all, tokenizer=base.tokenizer, max_length=most, train_on=train_on)
+    marks = encoding_marks(base.tokenizer, max_length=most, train_on=train_on)
+    train, over_train = encode_cached(partial(encode, rows.train), rows.train, marks)
+    held_out, over_held_out = encode(rows.held_out)
+    lengths = summarise(array("I", map(len, train)), "tokens", longest, recipe.max_length)
+    over = [*over_train, *over_held_out]
+    if lengths.over:
+        over += [too_long(row, lengths.cut) for row in train if len(row) > lengths.cut]
+        train = [row for row in train if len(row) <= lengths.cut]
+    notes = [f"left out, too long: {row}" for row in over[:NAMED_ROWS]]
+    if len(over) > NAMED_ROWS:
+        notes.append(f"and {len(over) - NAMED_ROWS:,} more rows that are too long")
+    return _Encoded(train, held_out, lengths, notes)
 
 
 def _measure_speed(model: Any, rows: Sequence[EncodedRow], pad_id: int, batching: Batching) -> float:

@@ -103,8 +103,8 @@ class Recipe(CheckedSettings):
         "assistant",
         description="the turns to learn: assistant, last (the last of them), or all (every token)",
     )
-    max_length: int = Field(
-        1024, ge=8, description="longest row in tokens; longer ones are left out and named"
+    max_length: int | None = Field(
+        None, ge=8, description="longest row in tokens; longer ones are left out and named [99 % of rows fit]"
     )
     save_every_steps: int | None = Field(
         None,

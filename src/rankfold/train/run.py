@@ -57,7 +57,10 @@ def fine_tune(recipe: Recipe, listener: Listener | None = None) -> RunResult:
     plan = decide(recipe, listener)
     record = {"status": "running", "identity": identity_of(plan)}
     folder = RunFolder.create(
-        recipe.out, resolved_recipe(recipe, plan.settings) | {"batching": plan.batching.kind}, record
+        recipe.out,
+        resolved_recipe(recipe, plan.settings)
+        | {"batching": plan.batching.kind, "max_length": plan.lengths.cut},
+        record,
     )
     with folder.locked():
         return Run(plan, folder, listener).go()
