@@ -25,7 +25,7 @@ CHANGEABLE = {
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a YAML file; raises ConfigError with line and column for what cannot be read."""
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_OneValueEach)  # a SafeLoader
+        value = _OneValueEach(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
