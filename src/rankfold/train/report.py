@@ -9,7 +9,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rankfold.data.encode import marked_pieces
 from rankfold.data.sources import sources_of
 from rankfold.train.listener import RunResult
 from rankfold.train.loop import StepRecord
@@ -37,8 +36,7 @@ def render_report(plan: Plan, result: RunResult) -> str:
         comparison=result.comparison,
         settings=setting_rows(plan),
         curve=loss_curve(result.steps),
-        row=plan.train[0],
-        pieces=marked_pieces(plan.train[0], plan.base.tokenizer),
+        proof=plan.proof,
         trainable=plan.model.get_nb_trainable_parameters(),
         seconds=sum(record.seconds for record in result.steps),
         tokens=sum(record.tokens for record in result.steps),
