@@ -21,6 +21,7 @@ VERBS = {
     "check": "look at your rows before a run does",
     "train": "fine-tune a model on your rows",
     "resume": "go on with a run that was stopped or killed",
+    "selftest": "try rankfold's arithmetic on this installation",
     "schema": "print the JSON schema of a recipe",
     "chat": "talk to a model",
     "generate": "answer one prompt",

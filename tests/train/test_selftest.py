@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rankfold.data import pack
+from rankfold.data.encode import IGNORE
+from rankfold.train import loop, selftest
+from rankfold.train.selftest import Check, self_test
+
+
+def test_every_promise_is_kept_here():
+    checks = self_test()
+    assert len(checks) == 7
+    assert all(check.kept for check in checks), [check for check in checks if not check.kept]
+
+
+def test_nothing_of_the_random_state_is_used_up():
+    torch.manual_seed(3)
+    wanted = torch.rand(5)
+    torch.manual_seed(3)
+    self_test()
+    assert torch.equal(torch.rand(5), wanted)
+
+
+def broken(checks: list[Check]) -> list[str]:
+    return [check.promise for check in checks if not check.kept]
+
+
+def test_packed_rows_that_see_each_other_are_noticed(monkeypatch):
+    def joined(rows, device):
+        batch = pack.collate_packed(rows, device)
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+        return batch
+
+    monkeypatch.setattr(selftest.Batching, "collate", lambda self, rows, pad, device: joined(rows, device))
+    assert any("packed" in promise for promise in broken(self_test()))
+
+
+def test_micro_batches_that_do_not_weigh_by_tokens_are_noticed(monkeypatch):
+    """The usual mistake: the mean of the micro-batches' means."""
+    plain = loop.Trainer.micro_batch
+
+    def by_rows(self, rows, trained_tokens):
+        tokens = sum(label != IGNORE for row in rows for label in row.labels)
+        return plain(self, rows, tokens * selftest.ROWS // len(rows))
+
+    monkeypatch.setattr(loop.Trainer, "micro_batch", by_rows)
+    assert any("micro-batches" in promise for promise in broken(self_test()))
+
+
+@pytest.mark.parametrize("forgotten", ["optimiser", "random"])
+def test_a_resume_that_forgets_something_is_noticed(monkeypatch, forgotten):
+    plain = loop.Trainer.restore
+
+    def restore(self, checkpoint):
+        random = torch.get_rng_state()
+        plain(self, checkpoint)
+        if forgotten == "random":
+            torch.set_rng_state(random)
+        else:
+            self.optimiser.state.clear()
+
+    monkeypatch.setattr(loop.Trainer, "restore", restore)
+    assert broken(self_test()) == ["interrupted and resumed = uninterrupted"]
