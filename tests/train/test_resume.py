@@ -269,3 +269,11 @@ def test_missing_data_is_told_before_anything_is_touched(stopped, options):
             resume(stopped)
     finally:
         moved.rename(options["data"])
+
+
+def test_a_held_out_row_longer_than_the_training_rows_does_not_keep_a_run_from_going_on(options, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "And now?", "completion": "word " * 200}) + "\n")
+    out = tmp_path / "run"
+    fine_tune(Recipe.of(options | {"out": out, "held_out": held_out}), Stop(1))
+    assert resume(out).comparison.trained_tokens > 200

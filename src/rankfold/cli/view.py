@@ -67,7 +67,8 @@ class TerminalListener(Listener):
             )
 
     def on_stopping(self) -> None:
-        self.console.print("finishing this step and saving; again stops at once", style="yellow")
+        # A signal calls this, perhaps in the middle of a print: the console would write its line twice.
+        print("finishing this step and saving; again stops at once", file=sys.stderr, flush=True)
 
     def on_note(self, note: str) -> None:
         self.console.print(f"note: {note}", style="yellow")

@@ -58,8 +58,7 @@ def fine_tune(recipe: Recipe, listener: Listener | None = None) -> RunResult:
     record = {"status": "running", "identity": identity_of(plan)}
     folder = RunFolder.create(
         recipe.out,
-        resolved_recipe(recipe, plan.settings)
-        | {"batching": plan.batching.kind, "max_length": plan.lengths.cut},
+        resolved_recipe(recipe, plan.settings) | {"batching": plan.batching.kind},
         record,
     )
     with folder.locked():
