@@ -38,6 +38,7 @@ class TerminalListener(Listener):
         self.live = console.is_terminal
         self.progress: Progress | None = None
         self.task = TaskID(0)
+        self.steps = 0  # done by this process: a run may go on from a checkpoint
         self.seconds = 0.0
         self.tokens = 0
 
@@ -53,6 +54,7 @@ class TerminalListener(Listener):
         print_plan(self.console, plan)
 
     def on_step(self, record: StepRecord) -> None:
+        self.steps += 1
         self.seconds += record.seconds
         self.tokens += record.tokens
         speed = self.tokens / self.seconds
@@ -60,7 +62,7 @@ class TerminalListener(Listener):
             loss, pace = f"loss {record.loss:.3f}", f"{speed:,.0f} tokens/s"
             self.progress.update(self.task, total=record.steps, completed=record.step, loss=loss, speed=pace)
         elif record.step % max(1, record.steps // PLAIN_LINES) == 0 or record.step in (1, record.steps):
-            left = self.seconds / record.step * (record.steps - record.step)
+            left = self.seconds / self.steps * (record.steps - record.step)
             self.console.print(
                 f"step {record.step}/{record.steps}  loss {record.loss:.3f}  "
                 f"{speed:,.0f} tokens/s  {left:,.0f} s left"
