@@ -41,10 +41,8 @@ def render(template, messages=CHAT, for_reply=False, tools=()) -> str:
     return found[0].text
 
 
-@pytest.mark.parametrize("name", sorted(os.listdir(TRL)))
+@pytest.mark.parametrize("name", sorted(name for name in os.listdir(TRL) if name.endswith(".jinja")))
 def test_a_template_renders_as_in_transformers(real_base, name):
-    if not name.endswith(".jinja"):
-        pytest.skip("not a template")
     with open(os.path.join(TRL, name), encoding="utf-8") as file:
         template = file.read()
     if "strftime_now" in template:

@@ -109,7 +109,7 @@ class Recipe(CheckedSettings):
     save_every_steps: int | None = Field(
         None,
         ge=1,
-        description="optimiser steps between checkpoints [about one a minute, 1 % of the time at most]",
+        description="optimiser steps between checkpoints [about one a minute, fewer on a slow disk]",
     )
     keep_checkpoints: int = Field(2, ge=1, le=1000, description="newest checkpoints that are kept")
     samples: int = Field(3, ge=0, le=20, description="held-out prompts answered before and after")

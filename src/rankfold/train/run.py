@@ -39,7 +39,7 @@ from rankfold.train.stopping import stop_requests
 SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
 OUTPUT_BYTES = 200_000_000  # adapter, report and room to spare
 SAVE_EVERY_S = 60.0
-SAVE_SHARE = 0.01  # of a run's time at most, however slow the disk is
+SAVE_SHARE = 0.01  # the next save is due when the last one took this share of the time since
 
 
 def fine_tune(recipe: Recipe, listener: Listener | None = None) -> RunResult:
