@@ -30,6 +30,7 @@ from rankfold.models.load import Base, load_base
 from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
 from rankfold.train.objectives import token_losses
+from rankfold.train.processes import Processes
 from rankfold.train.recipe import Recipe
 
 NAMED_ROWS = 10  # of those that are too long
@@ -64,6 +65,7 @@ class Plan:
     notes: list[str]
     batching: Batching
     tokens_per_second: float
+    processes: Processes
 
     @property
     def pad_id(self) -> int:
@@ -71,11 +73,11 @@ class Plan:
 
     @property
     def expected_minutes(self) -> float:
-        """Training at the speed just measured, and two evaluations at twice that speed."""
+        """Training at the speed just measured, and two evaluations at twice that speed, by all processes."""
         steps_per_epoch = math.ceil(len(self.train) / self.settings.rows_per_step)
         per_step = sum(map(len, self.train)) / steps_per_epoch
         tokens = self.settings.steps * per_step + sum(map(len, self.held_out))
-        return tokens / self.tokens_per_second / 60
+        return tokens / self.tokens_per_second / self.processes.count / 60
 
 
 def read_data(recipe: Recipe) -> Rows:
@@ -122,7 +124,7 @@ def _left_out(data: Mixture) -> list[str]:
     return [bullet_list(f"{len(named)} bad rows left out:", named, shown=3)]
 
 
-def make_plan(recipe: Recipe, rows: Rows) -> Plan:
+def make_plan(recipe: Recipe, rows: Rows, processes: Processes) -> Plan:
     """Load the model, encode the rows, choose the settings, adapt the model, and time one micro-batch.
 
     Raises ModelError, DataError, TargetError or ConfigError."""
@@ -158,6 +160,7 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
         proof=proof,
         notes=[*base.notes, *named, *rows.notes, *encoded.notes],
         batching=batching,
+        processes=processes,
         tokens_per_second=_measure_speed(model, train, pad_id, batching),
     )
 

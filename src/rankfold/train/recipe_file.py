@@ -16,6 +16,8 @@ from rankfold.train.recipe import Recipe
 
 CHANGEABLE = {
     "max_minutes",
+    "patience",
+    "sample_every_steps",
     "samples",
     "save_every_steps",
     "keep_checkpoints",

@@ -53,6 +53,7 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
         "learning_rate": f"{settings.learning_rate:g}",
         "epochs": settings.epochs,
         "rows_per_step": settings.rows_per_step,
+        "evaluate_every_steps": settings.evaluate_every_steps,
     }
     rows = [(name.replace("_", " "), str(value), settings.reasons[name]) for name, value in values.items()]
     warm_up = f"{settings.warmup_steps} warm-up, then {FALLS[recipe.schedule]}"
