@@ -34,6 +34,7 @@ from rankfold.train.sharding import shard_base
 from rankfold.train.stopping import stop_requests
 
 OUTPUT_BYTES = 200_000_000  # adapter, report and room to spare
+SAME_EVERYWHERE = ("train_rows", "held_out_rows", "base")
 SAVE_EVERY_S = 60.0
 SAVE_SHARE = 0.01  # the next save is due when the last one took this share of the time since
 
@@ -109,9 +110,9 @@ def _shared_identity(plan: Plan) -> dict[str, Any]:
     identity = identity_of(plan)
     others = plan.processes.gather(identity)
     unlike = [
-        f"process {index} has other {', '.join(k for k in identity if other[k] != others[0][k])}"
+        f"process {index} has other {', '.join(k for k in SAME_EVERYWHERE if other[k] != others[0][k])}"
         for index, other in enumerate(others)
-        if other != others[0]
+        if any(other[k] != others[0][k] for k in SAME_EVERYWHERE)
     ]
     if unlike:
         raise ConfigError(f"the processes do not agree on the run: {'; '.join(unlike)} than process 0")
@@ -200,7 +201,8 @@ class Run:
                 f"the processes find checkpoints of different steps in {self.folder.path}: {steps}; "
                 "it must be a folder that all of them see"
             )
-        self.records = self.processes.first_does(partial(self.folder.cut_metrics, self.saved_step))
+        self.processes.first_does(partial(self.folder.cut_metrics, self.saved_step))
+        self.records = self.folder.metrics()
 
     def _train(self, stop_signal: Callable[[], int]) -> None:
         settings, seed = self.plan.settings, self.plan.recipe.seed
