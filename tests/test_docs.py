@@ -1,8 +1,8 @@
 """Every example in the documents runs as written, and both READMEs say the same.
 
-A ``python`` block runs in the namespace of its page; the ``$ rankfold`` and ``$ torchrun`` lines of a ``console`` block run as
-commands; a block ``jsonl NAME`` is written to that file first.  A ``text`` block after a python block is what
-it must print.  ``<!-- slow -->`` before a block leaves it to ``make test-all``."""
+A ``python`` block runs in the namespace of its page; the ``$ rankfold`` and ``$ torchrun`` lines of a
+``console`` block run as commands; a block ``jsonl NAME`` is written to that file first.  A ``text`` block
+after a python block is what it must print.  ``<!-- slow -->`` before a block leaves it to ``make test-all``."""
 
 from __future__ import annotations
 

@@ -161,3 +161,17 @@ def test_moments_that_are_lost_are_started_anew_only_when_asked(recipe, tmp_path
     result = resume(tmp_path / "run", listener=watching, reset_optimizer=True)
     assert len(result.steps) == 9
     assert any("the optimiser starts anew" in note for note in watching.notes)
+
+
+def test_what_is_asked_for_is_what_is_used_and_kept(recipe):
+    """bfloat16 on a CPU, and a tracker; both stand in the recipe by which the run goes on."""
+    watching = Watching()
+    result = fine_tune(recipe(precision="bfloat16", trackers="tensorboard", max_steps=2), watching)
+    plan = watching.plan
+    frozen = {p.dtype for p in plan.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in plan.model.parameters() if p.requires_grad)
+    kept = (result.out / "recipe.yaml").read_text()
+    assert "precision: bfloat16" in kept
+    assert "tensorboard" in kept
+    assert list((result.out / "trackers").rglob("events.out.tfevents.*"))

@@ -42,7 +42,7 @@ class Judge:
 
     def answers(self) -> dict[str, str]:
         """The greedy answer to each of the sampled prompts."""
-        with self.trainer.counting():
+        with self.trainer.counting(), self.plan.precision.autocast(self.plan.model.device):
             return {
                 example.prompt[-1]["content"]: reply(self.plan.base, example.prompt, SAMPLING)
                 for example in self.sampled()
@@ -88,4 +88,5 @@ class Judge:
 
     def _row_losses(self) -> Tensor:
         plan = self.plan
-        return row_losses(plan.model, plan.held_out, plan.pad_id, plan.processes)
+        with plan.precision.autocast(plan.model.device):
+            return row_losses(plan.model, plan.held_out, plan.pad_id, plan.processes)

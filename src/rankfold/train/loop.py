@@ -17,8 +17,10 @@ from rankfold.data.batches import MicroBatch, share
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
 from rankfold.errors import CheckpointError, TrainingError
+from rankfold.models.precision import Precision
 from rankfold.train.average import Average, set_weights
 from rankfold.train.checkpoints import Checkpoint
+from rankfold.train.loss_scale import LossScale
 from rankfold.train.memory import peak_memory_bytes
 from rankfold.train.objectives import Objective, supervised
 from rankfold.train.processes import Processes
@@ -43,6 +45,12 @@ class StepRecord:
     held_out_loss: float | None = None
     answers: dict[str, str] = field(default_factory=dict)
 
+    def numbers(self) -> dict[str, float]:
+        """What a tracker draws curves of."""
+        values = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        del values["step"], values["steps"]
+        return values | {"tokens_per_second": self.tokens / self.seconds}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -55,6 +63,7 @@ class Method:
     rates: Callable[[int], float]
     objective: Objective = supervised
     batching: Batching = Batching()  # noqa: RUF009 - frozen
+    precision: Precision = Precision.of("float32")  # noqa: RUF009 - frozen
     b_rate_factor: float = 1.0
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
@@ -74,6 +83,7 @@ class Trainer:
         self.method = method
         self.processes = processes or Processes()
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.loss_scale = LossScale(method.precision.compute)
         self.average = Average(self.trained, method.ema_decay) if method.ema_decay else None
         self.optimiser = torch.optim.AdamW(
             [
@@ -111,11 +121,15 @@ class Trainer:
         is carried on.  Raises TrainingError, with weights as they were, if the loss or a gradient is not
         finite."""
         started = time.perf_counter()
-        torch.manual_seed(draw_seed(self.method.seed, step, self.processes.index))
-        loss, trained_tokens = self.mean_gradients(rows)
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.method.max_gradient_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        while True:
+            torch.manual_seed(draw_seed(self.method.seed, step, self.processes.index))
+            loss, trained_tokens = self.mean_gradients(rows)
+            norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.method.max_gradient_norm))
+            if math.isfinite(loss) and math.isfinite(norm):
+                break
             self.optimiser.zero_grad()
+            if math.isfinite(loss) and self.loss_scale.lower():
+                continue
             origins = ", ".join(row.origin for row in rows)
             raise TrainingError(
                 f"step {step} gave loss {loss} and gradient norm {norm}; stopped before the weights changed. "
@@ -126,6 +140,7 @@ class Trainer:
             group["lr"] = rate * group["factor"]
         self.optimiser.step()
         self.optimiser.zero_grad()
+        self.loss_scale.held()
         if self.average is not None:
             self.average.update(step)
         return StepRecord(
@@ -153,7 +168,7 @@ class Trainer:
         self._sum_gradients()
         for parameter in self.trained.values():
             if parameter.grad is not None:
-                parameter.grad.div_(count)
+                parameter.grad.div_(count * self.loss_scale.scale)
         return loss_sum / count, count
 
     def _own_micro_batches(self, rows: list[EncodedRow]) -> list[tuple[MicroBatch, int]]:
@@ -181,8 +196,9 @@ class Trainer:
     def micro_batch(self, rows: MicroBatch, weight: int = 1) -> tuple[float, int]:
         """Forward and backward of one micro-batch, ``weight`` times; the sum and number of its losses."""
         batch = self.method.batching.collate(rows, self.pad_id, self.model.device)
-        losses, count = self.method.objective(self.model, batch)
-        (losses * weight).backward()
+        with self.method.precision.autocast(self.model.device):
+            losses, count = self.method.objective(self.model, batch)
+        (losses * (weight * self.loss_scale.scale)).backward()
         return float(losses.detach()) * weight, count * weight
 
     def counting(self) -> AbstractContextManager[None]:
@@ -204,7 +220,13 @@ class Trainer:
         }
         trained = {name: parameter.detach() for name, parameter in self.trained.items()}
         averaged = self.average.weights if self.average is not None else {}
-        return Checkpoint(step=self.step_done, trained=trained, optimiser=moments, averaged=averaged)
+        return Checkpoint(
+            step=self.step_done,
+            trained=trained,
+            optimiser=moments,
+            averaged=averaged,
+            state={"loss_scale": self.loss_scale.state()},
+        )
 
     def restore(self, checkpoint: Checkpoint, reset_optimizer: bool = False) -> None:
         """Take over a checkpoint of a trainer of the same model, without its moments if ``reset_optimizer``.
@@ -227,6 +249,7 @@ class Trainer:
                 if reset_optimizer
                 else {key: checkpoint.optimiser[f"{name}.{key}"].to(parameter.device) for key in ADAM_STATE}
             )
+        self.loss_scale.restore(checkpoint.state.get("loss_scale", {}))
         self.step_done = checkpoint.step
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from rankfold.data.pack import Batching
+from rankfold.models.precision import Precision
 from rankfold.train.advise import Settings
 from rankfold.train.loop import Method
 from rankfold.train.noise import with_noise
@@ -13,7 +14,7 @@ from rankfold.train.recipe import Recipe
 from rankfold.train.schedule import learning_rate_at
 
 
-def method_of(recipe: Recipe, settings: Settings, batching: Batching) -> Method:
+def method_of(recipe: Recipe, settings: Settings, batching: Batching, precision: Precision) -> Method:
     objective: Objective = supervised
     if recipe.label_smoothing:
         objective = partial(supervised, label_smoothing=recipe.label_smoothing)
@@ -30,6 +31,7 @@ def method_of(recipe: Recipe, settings: Settings, batching: Batching) -> Method:
         rates=rates,
         objective=objective,
         batching=batching,
+        precision=precision,
         b_rate_factor=recipe.b_rate_factor,
         weight_decay=recipe.weight_decay,
         max_gradient_norm=recipe.max_gradient_norm,

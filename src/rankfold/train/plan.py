@@ -27,9 +27,10 @@ from rankfold.errors import bullet_list
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.models.facts import PromptStyle
 from rankfold.models.load import Base, load_base
+from rankfold.models.precision import Precision, choose_precision, default_device
 from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
-from rankfold.train.objectives import token_losses
+from rankfold.train.objectives import supervised
 from rankfold.train.processes import Processes
 from rankfold.train.recipe import Recipe
 
@@ -64,8 +65,14 @@ class Plan:
     lengths: Lengths
     notes: list[str]
     batching: Batching
+    precision: Precision
     tokens_per_second: float
     processes: Processes
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What was chosen beside the settings, under the recipe's names."""
+        return {"batching": self.batching.kind, "precision": self.precision.name}
 
     @property
     def pad_id(self) -> int:
@@ -128,7 +135,8 @@ def make_plan(recipe: Recipe, rows: Rows, processes: Processes) -> Plan:
     """Load the model, encode the rows, choose the settings, adapt the model, and time one micro-batch.
 
     Raises ModelError, DataError, TargetError or ConfigError."""
-    base = load_base(recipe.model)
+    precision = choose_precision(recipe.precision, default_device())
+    base = load_base(recipe.model, precision)
     base.prompt_style = rows.prompt_style
     encoded = _encode(recipe, rows, base)
     train = encoded.train
@@ -158,10 +166,11 @@ def make_plan(recipe: Recipe, rows: Rows, processes: Processes) -> Plan:
         held_out=encoded.held_out,
         lengths=encoded.cut,
         proof=proof,
-        notes=[*base.notes, *named, *rows.notes, *encoded.notes],
+        notes=[*filter(None, [precision.cost]), *base.notes, *named, *rows.notes, *encoded.notes],
         batching=batching,
+        precision=precision,
         processes=processes,
-        tokens_per_second=_measure_speed(model, train, pad_id, batching),
+        tokens_per_second=_measure_speed(model, train, pad_id, batching, precision),
     )
 
 
@@ -193,7 +202,9 @@ def _encode(recipe: Recipe, rows: Rows, base: Base) -> _Encoded:
     return _Encoded(train, held_out, lengths, notes)
 
 
-def _measure_speed(model: Any, rows: Sequence[EncodedRow], pad_id: int, batching: Batching) -> float:
+def _measure_speed(
+    model: Any, rows: Sequence[EncodedRow], pad_id: int, batching: Batching, precision: Precision
+) -> float:
     """Tokens per second of forward and backward on the longest micro-batch, the second time it runs.
 
     Nothing remains of it but the warm memory: the gradients are dropped."""
@@ -203,7 +214,9 @@ def _measure_speed(model: Any, rows: Sequence[EncodedRow], pad_id: int, batching
     with torch.random.fork_rng():
         for _ in range(2):
             started = time.perf_counter()
-            token_losses(model, batching.collate(worst, pad_id, model.device)).sum().backward()
+            with precision.autocast(model.device):
+                loss, _ = supervised(model, batching.collate(worst, pad_id, model.device))
+            loss.backward()
             model.zero_grad()
             seconds = time.perf_counter() - started
     return sum(map(len, worst)) / seconds

@@ -11,8 +11,10 @@ from pydantic import Field
 from rankfold.data.mask import TrainOn
 from rankfold.data.sources import Source
 from rankfold.models.find import DEFAULT_MODEL
+from rankfold.models.precision import PrecisionName
 from rankfold.settings import CheckedSettings
 from rankfold.train.schedule import Schedule
+from rankfold.train.trackers import TrackerNames
 
 # What other tools call a setting, and what a setting of theirs has become here.
 OLD_NAMES = {
@@ -47,6 +49,9 @@ OLD_NAMES = {
     "neftune_noise_alpha": "neftune_alpha",
     "noisy_embedding_alpha": "neftune_alpha",
     "fsdp": "shard_base",
+    "report_to": "trackers",
+    "dtype": "precision",
+    "torch_dtype": "precision",
     "save_total_limit": "keep_checkpoints",
 }
 NOT_NEEDED = {
@@ -58,6 +63,8 @@ NOT_NEEDED = {
     "train_on_inputs": "say train_on: assistant, last or all",
     "completion_only_loss": "say train_on: assistant, last or all",
     "assistant_only_loss": "say train_on: assistant, last or all",
+    "bf16": "say precision: bfloat16; without it a probe of the machine decides",
+    "fp16": "say precision: float16; without it a probe of the machine decides",
     "packing": "say batching: packed or padded",
     "gradient_checkpointing": "it is not there yet",
 }
@@ -147,6 +154,13 @@ class Recipe(CheckedSettings):
     )
     sample_every_steps: int | None = Field(
         None, ge=1, description="steps between answers to the sampled prompts [only at the end]"
+    )
+    precision: PrecisionName | None = Field(
+        None,
+        description="number format of the base: float32, bfloat16 or float16 [what a probe finds fast]",
+    )
+    trackers: TrackerNames = Field(
+        [], description="also log to tensorboard, wandb, mlflow, trackio or swanlab, with commas between them"
     )
     shard_base: bool = Field(
         False, description="several processes hold a share each of the frozen base (FSDP2)"

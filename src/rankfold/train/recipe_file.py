@@ -19,6 +19,7 @@ CHANGEABLE = {
     "patience",
     "sample_every_steps",
     "samples",
+    "trackers",
     "save_every_steps",
     "keep_checkpoints",
 }  # without becoming another run

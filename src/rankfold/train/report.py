@@ -59,6 +59,7 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
     warm_up = f"{settings.warmup_steps} warm-up, then {FALLS[recipe.schedule]}"
     rows.append(("steps", str(settings.steps), warm_up))
     rows.append(("max length", f"{plan.lengths.cut:,}", plan.lengths.reason))
+    rows.append(("precision", plan.precision.name, plan.precision.reason))
     rows.append(("batching", plan.batching.kind, plan.batching.reason))
     rows.append(
         ("targets", recipe.targets, f"{len(plan.model.targeted_module_names)} layers carry an adapter")

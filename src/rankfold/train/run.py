@@ -32,6 +32,7 @@ from rankfold.train.recipe_file import changed_recipe, read_recipe, resolved_rec
 from rankfold.train.report import render_report
 from rankfold.train.sharding import shard_base
 from rankfold.train.stopping import stop_requests
+from rankfold.train.trackers import Trackers, require_trackers
 
 OUTPUT_BYTES = 200_000_000  # adapter, report and room to spare
 SAME_EVERYWHERE = ("train_rows", "held_out_rows", "base")
@@ -50,10 +51,10 @@ def fine_tune(recipe: Recipe, listener: Listener | None = None) -> RunResult:
     Raises RankfoldError: before the first step ``recipe.out`` does not exist then; a TrainingError
     leaves the last good state in it."""
     processes, listener = _met(listener)
-    processes.first_does(partial(_prepare_place, recipe.out))
+    processes.first_does(partial(_prepare, recipe))
     plan = decide(recipe, listener, processes)
     identity = _shared_identity(plan)
-    choices = resolved_recipe(recipe, plan.settings) | {"batching": plan.batching.kind}
+    choices = resolved_recipe(recipe, plan.settings) | plan.choices
     record = {"status": "running", "identity": identity}
     processes.first_does(lambda: RunFolder.create(recipe.out, choices, record) and None)
     with ExitStack() as stack:
@@ -94,9 +95,10 @@ def _met(listener: Listener | None) -> tuple[Processes, Listener]:
     return processes, listener if listener and processes.is_first else Listener()
 
 
-def _prepare_place(out: Path) -> None:
-    refuse_used_folder(out)
-    require_space(out, OUTPUT_BYTES)
+def _prepare(recipe: Recipe) -> None:
+    refuse_used_folder(recipe.out)
+    require_space(recipe.out, OUTPUT_BYTES)
+    require_trackers(recipe.trackers)
 
 
 def _hold(folder: RunFolder, processes: Processes, stack: ExitStack) -> RunFolder:
@@ -158,12 +160,28 @@ class Run:
         self.next_save = time.monotonic() + SAVE_EVERY_S
         if plan.recipe.shard_base:
             shard_base(plan.model, plan.processes)
-        method = method_of(plan.recipe, plan.settings, plan.batching)
+        method = method_of(plan.recipe, plan.settings, plan.batching, plan.precision)
         self.trainer = Trainer(plan.model, plan.pad_id, plan.settings.steps, method, plan.processes)
         self.judge = Judge(plan, self.trainer)
 
     def go(self, reset_optimizer: bool = False) -> RunResult:
         self._restore(reset_optimizer)
+        self.trackers = self.processes.together(self._open_trackers)
+        try:
+            result = self._go()
+        except BaseException:
+            self.trackers.close("failed")
+            raise
+        self.trackers.close("interrupted" if result.interrupted else "finished")
+        self.listener.on_result(result)
+        return result
+
+    def _open_trackers(self) -> Trackers:
+        names = self.plan.recipe.trackers if self.processes.is_first else []
+        recipe = resolved_recipe(self.plan.recipe, self.plan.settings) | self.plan.choices
+        return Trackers(names, self.folder.path, recipe, self._note, self.saved_step)
+
+    def _go(self) -> RunResult:
         with stop_requests(self.listener.on_stopping) as stop_signal:
             self.listener.on_stage("training")
             self._train(stop_signal)
@@ -175,7 +193,6 @@ class Run:
                 comparison, samples = self.judge.compare()
                 result = replace(result, comparison=comparison, samples=samples)
             self.processes.first_does(partial(self._write, result))
-        self.listener.on_result(result)
         return result
 
     def _restore(self, reset_optimizer: bool) -> None:
@@ -240,6 +257,7 @@ class Run:
 
     def _record_step(self, record: StepRecord) -> None:
         self.folder.add_metrics(record)
+        self.trackers.log(record.numbers(), record.step)
         every = self.plan.recipe.save_every_steps
         if record.step % every == 0 if every else time.monotonic() >= self.next_save:
             try:
@@ -252,8 +270,9 @@ class Run:
         if step == self.saved_step:
             return
         started = time.monotonic()
+        checkpoint = self.trainer.checkpoint()
         checkpoint = replace(
-            self.trainer.checkpoint(), best=self.judge.best.weights, state=self.judge.state()
+            checkpoint, best=self.judge.best.weights, state=checkpoint.state | self.judge.state()
         )
         save_checkpoint(self.folder.checkpoints, checkpoint, self.plan.recipe.keep_checkpoints)
         self.saved_step = step
