@@ -115,8 +115,9 @@ def tokens_per_second(result: Result) -> float:
 
 
 def seconds_per_step(result: Result) -> float:
+    """As above; not a number after one step only."""
     ends = result["ends"]
-    return float((ends[-1] - ends[0]) / (len(ends) - 1))
+    return float((ends[-1] - ends[0]) / (len(ends) - 1)) if len(ends) > 1 else math.nan
 
 
 def _synchronise() -> None:

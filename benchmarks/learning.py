@@ -4,9 +4,9 @@
 
 The rows are split into training and held-out rows.  Both sides train the same rows in the same order with the
 same masks, rank, alpha, targets, peak learning rate, schedule and rows a step, and stop after ``--minutes`` of
-training, each alone on the machine, one after the other.  The cosine of the learning rate ends for each side
-where its own speed, measured first over a few steps, lets it get in that time; a schedule that counted on more
-steps than a side can do would leave its rate high at the end.  Then one function judges both adapters on the
+training, one after the other.  The cosine of the learning rate ends for each side where its own speed,
+measured first over a few steps, lets it get in that time: a schedule that counted on more steps than a side
+can do would leave its rate high at the end.  Then one function judges both adapters on the
 same held-out rows (judge.py).  Prints a table; writes learning.json, results.json and docs/benchmarks.md."""
 
 from __future__ import annotations
@@ -104,12 +104,13 @@ def held_out_loss(judged: Result, name: str) -> float:
 
 def print_table(measured: dict[str, Result]) -> None:
     judged, ran = measured["judged"], measured["ran"]
-    print(f"\n{'':16} {'steps':>6} {'s/step':>7} {'tokens':>9} {'last loss':>10} {'held-out loss':>14}")
-    print(f"{'base':16} {'':6} {'':7} {'':9} {'':10} {held_out_loss(judged, 'base'):14.4f}")
+    print(f"\n{'':16} {'steps':>9} {'s/step':>7} {'tokens':>9} {'last loss':>10} {'held-out loss':>14}")
+    print(f"{'base':16} {'':9} {'':7} {'':9} {'':10} {held_out_loss(judged, 'base'):14.4f}")
     for name, result in ran.items():
-        done = f"{len(result['ends']):6} {seconds_per_step(result):7.2f} {sum(result['tokens']):9,}"
+        steps = f"{len(result['ends'])}/{result['planned_steps']}"
+        done = f"{steps:>9} {seconds_per_step(result):7.2f} {sum(result['tokens']):9,}"
         print(f"{name:16} {done} {result['losses'][-1]:10.4f} {held_out_loss(judged, name):14.4f}")
-    print("held-out loss: nats a trained token", flush=True)
+    print("steps: done and planned; held-out loss: nats a trained token", flush=True)
 
 
 def gaps(judged: Result, seed: int) -> tuple[float, float]:

@@ -3,8 +3,8 @@
     python benchmarks/overhead.py gsm8k_test.jsonl
 
 Start: from calling ``rankfold train --data ROWS --out RUN``, all settings at their defaults, to the line of
-the first step in ``metrics.jsonl``.  Cold: with an empty cache folder, so that the GGUF file is expanded and the
-rows are encoded first; warm: the same again.  The files themselves are in the system's page cache either way.
+the first step in ``metrics.jsonl``.  Cold: with an empty cache folder, so that the GGUF file is expanded and
+the rows are encoded first; warm: the same again.  The GGUF file is in the system's page cache either way.
 
 Checkpoints: a default run that ends after ``--minutes`` of training.  What lies between the end of a step and
 the beginning of the next (the time since the last one less its own seconds) is all that is not training:

@@ -12,9 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
+IGNORED = -100  # the label of an untrained token
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
-# What TRL offers for short chats; speed.py takes the fastest.  A block of 1,024 tokens holds four or five rows.
+# What TRL offers for short chats; speed.py takes the fastest.  A block of 1,024 tokens holds 4 or 5 rows.
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "packed": {
         "packing": True,
@@ -34,7 +35,7 @@ class Metered:
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
         mask = inputs.get("attention_mask")
         self.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
-        self.trained_tokens += int((inputs["labels"] != -100).sum())
+        self.trained_tokens += int((inputs["labels"] != IGNORED).sum())
         loss = super().training_step(model, inputs, *args, **options)  # type: ignore[misc]
         self.loss += float(loss)
         return loss
@@ -132,7 +133,7 @@ def plain_trainer(job: Job, model: Any, tokenizer: Any, **options: Any) -> Train
         return {
             "input_ids": padded("input_ids", tokenizer.pad_token_id or tokenizer.eos_token_id),
             "attention_mask": (torch.arange(width) < lengths).long(),
-            "labels": padded("labels", -100),
+            "labels": padded("labels", IGNORED),
         }
 
     rows = [row for step in job["steps"] for row in step]

@@ -20,8 +20,8 @@ from rankfold.data.sources import read_examples, sources_of
 
 
 def prepare(job: Job) -> Result:
-    """Of ``data``, ``held_out``, ``rows_per_step``, ``steps``, ``seed``: the base's folder, the encoded rows of
-    each step and those held out, and two files of running text in rows of ``lengths`` tokens."""
+    """The encoded rows of each step and those held out, and running text in rows of about each of ``lengths``
+    tokens; the base is left in the folder ``base``."""
     base = load_base(job["model"])
     folder = Path(job["base"])
     if not folder.is_dir():

@@ -4,7 +4,7 @@
 
 A round runs every side once, each in a process of its own; rounds go on as long as another one fits into
 ``--minutes``.  Every figure is a median over rounds.  ``--list`` says what would be compared, here or on a
-GPU, and runs nothing.  Writes results.json and docs/benchmarks.md; needs the packages of the ``test`` extra."""
+GPU, and runs nothing.  Writes results.json and docs/benchmarks.md; needs the ``test`` extra's packages."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ GOALS = [
         at_most=1.6,
     ),
 ]
+ONCE = ("loss_curve", "adapters_8")
+NAMES = [*(goal.name for goal in GOALS), *ONCE]
 UNITS = {"speed": "tokens/s", "memory": "GB at the peak", "time": "ms a token"}
 
 
@@ -71,7 +73,11 @@ def main() -> None:
     if options.list:
         return tell()
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        bench = Bench(options, Path(work))
+        try:
+            bench = Bench(options, Path(work))
+        except ChildFailed as failure:  # no figure without rows
+            names = options.only or NAMES
+            return record([Figure(name=name, what="", unit="", failed=str(failure)) for name in names])
         record(bench.figures(), bench.device)
 
 
@@ -85,6 +91,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--rows", type=int, default=8, help="rows a step")
     made.add_argument("--curve-rows", type=int, default=2, help="rows a step where losses are compared")
     made.add_argument("--work", help="folder for temporary files [the system's]")
+    made.add_argument("--only", nargs="+", choices=NAMES, help="measure these figures", metavar="FIGURE")
     made.add_argument("--list", action="store_true", help="say what would be compared")
     return made.parse_args()
 
@@ -122,6 +129,7 @@ class Bench:
         self.rows = self.prepared("rows", options.rows, options.steps, [SHORT, LONG])
         self.device = str(self.rows["device"])
         self.sides = self.all_sides()
+        self.once = dict(zip(ONCE, (self.loss_curve, self.many_adapters), strict=True))
 
     def prepared(self, name: str, rows_per_step: int, steps: int, lengths: Sequence[int] = ()) -> Job:
         """Data for ``steps`` steps: the files for rankfold, and the same rows as tokens for the others."""
@@ -172,31 +180,41 @@ class Bench:
 
     def figures(self) -> list[Figure]:
         """What is measured once, then rounds of all sides until the time is used."""
-        once = [self.loss_curve(), self.many_adapters()]
-        self.choose_trl()
+        names = self.options.only or NAMES
+        once = [measure() for name, measure in self.once.items() if name in names]
+        goals = [goal for goal in GOALS if goal.name in names]
+        if not goals:
+            return once
+        wanted = {side for goal in goals for side in (goal.ours, goal.theirs)}
+        done = self.choose_trl() if "trl" in wanted else {}  # by then TRL has had its turn in the first round
         rounds: list[dict[str, Result]] = []
         longest = 0.0
         while len(rounds) < self.options.max_rounds and (not rounds or self.seconds_left() > longest):
             print(f"round {len(rounds) + 1}", flush=True)
             started = time.monotonic()
-            rounds.append({side: self.run(side, *what) for side, what in self.sides.items()})
-            refuse_other_rows(rounds[-1])
+            for side, (script, job) in self.sides.items():
+                if side in wanted - done.keys():
+                    done[side] = self.run(side, script, job)
+            refuse_other_rows(done)
+            rounds.append(done)
+            done = {}
             longest = max(longest, time.monotonic() - started)
         trl = f" ({self.sides['trl'][1]['trl']})"
-        goals = [replace(goal, what=goal.what + trl) if goal.theirs == "trl" else goal for goal in GOALS]
+        goals = [replace(goal, what=goal.what + trl) if goal.theirs == "trl" else goal for goal in goals]
         return [*(figure_of(goal, rounds) for goal in goals), *once]
 
     def seconds_left(self) -> float:
         return 60 * float(self.options.minutes) - (time.monotonic() - self.begun)
 
-    def choose_trl(self) -> None:
-        """The fastest of TRL's settings, tried once each, is what TRL is measured with."""
+    def choose_trl(self) -> dict[str, Result]:
+        """The fastest of TRL's settings, tried once each, is what TRL is measured with; its result."""
         print("TRL's settings", flush=True)
         _, job = self.sides["trl"]
         tried = {name: self.run(name, "peers", job | {"trl": name}) for name in TRL_CHOICES}
         speeds = {name: speed_of(result) for name, result in tried.items() if "failed" not in result}
         best = max(speeds, key=speeds.__getitem__, default=TRL_CHOICES[0])
         self.sides["trl"] = ("peers", job | {"trl": best})
+        return {"trl": tried[best]}
 
     def loss_curve(self) -> Figure:
         """The largest difference of a step's loss to PEFT's, from the same start on the same rows."""
