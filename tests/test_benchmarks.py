@@ -89,3 +89,40 @@ def test_no_training_row_is_held_out(children, tmp_path):
 def test_a_child_that_fails_says_why(children, tmp_path):
     with pytest.raises(children.ChildFailed, match="roofline ended with status 1: KeyError: 'steps'"):
         children.run_child("roofline", {}, tmp_path)
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed as module
+
+    return module
+
+
+def run_of(seconds: float, gigabytes: float = 1.0, trainable: int = 10) -> dict[str, object]:
+    """What a side hands back: a first step of 1 s that does not count, and one of 100 tokens."""
+    ran = {"tokens": [100, 100], "trained_tokens": [60, 60], "ends": [1.0, 1.0 + seconds]}
+    return ran | {"training_bytes": gigabytes * 1e9, "trainable": trainable}
+
+
+def test_a_ratio_is_of_ours_to_theirs_round_by_round(speed):
+    rounds = [{"ours": run_of(1, 2), "peft": run_of(seconds, 8)} for seconds in (3.0, 4.0, 5.0)]
+    goals = {goal.name: goal for goal in speed.GOALS}
+    faster = speed.figure_of(goals["peft_trainer_dropout_0"], rounds)
+    assert (faster.ratios, faster.ours, faster.theirs) == ([3.0, 4.0, 5.0], 100.0, 25.0)
+    smaller = speed.figure_of(goals["peft_trainer_dropout_0_memory"], rounds)
+    assert (smaller.ratio, smaller.reached) == (0.25, True)
+
+
+def test_the_roofline_is_one_mean_step(speed):
+    goal = next(goal for goal in speed.GOALS if goal.name == "roofline")
+    figure = speed.figure_of(goal, [{"ours": run_of(2.0), "roofline": {"tokens": 90.0, "seconds": 0.9}}])
+    assert figure.ratio == pytest.approx(0.5)
+
+
+def test_a_peer_that_trained_something_else_is_no_comparison(speed):
+    results = {"ours": run_of(1), "peft": run_of(3, trainable=11)}
+    speed.refuse_other_rows(results)
+    figure = speed.figure_of(speed.GOALS[0], [results])
+    assert figure.failed == "trainable: 11 here, 10 in ours"
+    assert figure.ratio is None
