@@ -42,7 +42,7 @@ def run_child(script: str, job: Job, folder: Path) -> Result:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if status:
         lines = (place / "log.txt").read_text().strip().splitlines() or ["it said nothing"]
-        raise ChildFailed(f"{script} ended with status {status}: {lines[-1]}")
+        raise ChildFailed(f"{script} ended with status {status}: {lines[-1].strip()}")
     result: Result = json.loads((place / "result.json").read_text())
     return result
 

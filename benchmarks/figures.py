@@ -117,7 +117,8 @@ def page(entries: list[dict[str, Any]]) -> str:
 def _row(entry: dict[str, Any]) -> str:
     what = f"{entry['what']} ({entry['unit']})"
     if entry.get("failed"):
-        return f"| `{entry['name']}` | {what} | | | **failed** | {entry['failed']} | {entry['wanted']} | |\n"
+        why = entry["failed"].replace("|", "/")
+        return f"| `{entry['name']}` | {what} | | | **failed** | {why} | {entry['wanted']} | |\n"
     ours, theirs = (f"{v:,.4g}" if v is not None else "" for v in (entry["ours"], entry["theirs"]))
     reached = {True: "reached", False: "not reached", None: ""}[entry["reached"]]
     return (
