@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rankfold.kernels.rows_apart import Rows, attention_of_rows, rows_of
 
 NAME = "rankfold_rows_apart"
-TAKEN = {"sdpa"}  # transformers' choices that it stands in for
+REPLACED = "sdpa"  # transformers' choice that it stands in for
 
 _rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of each mask: made once, seen by every layer
 
@@ -33,14 +33,13 @@ def attend_rows_apart(model: Any) -> str:
         return ""
     if model.device.type != "cpu":
         return f"on {model.device.type} the attention is the one that transformers chooses"
-    if chosen not in TAKEN:
+    if chosen != REPLACED:
         return f"the model computes its attention by {chosen}, which has no form for rows apart"
     AttentionInterface.register(NAME, rows_apart_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        return "the model's attention cannot be replaced"
-    return ""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation(NAME)
+    return "" if model.config._attn_implementation == NAME else "the model's attention cannot be replaced"
 
 
 def rows_apart_attention(
