@@ -1,7 +1,7 @@
 """Where a causal language model turns hidden states into logits, and what it does to them, by trying it.
 
-The head's weight is the largest of a small model, and its output larger than all else that a step holds. So
-losses are computed from the hidden states that reach the head, for the trained tokens alone."""
+The head's weight is the largest of a small model, and its output the largest tensor of a step.  So losses are
+computed from the hidden states that reach the head, for the trained tokens alone."""
 
 from __future__ import annotations
 
