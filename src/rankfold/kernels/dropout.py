@@ -43,7 +43,7 @@ class DropMask(NamedTuple):
         return LEVELS / self.kept
 
     def expand(self, like: Tensor) -> Tensor:
-        """Ones where an element of ``like`` is kept and zeros elsewhere, in its shape and dtype, contiguous."""
+        """Ones where an element of ``like`` is kept, zeros elsewhere, in its shape and dtype, contiguous."""
         bits = random_words(self.seed, -(-like.numel() // 4)).view(torch.int16)[: like.numel()]
         return bits.lt_(self.kept - LEVELS // 2).to(like.dtype).view(like.shape)
 

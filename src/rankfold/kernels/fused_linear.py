@@ -28,7 +28,8 @@ def fused_linear(
     backward it keeps x, W, A, B, which exist anyway, and the narrow product (rank, rows); a mask is
     expanded again.  Every wide sum is made in place, and what has no gradient is not computed.
     Ask ``can_fuse`` first.  Hu et al. 2021 (arXiv 2106.09685), section 4.1, and its derivatives."""
-    return cast(Tensor, _FusedLinear.apply(x, *base, *factors, scale, mask))
+    out = _FusedLinear.apply(x, *base, *factors, scale, mask)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out)
 
 
 def can_fuse(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
@@ -53,7 +54,7 @@ def _transformed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
 
 

@@ -91,7 +91,9 @@ class LoraLinear(LinearUpdates, nn.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         quick = self._quick
-        if quick is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dim() != MATRIX:
+        if quick is None or torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)
+        if torch.is_grad_enabled() or x.dim() != MATRIX:
             out = self._fused(x)
             return super().forward(x, *args, **kwargs) if out is None else out
         if not quick.is_current():
@@ -105,21 +107,22 @@ class LoraLinear(LinearUpdates, nn.Linear):
         return quick.add(out, x, self.scaling[quick.name])
 
     def _fused(self, x: Tensor) -> Tensor | None:
-        """The output as one autograd function; None for small inputs and where there cannot be one."""
-        if self._quick is None or type(x) is not Tensor or x.numel() < FUSED_FROM:
+        """The output as one autograd function; None for a small input and where there cannot be one."""
+        quick = self._quick
+        if quick is None or type(x) is not Tensor or x.numel() < FUSED_FROM:
             return None
-        quick = self.__dict__["_quick"] = self._quick if self._quick.is_current() else self._look_for_quick()
+        if not quick.is_current():
+            quick = self.__dict__["_quick"] = self._look_for_quick()
         if quick is None:
             return None
-        base, factors = self._parameters, self.factors(quick.name)
+        base, factors, mask = self._parameters, self.factors(quick.name), None
         weight = base["weight"]
         if type(weight) is not nn.Parameter or not can_fuse(x, weight, *factors):
             return None
-        mask = None
         if quick.drops and self.training:
             dropout = self.lora_dropout[quick.name]
             if x.device.type != "cpu" or type(dropout) is not nn.Dropout or not 0 < dropout.p < 1:
-                return None
+                return None  # torch's own there
             mask = DropMask.draw(dropout.p) if dropout.training else None
         return fused_linear(x, (weight, base["bias"]), factors, self.scaling[quick.name], mask)
 
