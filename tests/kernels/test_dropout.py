@@ -49,6 +49,14 @@ def test_a_mask_has_the_shape_and_dtype_of_what_it_is_for_and_holds_ones_and_zer
     assert torch.equal(found, drop_mask(7, 0.4).expand(like))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7, 3), (1000, 575), (3, 1 << 17), (4, 0)], ids=str)
+def test_blocks_of_rows_are_the_mask(shape):
+    rows = torch.empty(shape)
+    parts = list(drop_mask(7, 0.4).blocks(rows))
+    assert [kept.shape for _, kept in parts] == [rows[part].shape for part, _ in parts]
+    assert torch.equal(torch.cat([kept for _, kept in parts]), drop_mask(7, 0.4).expand(rows))
+
+
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.1, 0.5, 0.9])
 def test_as_many_are_kept_as_was_asked_for(p):
     kept = [float(mask(seed, p, 700, 600).mean()) for seed in range(8)]

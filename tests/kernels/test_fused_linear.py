@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+import rankfold.kernels.dropout
 from rankfold.kernels.dropout import DropMask
 from rankfold.kernels.fused_linear import can_fuse, fused_linear
 
@@ -72,6 +73,13 @@ def test_output_and_gradients_are_those_of_the_separate_operations(  # noqa: PLR
         torch.testing.assert_close(value, expected[name].to(dtype), **close)
 
 
+def test_dropout_works_through_many_rows_block_by_block(monkeypatch):
+    monkeypatch.setattr(rankfold.kernels.dropout, "BLOCK", 32)
+    given = tensors((37, 4))
+    found, expected = (gradients(function, given, NAMES, MASK) for function in (fused, plain))
+    torch.testing.assert_close(found, expected)
+
+
 def test_inputs_and_gradients_may_lie_in_memory_as_they_like():
     given = tensors((3, 2, 4)) | {"x": torch.randn(4, 3, 2, dtype=torch.float64).permute(1, 2, 0)}
     found = []
@@ -113,8 +121,11 @@ def test_an_input_changed_before_backward_is_an_error():
         out.sum().backward()
 
 
+GIVEN = tensors(dtype=torch.float32)
+
+
 def ask(**changed) -> bool:
-    given = tensors(dtype=torch.float32) | changed
+    given = GIVEN | changed
     return can_fuse(given["x"], given["weight"], given["lora_a"], given["lora_b"])
 
 

@@ -5,6 +5,7 @@ are drawn at once by integer operations that torch vectorises and spreads over i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ BITS = 64
 GAMMA = 0x9E3779B97F4A7C15 - (1 << BITS)
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << BITS)), (27, 0x94D049BB133111EB - (1 << BITS)))
 LAST_SHIFT = 31
+WORD = 4  # elements
+BLOCK = 1 << 16  # elements a thread: what is made of them stays in its cache, and no page is asked for
 
 
 class DropMask(NamedTuple):
@@ -44,13 +47,27 @@ class DropMask(NamedTuple):
 
     def expand(self, like: Tensor) -> Tensor:
         """Ones where an element of ``like`` is kept, zeros elsewhere, in its shape and dtype, contiguous."""
-        bits = random_words(self.seed, -(-like.numel() // 4)).view(torch.int16)[: like.numel()]
+        return self._expand(like, 0)
+
+    def blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """``expand(rows)`` of a matrix a few rows at a time, as (which rows, their mask); at least once."""
+        wanted = BLOCK * torch.get_num_threads() // max(rows.shape[1], 1)
+        step = max(wanted // WORD, 1) * WORD  # so that each block begins with a word
+        for first in range(0, max(len(rows), 1), step):
+            part = slice(first, first + step)
+            yield part, self._expand(rows[part], first * rows.shape[1] // WORD)
+
+    def _expand(self, like: Tensor, skip: int) -> Tensor:
+        """The mask of ``like``, whose first element stands ``skip`` words after the mask's own first."""
+        words = random_words(self.seed + skip * GAMMA, -(-like.numel() // WORD))
+        bits = words.view(torch.int16)[: like.numel()]
         return bits.lt_(self.kept - LEVELS // 2).to(like.dtype).view(like.shape)
 
 
 def random_words(seed: int, count: int) -> Tensor:
     """The first ``count`` numbers of SplitMix64 after the state ``seed``, as int64."""
-    words = torch.arange(1, count + 1).mul_(GAMMA).add_(seed)
+    start = (seed + (1 << (BITS - 1))) % (1 << BITS) - (1 << (BITS - 1))  # as an int64 wraps around
+    words = torch.arange(1, count + 1).mul_(GAMMA).add_(start)
     shifted = torch.empty_like(words)
     for shift, factor in ROUNDS:
         _xor_shifted(words, shift, shifted)

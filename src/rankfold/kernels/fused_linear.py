@@ -66,11 +66,10 @@ class _FusedLinear(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, bias, lora_a, lora_b, scale, mask = inputs
         rows = x.reshape(-1, x.shape[-1])
-        kept = None if mask is None else mask.expand(rows)
         ctx.factor = scale if mask is None else scale * mask.rescale
         ctx.mask = mask
         out = F.linear(rows, weight, bias)
-        narrow = _narrow(rows, lora_a, kept)
+        narrow = _narrow(rows, lora_a, mask)
         out.addmm_(narrow.t(), lora_b.t(), alpha=ctx.factor)
         ctx.save_for_backward(x, weight, lora_a, lora_b, narrow)
         return out.view(*x.shape[:-1], weight.shape[0])
@@ -81,35 +80,49 @@ class _FusedLinear(torch.autograd.Function):
         x, weight, lora_a, lora_b, narrow = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, weight.shape[0])
-        kept = None if ctx.mask is None else ctx.mask.expand(rows)
         if torch.is_grad_enabled():
-            narrow = _narrow(rows, lora_a, kept)
+            narrow = _narrow(rows, lora_a, ctx.mask)
         narrow_grad = torch.mm(lora_b.t(), grad.t()).mul_(ctx.factor)
-        grad_x = _input_gradient(grad, weight, narrow_grad, lora_a, kept).view(x.shape) if need_x else None
+        grad_x = torch.mm(grad, weight) if need_x else None
+        grad_a = torch.zeros_like(lora_a) if need_a else None
+        _add_through_a(rows, lora_a, narrow_grad, ctx.mask, (grad_x, grad_a))
         return (
-            grad_x,
+            None if grad_x is None else grad_x.view(x.shape),
             torch.mm(grad.t(), rows) if need_weight else None,
             grad.sum(0) if need_bias else None,
-            torch.mm(narrow_grad, _dropped(rows, kept)) if need_a else None,
+            grad_a,
             torch.mm(narrow, grad).mul_(ctx.factor).t().contiguous() if need_b else None,
             None,
             None,
         )
 
 
-def _dropped(rows: Tensor, kept: Tensor | None) -> Tensor:
-    return rows if kept is None else rows * kept
+def _narrow(rows: Tensor, lora_a: Tensor, mask: DropMask | None) -> Tensor:
+    """``A drop(x)^T`` (rank, rows), before what is kept is rescaled."""
+    if mask is None:
+        return torch.mm(lora_a, rows.t())
+    parts = [torch.mm(lora_a, (rows[part] * kept).t()) for part, kept in mask.blocks(rows)]
+    return torch.cat(parts, dim=1)
 
 
-def _narrow(rows: Tensor, lora_a: Tensor, kept: Tensor | None) -> Tensor:
-    """``A drop(x)^T`` (rank, rows)."""
-    return torch.mm(lora_a, _dropped(rows, kept).t())
-
-
-def _input_gradient(
-    grad: Tensor, weight: Tensor, narrow_grad: Tensor, lora_a: Tensor, kept: Tensor | None
-) -> Tensor:
-    grad_x = torch.mm(grad, weight)
-    if kept is None:
-        return grad_x.addmm_(narrow_grad.t(), lora_a)
-    return grad_x.addcmul_(torch.mm(narrow_grad.t(), lora_a), kept)
+def _add_through_a(
+    rows: Tensor,
+    lora_a: Tensor,
+    narrow_grad: Tensor,
+    mask: DropMask | None,
+    sums: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Add to ``sums`` (of x and of A), where they are wanted, the gradients that pass through A."""
+    grad_x, grad_a = sums
+    if mask is None:
+        if grad_x is not None:
+            grad_x.addmm_(narrow_grad.t(), lora_a)
+        if grad_a is not None:
+            grad_a.addmm_(narrow_grad, rows)
+        return
+    for part, kept in mask.blocks(rows):
+        arrived = narrow_grad[:, part]
+        if grad_a is not None:
+            grad_a.addmm_(arrived, rows[part] * kept)
+        if grad_x is not None:
+            grad_x[part].addcmul_(torch.mm(arrived.t(), lora_a), kept)
