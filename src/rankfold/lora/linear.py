@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.errors import MergeError
+from rankfold.kernels.dropout import DropMask
+from rankfold.kernels.fused_linear import can_fuse, fused_linear
 from rankfold.kernels.low_rank import add_low_rank_update, low_rank_delta
 from rankfold.lora.config import changes_base
 from rankfold.lora.dora import add_rescaled_update, row_factors
@@ -18,6 +20,7 @@ from rankfold.lora.layers import AdapterSpec, register_layer, wide
 from rankfold.lora.quick import LOOK, QuickUpdate, quick_update
 
 MATRIX = 2  # dimensions
+FUSED_FROM = 1 << 15  # elements of an input; below, starting the operations takes longer than they do
 
 
 class LinearUpdates(LoraLayer):
@@ -88,8 +91,11 @@ class LoraLinear(LinearUpdates, nn.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         quick = self._quick
-        if quick is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dim() != MATRIX:
+        if quick is None or torch.compiler.is_compiling():
             return super().forward(x, *args, **kwargs)
+        if torch.is_grad_enabled() or x.dim() != MATRIX:
+            out = self._fused(x)
+            return super().forward(x, *args, **kwargs) if out is None else out
         if not quick.is_current():
             quick = self.__dict__["_quick"] = self._look_for_quick()
         if quick is None or x.dtype is not quick.dtype or (quick.drops and self.training):
@@ -99,6 +105,26 @@ class LoraLinear(LinearUpdates, nn.Linear):
         if out.dtype is not quick.dtype:  # under autocast
             return self.updated(quick.name, x, out)
         return quick.add(out, x, self.scaling[quick.name])
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The output as one autograd function; None for a small input and where there cannot be one."""
+        quick = self._quick
+        if quick is None or type(x) is not Tensor or x.numel() < FUSED_FROM:
+            return None
+        if not quick.is_current():
+            quick = self.__dict__["_quick"] = self._look_for_quick()
+        if quick is None:
+            return None
+        base, factors, mask = self._parameters, self.factors(quick.name), None
+        weight = base["weight"]
+        if type(weight) is not nn.Parameter or not can_fuse(x, weight, *factors):
+            return None
+        if quick.drops and self.training:
+            dropout = self.lora_dropout[quick.name]
+            if x.device.type != "cpu" or type(dropout) is not nn.Dropout or not 0 < dropout.p < 1:
+                return None  # torch's own there
+            mask = DropMask.draw(dropout.p) if dropout.training else None
+        return fused_linear(x, (weight, base["bias"]), factors, self.scaling[quick.name], mask)
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
         if is_torchao(self.weight):

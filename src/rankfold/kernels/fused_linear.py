@@ -1,0 +1,128 @@
+"""A linear layer with its low-rank update as one autograd function."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from rankfold.kernels.dropout import DropMask
+
+DEVICES = ("cpu", "cuda")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fused_linear(
+    x: Tensor,
+    base: tuple[Tensor, Tensor | None],
+    factors: tuple[Tensor, Tensor],
+    scale: float,
+    mask: DropMask | None = None,
+) -> Tensor:
+    """``x W^T + bias + scale * drop(x) A^T B^T`` (..., out), in the dtype that all tensors have.
+
+    Shapes: x (..., in), base W (out, in) and bias (out), factors A (rank, in) and B (out, rank).  For
+    backward it keeps x, W, A, B, which exist anyway, and the narrow product (rank, rows); a mask is
+    expanded again.  Every wide sum is made in place, and what has no gradient is not computed.
+    Ask ``can_fuse`` first.  Hu et al. 2021 (arXiv 2106.09685), section 4.1, and its derivatives."""
+    out = _FusedLinear.apply(x, *base, *factors, scale, mask)  # type: ignore[no-untyped-call]
+    return cast(Tensor, out)
+
+
+def can_fuse(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether ``fused_linear`` may stand in for the separate operations.
+
+    Not for tensors of other kinds or of several dtypes, under autocast, and in what looks into an
+    autograd function or cannot: compiling, tracing, functorch's transforms, forward-mode derivatives."""
+    return (
+        x.dtype is weight.dtype is lora_a.dtype is lora_b.dtype
+        and x.dtype in FLOATS
+        and type(x) is Tensor
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.device.type in DEVICES
+        and not torch.is_autocast_enabled(x.device.type)
+        and not _transformed()
+    )
+
+
+def _transformed() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    )
+
+
+class _FusedLinear(torch.autograd.Function):
+    """The skinny products are written so that the short side comes first, as (rank, rows): with the long
+    side first BLAS takes up to five times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, lora_a, lora_b, scale, mask = inputs
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.factor = scale if mask is None else scale * mask.rescale
+        ctx.mask = mask
+        out = F.linear(rows, weight, bias)
+        narrow = _narrow(rows, lora_a, mask)
+        out.addmm_(narrow.t(), lora_b.t(), alpha=ctx.factor)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, narrow)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Can be differentiated again: with ``create_graph`` the narrow product is made anew."""
+        x, weight, lora_a, lora_b, narrow = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, weight.shape[0])
+        if torch.is_grad_enabled():
+            narrow = _narrow(rows, lora_a, ctx.mask)
+        narrow_grad = torch.mm(lora_b.t(), grad.t()).mul_(ctx.factor)
+        grad_x = torch.mm(grad, weight) if need_x else None
+        grad_a = torch.zeros_like(lora_a) if need_a else None
+        _add_through_a(rows, lora_a, narrow_grad, ctx.mask, (grad_x, grad_a))
+        return (
+            None if grad_x is None else grad_x.view(x.shape),
+            torch.mm(grad.t(), rows) if need_weight else None,
+            grad.sum(0) if need_bias else None,
+            grad_a,
+            torch.mm(narrow, grad).mul_(ctx.factor).t().contiguous() if need_b else None,
+            None,
+            None,
+        )
+
+
+def _narrow(rows: Tensor, lora_a: Tensor, mask: DropMask | None) -> Tensor:
+    """``A drop(x)^T`` (rank, rows), before what is kept is rescaled."""
+    if mask is None:
+        return torch.mm(lora_a, rows.t())
+    parts = [torch.mm(lora_a, (rows[part] * kept).t()) for part, kept in mask.blocks(rows)]
+    return torch.cat(parts, dim=1)
+
+
+def _add_through_a(
+    rows: Tensor,
+    lora_a: Tensor,
+    narrow_grad: Tensor,
+    mask: DropMask | None,
+    sums: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Add to ``sums`` (of x and of A), where they are wanted, the gradients that pass through A."""
+    grad_x, grad_a = sums
+    if mask is None:
+        if grad_x is not None:
+            grad_x.addmm_(narrow_grad.t(), lora_a)
+        if grad_a is not None:
+            grad_a.addmm_(narrow_grad, rows)
+        return
+    for part, kept in mask.blocks(rows):
+        arrived = narrow_grad[:, part]
+        if grad_a is not None:
+            grad_a.addmm_(arrived, rows[part] * kept)
+        if grad_x is not None:
+            grad_x[part].addcmul_(torch.mm(arrived.t(), lora_a), kept)
