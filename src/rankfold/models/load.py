@@ -20,6 +20,7 @@ from rankfold.lora import LoraConfig, PeftModel
 from rankfold.lora.stored import AdapterSource, Fault
 from rankfold.models.facts import AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
+from rankfold.models.held import Stored, describe, held_model
 from rankfold.models.plain_template import plain_template
 
 EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
@@ -36,8 +37,12 @@ class Base:
     prompt_style: str = "chat"
 
 
-def load_base(name: str) -> Base:
+def load_base(name: str, stored: Stored = "float32") -> Base:
     """Load ``name`` (see ``find_base``) in float32 on a CPU, bfloat16 on a GPU that computes in it.
+
+    ``stored`` says in what form the weights of linear layers and embeddings stay in memory, to be expanded
+    when they are used: "gguf" (the blocks of a GGUF file as they are), "bfloat16", "int8" (a scale for each
+    output), or "float32", the form that is computed in.
 
     A GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
     ``~/.cache/rankfold``), because reading it takes far longer than reading the result.
@@ -46,7 +51,9 @@ def load_base(name: str) -> Base:
     Raises ModelError."""
     source = find_base(name)
     notes: list[str] = []
-    if source.gguf_file is not None:
+    if stored != "float32":
+        model, tokenizer = _load_held(source, stored, notes)
+    elif source.gguf_file is not None:
         model, tokenizer = _load_gguf(source.gguf_file, notes)
     else:
         model, tokenizer = _load_transformers(source.location, source.name)
@@ -178,6 +185,24 @@ def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
                 return model, tokenizer
         notes.append(f"{file.name} was expanded to float32 and kept in {cached.parent}")
     return _load_transformers(cached, str(file))
+
+
+def _load_held(source: BaseSource, stored: Stored, notes: list[str]) -> tuple[Any, Any]:
+    file = source.gguf_file
+    location = source.location if file is None else file.parent
+    options = {} if file is None else {"gguf_file": file.name}
+    with _quiet_transformers():
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            model = held_model(AutoConfig.from_pretrained(location, **options), source, stored)
+        except ModelError as error:
+            raise ModelError(f"{source.name}: {error}") from error
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise _cannot_load(source.location, source.name, error) from error
+    notes.append(describe(model))
+    return model, tokenizer
 
 
 def _clear_quantisation_marks(model: Any) -> None:

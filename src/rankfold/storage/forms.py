@@ -112,8 +112,8 @@ def to_int8(weight: Tensor) -> Tensor:
 
 
 def to_bf16(weight: Tensor) -> Tensor:
-    """``weight`` (rows, columns) as BF16, rounded to the nearest (ties to even)."""
-    return weight.to(torch.bfloat16).contiguous().view(torch.uint8)
+    """``weight`` (rows, columns) as BF16, rounded to the nearest (ties to even), in memory of its own."""
+    return weight.to(torch.bfloat16, copy=True).contiguous().view(torch.uint8)
 
 
 INT8 = Form("INT8", 0, 4, 8, _fill_int8)
