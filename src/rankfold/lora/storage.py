@@ -42,7 +42,7 @@ class HeldUpdates(HeldLayer, LoraLayer):
         )
 
 
-class LoraHeldLinear(HeldUpdates, LinearUpdates, HeldLinear):
+class LoraHeldLinear(HeldUpdates, LinearUpdates, HeldLinear):  # type: ignore[misc] # forward
     """``HeldLinear`` plus the low-rank updates of its active adapters."""
 
     plain_class = HeldLinear

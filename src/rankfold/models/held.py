@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rankfold.errors import ModelError, bullet_list
 from rankfold.models.find import BaseSource
 from rankfold.storage.forms import BF16, FORMS, INT8, Form, expanded, to_bf16, to_int8
-from rankfold.storage.layers import can_hold, hold, held_layers
+from rankfold.storage.layers import can_hold, held_layers, hold
 
 Stored = Literal["float32", "bfloat16", "int8", "gguf"]
 ROUNDED: dict[str, tuple[Form, Callable[[Tensor], Tensor]]] = {
@@ -53,7 +53,7 @@ class Content:
 
     def as_it_is(self) -> tuple[Form, Tensor]:
         """The form of the bytes, and the bytes.  Raises ModelError if there is no such form."""
-        if self.kind not in FORMS:
+        if self.kind is None or self.kind not in FORMS:
             raise ModelError(
                 f"{self.kind} is none of the types that can be kept ({', '.join(GGUF_FORMS)}); "
                 "use stored='float32', 'bfloat16' or 'int8'"
@@ -70,9 +70,11 @@ def held_model(config: Any, source: BaseSource, stored: Stored) -> Any:
     "gguf" keeps the blocks of a GGUF file as they are; "bfloat16" and "int8" (a scale for each output)
     round once.  Norms, biases and what cannot be held are float32.
     Raises ModelError listing what is missing or cannot be held."""
-    from accelerate import init_empty_weights
+    from accelerate.big_modeling import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    if stored not in get_args(Stored):
+        raise ModelError(f"stored={stored!r}: take one of {', '.join(get_args(Stored))}")
     if stored == "gguf" and source.gguf_file is None:
         raise ModelError(f"stored='gguf' keeps a GGUF file's own blocks, and {source.name} is no GGUF file")
     with init_empty_weights(include_buffers=False):

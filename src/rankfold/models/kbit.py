@@ -81,7 +81,8 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def _other_dtype(model: nn.Module, layers: dict[str, nn.Module]) -> torch.dtype:
     """The dtype of the first floating-point base parameter outside of ``layers``, else of their biases."""
     inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-    biases: list[Tensor] = [layer.bias for layer in layers.values() if isinstance(layer.bias, Tensor)]
+    own = [layer._parameters.get("bias") for layer in layers.values()]
+    biases: list[Tensor] = [bias for bias in own if bias is not None]
     others = [p for p in model.parameters() if id(p) not in inside and p.is_floating_point()]
     return next((tensor.dtype for tensor in [*others, *biases]), torch.float32)
 

@@ -57,7 +57,7 @@ class HeldLinear(HeldLayer, nn.Linear):
     def columns(self) -> int:
         return self.in_features
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out = held_linear(x, self.held, self.form)
@@ -72,7 +72,7 @@ class HeldEmbedding(HeldLayer, nn.Embedding):
     def columns(self) -> int:
         return self.embedding_dim
 
-    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids.reshape(-1), self.held)
         numbers = expanded(rows, self.form, self.columns, self.numbers_like.dtype)
         return numbers.view(*ids.shape, self.columns)

@@ -41,7 +41,7 @@ class _HeldLinear(torch.autograd.Function):
         ctx.form, ctx.columns = form, x.shape[-1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (held,) = ctx.saved_tensors
         return _HeldTransposed.apply(grad, held, ctx.form, ctx.columns), None, None  # type: ignore[no-untyped-call]
 
@@ -60,7 +60,7 @@ class _HeldTransposed(torch.autograd.Function):
         ctx.form = form
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (held,) = ctx.saved_tensors
         return held_linear(grad, held, ctx.form), None, None, None
 
