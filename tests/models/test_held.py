@@ -183,8 +183,16 @@ def test_an_unknown_form_is_refused_with_the_known_ones(tiny_folder):
 
 
 @pytest.fixture(scope="module")
-def real_held() -> Base:
-    return load_base(DEFAULT_MODEL, "gguf")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def real_held(own_cache: Path) -> Base:
+    """SmolLM2 from its file's blocks, read for the first time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANKFOLD_CACHE", str(own_cache))
+        return load_base(DEFAULT_MODEL, "gguf")
 
 
 def test_the_real_model_computes_the_same_from_its_files_blocks(real_base, real_held):
@@ -234,3 +242,24 @@ def test_held_models_generate(real_held, real_base):
     ids = real_base.tokenizer("The capital of France is", return_tensors="pt")
     options = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(real_held.model.generate(**ids, **options), real_base.model.generate(**ids, **options))
+
+
+def test_how_an_answer_ends_is_read_from_the_folder(tiny_folder, tmp_path):
+    folder = tmp_path / "ends"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert load_base(str(folder), "int8").model.generation_config.eos_token_id == [2, 7]
+    (folder / "generation_config.json").unlink()
+    assert load_base(str(folder), "int8").model.generation_config.eos_token_id == 2
+
+
+def test_config_and_tokenizer_of_a_gguf_file_are_kept_for_next_time(real_held, own_cache, monkeypatch):
+    assert [folder.name for folder in own_cache.iterdir()] == ["described"]
+    monkeypatch.setenv("RANKFOLD_CACHE", str(own_cache))
+    kept = load_base(DEFAULT_MODEL, "gguf")
+    text = "Hats, 帽子 and <|im_end|>"
+    assert kept.tokenizer(text)["input_ids"] == real_held.tokenizer(text)["input_ids"]
+    assert kept.tokenizer.chat_template == real_held.tokenizer.chat_template
+    ids = torch.randint(3, 49152, (1, 5))
+    with torch.no_grad():
+        assert torch.equal(kept.model(ids).logits, real_held.model(ids).logits)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,7 +71,7 @@ def held_model(config: Any, source: BaseSource, stored: Stored) -> Any:
     round once.  Norms, biases and what cannot be held are float32.
     Raises ModelError listing what is missing or cannot be held."""
     from accelerate.big_modeling import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if stored not in get_args(Stored):
         raise ModelError(f"stored={stored!r}: take one of {', '.join(get_args(Stored))}")
@@ -85,6 +85,8 @@ def held_model(config: Any, source: BaseSource, stored: Stored) -> Any:
         return model
     with _safetensors(source.location) as contents:
         fill(model, contents, stored)
+    with suppress(OSError):  # a folder need not have one
+        model.generation_config = GenerationConfig.from_pretrained(source.location)
     return model
 
 
@@ -180,7 +182,7 @@ def _gguf(path: Path, model: Any) -> Contents:
 
     reader = GGUFReader(path)
     architecture = str(reader.fields["general.architecture"].contents())
-    kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     if kind.__name__ not in ROW_WISE:
         raise ModelError(f"the weights of a {architecture} cannot be kept as they are; use stored='float32'")
     processor = kind(config=model.config.to_dict())

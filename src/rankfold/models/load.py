@@ -69,11 +69,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
 
     Raises ModelError."""
     source = find_base(name)
-    location, options = source.location, {}
-    if source.gguf_file is not None:
-        cached = cache_folder() / "expanded" / _sha256(source.gguf_file)
-        location = cached if cached.is_dir() else source.gguf_file.parent
-        options = {} if cached.is_dir() else {"gguf_file": source.gguf_file.name}
+    location, options = _described(source)
     with _quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
@@ -188,21 +184,46 @@ def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
 
 
 def _load_held(source: BaseSource, stored: Stored, notes: list[str]) -> tuple[Any, Any]:
-    file = source.gguf_file
-    location = source.location if file is None else file.parent
-    options = {} if file is None else {"gguf_file": file.name}
+    location, options = _described(source)
     with _quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            model = held_model(AutoConfig.from_pretrained(location, **options), source, stored)
+            config = AutoConfig.from_pretrained(location, **options)
+            if options and source.gguf_file is not None:
+                _keep_description(source.gguf_file, config, tokenizer, notes)
+            model = held_model(config, source, stored)
         except ModelError as error:
             raise ModelError(f"{source.name}: {error}") from error
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise _cannot_load(source.location, source.name, error) from error
     notes.append(describe(model))
     return model, tokenizer
+
+
+def _described(source: BaseSource) -> tuple[str | Path, dict[str, str]]:
+    """From where config and tokenizer are read, of a GGUF file the fastest way, and with what options."""
+    file = source.gguf_file
+    if file is None:
+        return source.location, {}
+    sha256 = _sha256(file)
+    for kept in (cache_folder() / "expanded" / sha256, cache_folder() / "described" / sha256):
+        if kept.is_dir():
+            return kept, {}
+    return file.parent, {"gguf_file": file.name}
+
+
+def _keep_description(file: Path, config: Any, tokenizer: Any, notes: list[str]) -> None:
+    """Keep config and tokenizer of a GGUF file in the cache folder: reading them there takes seconds less."""
+    cached = cache_folder() / "described" / _sha256(file)
+    try:
+        with staged_folder(cached) as folder:
+            config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except OutputError as error:
+        if not cached.is_dir():  # else another process was faster
+            notes.append(f"the tokenizer was not kept for next time: {error}")
 
 
 def _clear_quantisation_marks(model: Any) -> None:
