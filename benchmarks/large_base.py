@@ -104,7 +104,7 @@ def small(pairs: int, tokens: int) -> dict[str, float]:
     """The speed of a step on SmolLM2 held as blocks, as a share of its speed in float32."""
     torch.manual_seed(0)
     ids = torch.randint(0, 40000, (4, tokens // 4))
-    sides = [adapted(load_base(DEFAULT_MODEL, stored).model, rank=8) for stored in ("float32", "gguf")]
+    sides = [adapted(load_base(DEFAULT_MODEL, stored=stored).model, rank=8) for stored in (None, "gguf")]
     for side in sides:
         step(*side, ids)
     taken = [[step(*side, ids) for side in sides] for _ in range(pairs)]

@@ -128,7 +128,7 @@ def test_a_file_that_was_cut_off_is_one_sentence(tmp_path):
     write_gguf(small_llama(), tmp_path / "whole.gguf", TYPES)
     (tmp_path / "a.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:-100_000])
     with pytest.raises(ModelError, match="cannot load the model"):
-        load_base(str(tmp_path / "a.gguf"), "gguf")
+        load_base(str(tmp_path / "a.gguf"), stored="gguf")
 
 
 def test_an_architecture_whose_weights_are_rearranged_is_refused(tmp_path):
@@ -137,14 +137,14 @@ def test_an_architecture_whose_weights_are_rearranged_is_refused(tmp_path):
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
-        ModelError, match="the weights of a gpt2 cannot be kept as they are; use stored='float32'"
+        ModelError, match="the weights of a gpt2 cannot be kept as they are; leave stored out"
     ):
         held_model(small_llama().config, source_of(tmp_path / "a.gguf"), "gguf")
 
 
 @pytest.mark.parametrize(("stored", "form"), [("int8", "INT8"), ("bfloat16", "BF16")])
 def test_a_model_folder_is_rounded_tensor_by_tensor(stored, form, tiny_folder):
-    base = load_base(str(tiny_folder), stored)
+    base = load_base(str(tiny_folder), stored=stored)
     plain, layers = tiny_llama(), held_layers(base.model)
     assert {layer.form.name for layer in layers.values()} == {form}
     assert len(layers) == 2 * 7 + 2
@@ -168,18 +168,18 @@ def test_a_folder_in_shards_is_read_whole(tiny_folder, tmp_path):
     tiny_llama().save_pretrained(folder, max_shard_size="2MB")
     assert (folder / "model.safetensors.index.json").is_file()
     ids = torch.randint(0, 49152, (2, 7))
-    wanted = load_base(str(tiny_folder), "int8").model(ids).logits
-    assert torch.equal(load_base(str(folder), "int8").model(ids).logits, wanted)
+    wanted = load_base(str(tiny_folder), stored="int8").model(ids).logits
+    assert torch.equal(load_base(str(folder), stored="int8").model(ids).logits, wanted)
 
 
 def test_a_folder_has_no_blocks_to_keep(tiny_folder):
     with pytest.raises(ModelError, match="keeps a GGUF file's own blocks, and .* is no GGUF file"):
-        load_base(str(tiny_folder), "gguf")
+        load_base(str(tiny_folder), stored="gguf")
 
 
 def test_an_unknown_form_is_refused_with_the_known_ones(tiny_folder):
-    with pytest.raises(ModelError, match="stored='int4': take one of float32, bfloat16, int8, gguf"):
-        load_base(str(tiny_folder), "int4")
+    with pytest.raises(ModelError, match="stored='int4': take one of bfloat16, int8, gguf"):
+        load_base(str(tiny_folder), stored="int4")
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def real_held(own_cache: Path) -> Base:
     """SmolLM2 from its file's blocks, read for the first time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKFOLD_CACHE", str(own_cache))
-        return load_base(DEFAULT_MODEL, "gguf")
+        return load_base(DEFAULT_MODEL, stored="gguf")
 
 
 def test_the_real_model_computes_the_same_from_its_files_blocks(real_base, real_held):
@@ -248,15 +248,15 @@ def test_how_an_answer_ends_is_read_from_the_folder(tiny_folder, tmp_path):
     folder = tmp_path / "ends"
     shutil.copytree(tiny_folder, folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    assert load_base(str(folder), "int8").model.generation_config.eos_token_id == [2, 7]
+    assert load_base(str(folder), stored="int8").model.generation_config.eos_token_id == [2, 7]
     (folder / "generation_config.json").unlink()
-    assert load_base(str(folder), "int8").model.generation_config.eos_token_id == 2
+    assert load_base(str(folder), stored="int8").model.generation_config.eos_token_id == 2
 
 
 def test_config_and_tokenizer_of_a_gguf_file_are_kept_for_next_time(real_held, own_cache, monkeypatch):
     assert [folder.name for folder in own_cache.iterdir()] == ["described"]
     monkeypatch.setenv("RANKFOLD_CACHE", str(own_cache))
-    kept = load_base(DEFAULT_MODEL, "gguf")
+    kept = load_base(DEFAULT_MODEL, stored="gguf")
     text = "Hats, 帽子 and <|im_end|>"
     assert kept.tokenizer(text)["input_ids"] == real_held.tokenizer(text)["input_ids"]
     assert kept.tokenizer.chat_template == real_held.tokenizer.chat_template

@@ -10,6 +10,7 @@ from rankfold import Recipe
 from rankfold.data import cache
 from rankfold.errors import ConfigError, DataError
 from rankfold.train.plan import make_plan, read_data
+from rankfold.train.processes import Processes
 from rankfold.train.report import setting_rows
 
 
@@ -23,7 +24,7 @@ def recipe(tiny_folder, write_rows, joke_rows, tmp_path):
 
 
 def plan_of(recipe: Recipe):
-    return make_plan(recipe, read_data(recipe))
+    return make_plan(recipe, read_data(recipe), Processes())
 
 
 def test_a_plan_changes_no_weight_and_starts_as_the_base(recipe):

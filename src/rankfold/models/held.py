@@ -23,7 +23,7 @@ from rankfold.models.find import BaseSource
 from rankfold.storage.forms import BF16, FORMS, INT8, Form, expanded, to_bf16, to_int8
 from rankfold.storage.layers import can_hold, held_layers, hold
 
-Stored = Literal["float32", "bfloat16", "int8", "gguf"]
+Stored = Literal["bfloat16", "int8", "gguf"]
 ROUNDED: dict[str, tuple[Form, Callable[[Tensor], Tensor]]] = {
     "bfloat16": (BF16, to_bf16),
     "int8": (INT8, to_int8),
@@ -56,7 +56,7 @@ class Content:
         if self.kind is None or self.kind not in FORMS:
             raise ModelError(
                 f"{self.kind} is none of the types that can be kept ({', '.join(GGUF_FORMS)}); "
-                "use stored='float32', 'bfloat16' or 'int8'"
+                "take stored='bfloat16' or 'int8', or leave it out"
             )
         return FORMS[self.kind], self.data
 
@@ -64,11 +64,11 @@ class Content:
 Contents = Mapping[str, Callable[[], Content]]
 
 
-def held_model(config: Any, source: BaseSource, stored: Stored) -> Any:
+def held_model(config: Any, source: BaseSource, stored: Stored, dtype: torch.dtype = torch.float32) -> Any:
     """A causal language model of ``config`` with the weights of ``source`` held as ``stored``.
 
     "gguf" keeps the blocks of a GGUF file as they are; "bfloat16" and "int8" (a scale for each output)
-    round once.  Norms, biases and what cannot be held are float32.
+    round once.  Norms, biases and what cannot be held are in ``dtype``, and so is what an embedding gives.
     Raises ModelError listing what is missing or cannot be held."""
     from accelerate.big_modeling import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -81,10 +81,10 @@ def held_model(config: Any, source: BaseSource, stored: Stored) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()  # which the block above took apart
     if source.gguf_file is not None:
-        fill(model, _gguf(source.gguf_file, model), stored)
+        fill(model, _gguf(source.gguf_file, model), stored, dtype)
         return model
     with _safetensors(source.location) as contents:
-        fill(model, contents, stored)
+        fill(model, contents, stored, dtype)
     with suppress(OSError):  # a folder need not have one
         model.generation_config = GenerationConfig.from_pretrained(source.location)
     return model
@@ -99,7 +99,7 @@ def describe(model: nn.Module) -> str:
     return f"{len(layers)} weights are held in {size:,.0f} MB ({kinds}) and expanded when they are used"
 
 
-def fill(model: nn.Module, contents: Contents, stored: Stored) -> None:
+def fill(model: nn.Module, contents: Contents, stored: Stored, dtype: torch.dtype) -> None:
     """Give every parameter of ``model``, made without memory, its content.
 
     Raises ModelError listing every parameter that has none or one of another shape."""
@@ -110,7 +110,7 @@ def fill(model: nn.Module, contents: Contents, stored: Stored) -> None:
             problems.append(f"{names[0]} is missing")
             continue
         try:
-            _place(users, contents[name](), stored)
+            _place(users, contents[name](), stored, dtype)
         except ModelError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -128,7 +128,7 @@ def _parameters(model: nn.Module) -> list[tuple[list[str], list[tuple[nn.Module,
     return list(found.values())
 
 
-def _place(users: list[tuple[nn.Module, str]], content: Content, stored: Stored) -> None:
+def _place(users: list[tuple[nn.Module, str]], content: Content, stored: Stored, dtype: torch.dtype) -> None:
     """Give all ``users`` of one parameter, each a module and a key, what it holds.  Raises ModelError."""
     wanted = users[0][0]._parameters[users[0][1]].shape  # type: ignore[union-attr]
     can_be_held = len(wanted) == MATRIX and all(key == "weight" and can_hold(module) for module, key in users)
@@ -136,7 +136,7 @@ def _place(users: list[tuple[nn.Module, str]], content: Content, stored: Stored)
         numbers = content.numbers()
         if numbers.shape != wanted:
             raise ModelError(f"its shape is {tuple(numbers.shape)}, wanted {tuple(wanted)}")
-        parameter = nn.Parameter(numbers.to(torch.float32, copy=True), requires_grad=False)
+        parameter = nn.Parameter(numbers.to(dtype, copy=True), requires_grad=False)
         for module, key in users:
             module._parameters[key] = parameter
         return
@@ -147,7 +147,7 @@ def _place(users: list[tuple[nn.Module, str]], content: Content, stored: Stored)
         held = rounded(content.numbers())
     parameter = nn.Parameter(held, requires_grad=False)
     for module, _ in users:
-        hold(module, form, parameter)
+        hold(module, form, parameter).numbers_like = torch.empty(0, dtype=dtype)
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def _gguf(path: Path, model: Any) -> Contents:
     architecture = str(reader.fields["general.architecture"].contents())
     kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     if kind.__name__ not in ROW_WISE:
-        raise ModelError(f"the weights of a {architecture} cannot be kept as they are; use stored='float32'")
+        raise ModelError(f"the weights of a {architecture} cannot be kept as they are; leave stored out")
     processor = kind(config=model.config.to_dict())
     names = get_gguf_hf_weights_map(model, processor)
     return {

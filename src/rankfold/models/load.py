@@ -22,6 +22,7 @@ from rankfold.models.facts import AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
 from rankfold.models.held import Stored, describe, held_model
 from rankfold.models.plain_template import plain_template
+from rankfold.models.precision import Precision, default_device, held_notes, hold_in
 
 EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
 
@@ -37,30 +38,32 @@ class Base:
     prompt_style: str = "chat"
 
 
-def load_base(name: str, stored: Stored = "float32") -> Base:
-    """Load ``name`` (see ``find_base``) in float32 on a CPU, bfloat16 on a GPU that computes in it.
+def load_base(name: str, precision: Precision | None = None, stored: Stored | None = None) -> Base:
+    """Load ``name`` (see ``find_base``) as ``precision`` says, by default in float32 on a CPU, in bfloat16
+    on a GPU that computes in it.
 
-    ``stored`` says in what form the weights of linear layers and embeddings stay in memory, to be expanded
-    when they are used: "gguf" (the blocks of a GGUF file as they are), "bfloat16", "int8" (a scale for each
-    output), or "float32", the form that is computed in.
+    With ``stored`` the weights of linear layers and embeddings are held in fewer bytes and expanded when they
+    are used: "gguf" (the blocks of a GGUF file as they are), "bfloat16" or "int8" (a scale for each output).
 
-    A GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
+    Without it a GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
     ``~/.cache/rankfold``), because reading it takes far longer than reading the result.
     Only safetensors and GGUF weights are read, and no code from a model folder is run.
 
-    Raises ModelError."""
+    Raises ModelError, also if a weight is too large for float16."""
     source = find_base(name)
     notes: list[str] = []
-    if stored != "float32":
-        model, tokenizer = _load_held(source, stored, notes)
+    dtype = precision.storage if precision else _usual_storage()
+    if stored is not None:
+        model, tokenizer = _load_held(source, stored, dtype, notes)
     elif source.gguf_file is not None:
-        model, tokenizer = _load_gguf(source.gguf_file, notes)
+        model, tokenizer = _load_gguf(source.gguf_file, dtype, notes)
     else:
-        model, tokenizer = _load_transformers(source.location, source.name)
+        model, tokenizer = _load_transformers(source.location, source.name, dtype)
     _check_vocabulary(model, tokenizer, name)
+    if precision and stored is None:
+        notes += held_notes(model, _comes_as(source), dtype)
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
-    device, dtype = _placement()
-    return Base(model.to(device=device, dtype=dtype).eval(), tokenizer, source, notes)
+    return Base(model.to(default_device()).eval(), tokenizer, source, notes)
 
 
 def load_tokenizer(name: str) -> tuple[Any, int | None]:
@@ -137,20 +140,34 @@ def load(adapter: Path | None, model_name: str | None, allow: Collection[Fault] 
     return load_tuned(adapter, model_name, allow) if adapter else load_base(model_name or DEFAULT_MODEL)
 
 
-def _placement() -> tuple[torch.device, torch.dtype]:
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.device("cpu"), torch.float32
+def _comes_as(source: BaseSource) -> torch.dtype:
+    """What the weights are written in, as their config says; a GGUF file's are expanded to float32."""
+    if source.gguf_file is not None:
+        return torch.float32
+    with _quiet_transformers():
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(source.location)
+    dtype: torch.dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    return dtype
 
 
-def _load_transformers(location: str | Path, name: str, **options: Any) -> tuple[Any, Any]:
+def _usual_storage() -> torch.dtype:
+    narrow = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def _load_transformers(
+    location: str | Path, name: str, dtype: torch.dtype, **options: Any
+) -> tuple[Any, Any]:
+    """Weights are read in ``dtype``: casting the model afterwards would round the positions' angles too."""
     with _quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
             model = AutoModelForCausalLM.from_pretrained(
-                location, dtype=torch.float32, use_safetensors=True, **options
+                location, dtype=dtype, use_safetensors=True, **options
             )
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise _cannot_load(location, name, error) from error
@@ -164,11 +181,11 @@ def _cannot_load(location: str | Path, name: str, error: Exception) -> ModelErro
     return not_found(name, reason)
 
 
-def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
+def _load_gguf(file: Path, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
     cached = cache_folder() / "expanded" / _sha256(file)
     if not cached.is_dir():
         options = {"gguf_file": file.name}
-        model, tokenizer = _load_transformers(file.parent, str(file), **options)
+        model, tokenizer = _load_transformers(file.parent, str(file), torch.float32, **options)
         _clear_quantisation_marks(model)
         try:
             require_space(cached.parent, EXPANDED_PER_GGUF_BYTE * file.stat().st_size)
@@ -178,12 +195,12 @@ def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
         except OutputError as error:
             if not cached.is_dir():  # else another process was faster
                 notes.append(f"the expanded model was not kept for next time: {error}")
-                return model, tokenizer
+                return hold_in(model, dtype), tokenizer
         notes.append(f"{file.name} was expanded to float32 and kept in {cached.parent}")
-    return _load_transformers(cached, str(file))
+    return _load_transformers(cached, str(file), dtype)
 
 
-def _load_held(source: BaseSource, stored: Stored, notes: list[str]) -> tuple[Any, Any]:
+def _load_held(source: BaseSource, stored: Stored, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
     location, options = _described(source)
     with _quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
@@ -193,7 +210,7 @@ def _load_held(source: BaseSource, stored: Stored, notes: list[str]) -> tuple[An
             config = AutoConfig.from_pretrained(location, **options)
             if options and source.gguf_file is not None:
                 _keep_description(source.gguf_file, config, tokenizer, notes)
-            model = held_model(config, source, stored)
+            model = held_model(config, source, stored, dtype)
         except ModelError as error:
             raise ModelError(f"{source.name}: {error}") from error
         except Exception as error:  # a damaged file raises whatever its reader happens to raise

@@ -1,8 +1,12 @@
-"""What a run minimises."""
+"""What a run minimises.
+
+An objective is a function: model and batch in, the sum of the losses and how many there are out.  The loop
+knows nothing else of it, so that another one is another function."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,10 +14,22 @@ from torch.nn import functional as F
 
 from rankfold.data.encode import IGNORE
 
+Batch = dict[str, Tensor]
+Objective = Callable[[Any, Batch], tuple[Tensor, int]]
+
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def supervised(model: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
+    """The summed cross-entropy in nats of the trained tokens (a scalar), and their number.
+
+    ``label_smoothing`` is the share of the target that is spread over the whole vocabulary (Szegedy et al.
+    2016, arXiv 1512.00567, section 7)."""
+    losses = token_losses(model, batch, label_smoothing)
+    return losses.sum(), int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def token_losses(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy in nats of each trained token, 0 elsewhere: (rows, columns that hold one); of a packed
     block (1, trained tokens).
 
@@ -28,7 +44,11 @@ def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
         logits = model(**inputs, use_cache=False).logits[:, columns]
     wanted = targets[:, columns]
     losses = F.cross_entropy(
-        logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="none"
+        logits.float().flatten(0, 1),
+        wanted.flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
+        label_smoothing=label_smoothing,
     )
     return losses.view(wanted.shape)
 
