@@ -69,6 +69,7 @@ def test_a_copy_and_a_state_dict_hold_the_same_bytes():
     other = linear("Q4_0")
     other.load_state_dict(layer.state_dict())
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    assert copy.deepcopy(layer).form == layer.form
     assert torch.equal(other(x), layer(x))
     with pytest.raises(RuntimeError, match="size mismatch"):
         layer.load_state_dict(nn.Linear(256, 6).state_dict())

@@ -109,7 +109,7 @@ def _sample_held(layer: HeldLayer) -> tuple[str, Tensor]:
     """The same of the numbers that a held weight is expanded to."""
     rows, columns = layer.shape
     places = torch.tensor(range(rows * columns)[_sampled(rows * columns)], device=layer.held.device)
-    storage = INT8.name if layer.form is INT8 else ROUND_ALIKE[torch.float32]
+    storage = INT8.name if layer.form == INT8 else ROUND_ALIKE[torch.float32]
     return storage, layer.numbers_at(places)
 
 

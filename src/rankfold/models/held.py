@@ -96,7 +96,10 @@ def describe(model: nn.Module) -> str:
     counts = Counter(layer.form.name for layer in layers)
     size = sum(layer.held.numel() for layer in layers) / 1e6
     kinds = ", ".join(f"{count} as {name}" for name, count in counts.most_common())
-    return f"{len(layers)} weights are held in {size:,.0f} MB ({kinds}) and expanded when they are used"
+    plain = [p for p in model.parameters() if p.dim() >= MATRIX and p.is_floating_point()]
+    rest = sum(p.numel() * p.itemsize for p in plain) / 1e6
+    also = f"; {len(plain)} more take {rest:,.0f} MB, as they cannot be held so" if plain else ""
+    return f"{len(layers)} weights are held in {size:,.0f} MB ({kinds}) and expanded when they are used{also}"
 
 
 def fill(model: nn.Module, contents: Contents, stored: Stored, dtype: torch.dtype) -> None:

@@ -78,7 +78,7 @@ def nibbles(packed: Tensor, run: int) -> Tensor:
 def fifth_bits(packed: Tensor) -> Tensor:
     """16 where a bit of ``packed`` (blocks, 4) is set, lowest first, else 0; (blocks, 32) uint8."""
     copies = packed.to(torch.int64).mul_(EACH_BYTE)  # each byte eight times
-    return copies.bitwise_and_(BIT_K_OF_BYTE_K).view(torch.uint8).ne(0).view(torch.uint8).mul_(16)
+    return copies.bitwise_and_(BIT_K_OF_BYTE_K).view(torch.uint8).clamp_(max=1).mul_(16)
 
 
 def scale_groups(blocks: Tensor, out: Tensor) -> None:

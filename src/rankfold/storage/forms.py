@@ -6,7 +6,7 @@ another order as they are, and no ``model.to(dtype)`` rounds it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 
@@ -30,7 +30,7 @@ class Form:
     numbers: int
     head: int
     bits: int
-    fill: Callable[[Tensor, Tensor], None]
+    fill: Callable[[Tensor, Tensor], None] = field(compare=False)
 
     def block(self, columns: int) -> tuple[int, int]:
         """Numbers and bytes of a block in a row of ``columns`` numbers.
