@@ -2,7 +2,7 @@
 
 A ``python`` block runs in the namespace of its page; the ``$ rankfold`` and ``$ torchrun`` lines of a
 ``console`` block run as commands; a block ``jsonl NAME`` is written to that file first.  A ``text`` block
-after a python block is what it must print.  ``<!-- slow -->`` before a block leaves it to ``make test-all``."""
+after a python block is what it must print.  ``<!-- slow -->`` before one leaves it to ``make test-all``."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ def recipe(tiny_folder, write_rows, joke_rows, tmp_path):
 
     def make(**options) -> Recipe:
         settings = {"model": str(tiny_folder), "out": tmp_path / "run", "data": write_rows(joke_rows)}
-        return Recipe.of(settings | {"epochs": 3, "learning_rate": 1e-2, "samples": 0} | options)
+        fixed = {"epochs": 3, "learning_rate": 1e-2, "samples": 0, "precision": "float32"}
+        return Recipe.of(settings | fixed | options)
 
     return make
 
@@ -72,7 +73,8 @@ def test_looking_changes_nothing_that_is_trained(recipe, tmp_path):
 
 def spoiling(recipe, **options):
     """So high a rate that the held-out loss soon rises."""
-    return recipe(learning_rate=1, alpha=512, schedule="constant", evaluate_every_steps=1, **options)
+    settings = {"learning_rate": 1, "alpha": 4096, "schedule": "constant", "evaluate_every_steps": 1}
+    return recipe(**settings | options)
 
 
 def test_the_best_weights_are_kept_and_that_is_said(recipe):

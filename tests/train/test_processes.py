@@ -28,6 +28,7 @@ def options(tiny_folder, joke_rows, tmp_path_factory):
         "rows_per_step": 7,
         "learning_rate": 1e-3,
         "samples": 1,
+        "precision": "float32",
         "ema_decay": 0.9,
         "save_every_steps": 1,
     }

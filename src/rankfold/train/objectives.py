@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.data.encode import IGNORE
+from rankfold.models.head import output_head
 
 Batch = dict[str, Tensor]
 Objective = Callable[[Any, Batch], tuple[Tensor, int]]
@@ -33,26 +34,36 @@ def token_losses(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Tens
     """Cross-entropy in nats of each trained token, 0 elsewhere: (rows, columns that hold one); of a packed
     block (1, trained tokens).
 
-    Only the columns that some row trains reach the output head: on short chats the prompt is half of
-    the tokens, and the head a good part of a small model's work."""
+    Only trained tokens reach the output head, and a chunk of them at a time: on short chats the prompt is
+    half of the tokens, and the head a good part of a small model's work.  Where the head cannot be used by
+    itself (``output_head`` says why), the columns that some row trains reach it, all at once."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     columns = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    if _can_choose_columns(model):
-        logits = model(**inputs, logits_to_keep=columns, use_cache=False).logits
+    head = output_head(model, inputs)
+    if isinstance(head, str):
+        logits = _logits(model, inputs, columns)
+        return _cross_entropy(logits, targets[:, columns], label_smoothing)
+    hidden = head.hidden_states(model, inputs)
+    losses = head.losses(hidden.flatten(0, 1), targets.flatten(), label_smoothing)
+    return losses.view(targets.shape)[:, columns]
+
+
+def _logits(model: Any, inputs: dict[str, Tensor], columns: Tensor) -> Tensor:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        kept: Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits
     else:
-        logits = model(**inputs, use_cache=False).logits[:, columns]
-    wanted = targets[:, columns]
+        kept = model(**inputs, use_cache=False).logits[:, columns]
+    return kept
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
     losses = F.cross_entropy(
         logits.float().flatten(0, 1),
-        wanted.flatten(),
+        targets.flatten(),
         ignore_index=IGNORE,
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    return losses.view(wanted.shape)
-
-
-def _can_choose_columns(model: Any) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return losses.view(targets.shape)

@@ -27,7 +27,7 @@ from rankfold.errors import bullet_list
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.models.facts import PromptStyle
 from rankfold.models.load import Base, load_base
-from rankfold.models.precision import Precision, choose_precision, default_device
+from rankfold.models.precision import Precision
 from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
 from rankfold.train.objectives import supervised
@@ -131,11 +131,10 @@ def _left_out(data: Mixture) -> list[str]:
     return [bullet_list(f"{len(named)} bad rows left out:", named, shown=3)]
 
 
-def make_plan(recipe: Recipe, rows: Rows, processes: Processes) -> Plan:
+def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Processes) -> Plan:
     """Load the model, encode the rows, choose the settings, adapt the model, and time one micro-batch.
 
     Raises ModelError, DataError, TargetError or ConfigError."""
-    precision = choose_precision(recipe.precision, default_device())
     base = load_base(recipe.model, precision)
     base.prompt_style = rows.prompt_style
     encoded = _encode(recipe, rows, base)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from rankfold.errors import ConfigError, RankfoldError
+from rankfold.models.precision import Precision, PrecisionName, choose_precision, default_device
 
 T = TypeVar("T")
 
@@ -100,6 +101,13 @@ class Processes:
         RankfoldError, all do."""
         done = self.together(action if self.is_first else _nothing)
         return done if self.count == 1 else self.gather(done)[0]  # type: ignore[return-value]
+
+
+def shared_precision(given: PrecisionName | None, processes: Processes) -> Precision:
+    """``given``, or what the first process finds fast; so that all compute in the same format."""
+    own = processes.together(lambda: choose_precision(given, default_device()))
+    first = processes.gather(own.name)[0]
+    return own if own.name == first else Precision.of(first, "as the first process found")
 
 
 def _nothing() -> None:

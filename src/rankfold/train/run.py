@@ -26,7 +26,7 @@ from rankfold.train.listener import Listener, RunResult
 from rankfold.train.loop import StepRecord, Trainer
 from rankfold.train.method import method_of
 from rankfold.train.plan import Plan, make_plan, read_data
-from rankfold.train.processes import Processes
+from rankfold.train.processes import Processes, shared_precision
 from rankfold.train.recipe import Recipe
 from rankfold.train.recipe_file import changed_recipe, read_recipe, resolved_recipe
 from rankfold.train.report import render_report
@@ -81,6 +81,7 @@ def resume(
     if record.get("status") == "finished":
         raise CheckpointError(f"the run in {path} is finished; there is nothing to resume")
     recipe = changed_recipe(read_recipe(folder.recipe_path), changes or {}, path)
+    require_trackers(recipe.trackers)
     with ExitStack() as stack:
         _hold(folder, processes, stack)
         plan = decide(recipe, listener, processes)
@@ -142,7 +143,8 @@ def decide(recipe: Recipe, listener: Listener, processes: Processes | None = Non
     processes = processes or Processes()
     rows = processes.together(lambda: read_data(recipe))
     listener.on_stage("loading the model and timing a step")
-    plan = processes.together(lambda: make_plan(recipe, rows, processes))
+    precision = shared_precision(recipe.precision, processes)
+    plan = processes.together(lambda: make_plan(recipe, rows, precision, processes))
     listener.on_plan(plan)
     return plan
 
