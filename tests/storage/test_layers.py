@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from held import FORM_NAMES, random_held
 from rankfold.errors import ModelError
+from rankfold.kernels.cross_entropy import IGNORE, linear_cross_entropy
 from rankfold.storage.forms import FORMS
 from rankfold.storage.layers import HeldEmbedding, HeldLinear, can_hold, hold
 
@@ -112,3 +113,17 @@ def test_what_is_held_is_shown():
     assert repr(linear()) == "HeldLinear(in_features=256, out_features=6, bias=True, held=Q4_0)"
     assert "held=Q4_0" in repr(hold(nn.Embedding(4, 32), FORMS["Q4_0"], random_held("Q4_0", 4, 32)))
     assert issubclass(HeldEmbedding, nn.Embedding)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_losses_behind_a_held_head_are_those_of_the_numbers(bias):
+    layer = linear("Q8_0", bias).requires_grad_(False)
+    hidden = torch.randn(7, 256).requires_grad_()
+    targets = torch.tensor([0, 5, IGNORE, 2, 3, IGNORE, 1])
+    found = linear_cross_entropy(hidden, layer, targets, layer.bias, chunk_tokens=2)
+    (ours,) = torch.autograd.grad(found.sum(), hidden)
+    logits = F.linear(hidden, layer.expanded_weight(), layer.bias)
+    wanted = F.cross_entropy(logits, targets, reduction="none")
+    (theirs,) = torch.autograd.grad(wanted.sum(), hidden)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

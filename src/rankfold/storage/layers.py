@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rankfold.errors import ModelError
 from rankfold.storage.forms import Form, expanded, numbers_at
-from rankfold.storage.product import held_linear
+from rankfold.storage.product import held_linear, multiply, multiply_transposed
 
 
 class HeldLayer(nn.Module):
@@ -57,12 +57,24 @@ class HeldLinear(HeldLayer, nn.Linear):
     def columns(self) -> int:
         return self.in_features
 
+    def product(self, x: Tensor) -> Tensor:
+        """``x W^T`` without autograd: x (..., columns) -> (..., rows)."""
+        return multiply(_for_products(x), self.held, self.form)
+
+    def transposed_product(self, grad: Tensor) -> Tensor:
+        """``grad W``, without autograd: grad (..., rows) -> (..., columns)."""
+        return multiply_transposed(grad, self.held, self.form, self.columns)
+
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = held_linear(x, self.held, self.form)
+        out = held_linear(_for_products(x), self.held, self.form)
         bias = self._parameters.get("bias")
         return out if bias is None else out + bias.to(out.dtype)
+
+
+def _for_products(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast computes products in, if it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class HeldEmbedding(HeldLayer, nn.Embedding):
