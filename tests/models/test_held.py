@@ -9,12 +9,14 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 from torch import nn
+from torch.nn import functional as F
 
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import ModelError
 from rankfold.lora.fingerprint import fingerprint
 from rankfold.models.find import DEFAULT_MODEL, BaseSource
+from rankfold.models.head import output_head
 from rankfold.models.held import describe, held_model
 from rankfold.models.load import Base, load_base, load_tokenizer
 from rankfold.storage.layers import HeldEmbedding, HeldLinear, held_layers
@@ -261,3 +263,18 @@ def test_config_and_tokenizer_of_a_gguf_file_are_kept_for_next_time(real_held, o
     assert tokenizer(text)["input_ids"] == real_held.tokenizer(text)["input_ids"]
     assert tokenizer.chat_template == real_held.tokenizer.chat_template
     assert longest == real_held.model.config.max_position_embeddings
+
+
+def test_losses_of_a_held_model_are_made_from_its_hidden_states(tmp_path):
+    model = small_llama(tied=True)
+    write_gguf(model, tmp_path / "a.gguf", TYPES)
+    held = held_model(model.config, source_of(tmp_path / "a.gguf"), "gguf").eval()
+    ids, targets = torch.randint(0, 50, (2, 9)), torch.randint(0, 50, (2, 9))
+    head = output_head(held, {"input_ids": ids})
+    assert head.module is held.lm_head
+    assert head.is_plain
+    with torch.no_grad():
+        hidden = head.hidden_states(held, {"input_ids": ids})
+        found = head.losses(hidden.flatten(0, 1), targets.flatten())
+        wanted = F.cross_entropy(model(ids).logits.flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
