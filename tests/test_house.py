@@ -65,7 +65,7 @@ def test_every_room_has_its_rule():
     assert {room_of(path) for path in FILES} - {"__init__"} == rules().keys()
 
 
-@pytest.mark.parametrize("room", ["errors.py", "files.py", "kernels", "lora"])
+@pytest.mark.parametrize("room", ["errors.py", "files.py", "kernels", "storage", "lora"])
 def test_the_core_needs_torch_and_safetensors_only(room):
     paths = [SOURCE / room] if room.endswith(".py") else sorted((SOURCE / room).rglob("*.py"))
     outside = {name.split(".")[0] for path in paths for name in imported_modules(path)}

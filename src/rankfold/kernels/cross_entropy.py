@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,19 @@ IGNORE = -100  # the target of a token that is not trained, as in F.cross_entrop
 CHUNK_LOGITS = 6 << 20  # of one chunk: 24 MB of float32, 128 tokens of a vocabulary of 49,152
 
 Head = Callable[[Tensor], Tensor]
+
+
+class FrozenMatrix(Protocol):
+    """A frozen W (rows, columns) that is there as numbers for its products only."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x W^T``: x (tokens, columns) -> (tokens, rows)."""
+
+    def transposed_product(self, grad: Tensor) -> Tensor:
+        """``grad W``: grad (tokens, rows) -> (tokens, columns)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ PLAIN = LossForm()
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenMatrix,
     targets: Tensor,
     bias: Tensor | None = None,
     form: LossForm = PLAIN,
@@ -63,8 +76,8 @@ def linear_cross_entropy(
     more: its chunks are computed anew in the backward.
     After Hsu et al. 2024 (arXiv 2410.10989), section 3.2, who fix the weighting in the forward."""
     tokens = chunk_tokens or max(1, CHUNK_LOGITS // weight.shape[0])
-    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return head_cross_entropy(hidden, partial(F.linear, weight=weight, bias=bias), targets, form, tokens)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (weight, bias)):
+        return head_cross_entropy(hidden, partial(_output, weight=weight, bias=bias), targets, form, tokens)
 
     def losses(some: Tensor, wanted: Tensor) -> Tensor:
         apply: Any = _FrozenHead.apply
@@ -112,12 +125,25 @@ def _chunks(tensor: Tensor, tokens: int) -> tuple[Tensor, ...]:
     return tensor.chunk(max(1, -(-len(tensor) // tokens)))
 
 
+def _output(x: Tensor, weight: Tensor | FrozenMatrix, bias: Tensor | None) -> Tensor:
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    out = weight.product(x)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _back(by_output: Tensor, weight: Tensor | FrozenMatrix, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Tensor):
+        return torch.mm(by_output.to(weight.dtype), weight)
+    return weight.transposed_product(by_output.to(dtype))
+
+
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | FrozenMatrix,
         bias: Tensor | None,
         chunks: tuple[Tensor, ...],
         form: LossForm,
@@ -127,10 +153,10 @@ class _FrozenHead(torch.autograd.Function):
         start = 0
         for targets in chunks:
             place = slice(start, start + len(targets))
-            logits = form.logits(F.linear(hidden[place], weight, bias))
+            logits = form.logits(_output(hidden[place], weight, bias))
             losses[place], by_output = _losses(logits, targets, form, with_gradient=gradient is not None)
             if gradient is not None:
-                gradient[place] = torch.mm(by_output.to(weight.dtype), weight)
+                gradient[place] = _back(by_output, weight, hidden.dtype)
             start = place.stop
         if gradient is not None:
             ctx.save_for_backward(gradient)

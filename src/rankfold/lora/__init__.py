@@ -1,6 +1,6 @@
 """The LoRA core: configuration, layers, targets, the wrapped model and its files.  torch only."""
 
-from rankfold.lora import attention, conv, embedding, linear, quantised  # noqa: F401 - layers register themselves
+from rankfold.lora import attention, conv, embedding, linear, quantised, storage  # noqa: F401 - layers register themselves
 from rankfold.lora.config import LoraConfig, TaskType
 from rankfold.lora.functional import (
     get_peft_model_state_dict,

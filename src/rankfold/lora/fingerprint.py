@@ -2,7 +2,8 @@
 
 The fingerprint covers the names and shapes of the base's parameters, and a fixed sample of the values of
 each, rounded to bfloat16.  It is therefore the same on every device, and for float64, float32 and bfloat16
-copies of one checkpoint.  A base held in float16 or in fewer bits has rounded its values in another way;
+copies of one checkpoint, and for one held in GGUF's blocks, whose numbers are sampled without expanding the
+rest.  A base held in float16 or rounded to fewer bits has rounded its values in another way;
 ``storage`` says so, and two fingerprints of unlike storage are compared no further than they can be."""
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from rankfold.lora.factors import LoraLayer
 from rankfold.lora.held import HeldParameters
 from rankfold.lora.layers import AdapterLayer, adapter_layers, base_modules
 from rankfold.lora.tokens import TokenLayer
+from rankfold.storage.forms import INT8
+from rankfold.storage.layers import HeldLayer, held_layers
 
 SAMPLES = 64  # values a parameter: any fine-tuning changes nearly all of them
 ROUND_ALIKE = {torch.float64: "bfloat16", torch.float32: "bfloat16"}  # to what bfloat16 copies hold
@@ -41,11 +44,12 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> BaseFinger
     ``leave_out`` names modules that the adapter replaces as a whole, such as a classification head:
     they start at random, so they are no mark of a base."""
     tensors = base_tensors(model, leave_out)
+    held = {f"{path}.weight".lstrip("."): layer for path, layer in held_layers(model).items()}
     shapes, storages, samples = hashlib.sha256(), set(), []
     for name in sorted(tensors):
-        tensor = tensors[name]
-        shapes.update(f"{name} {list(tensor.shape)}\n".encode())
-        storage, sample = _sample(tensor)
+        shape = held[name].shape if name in held else tensors[name].shape
+        shapes.update(f"{name} {list(shape)}\n".encode())
+        storage, sample = _sample_held(held[name]) if name in held else _sample(tensors[name])
         storages.add(storage)
         if sample is not None:
             samples.append(sample)
@@ -98,9 +102,21 @@ def _sample(tensor: Tensor) -> tuple[str, Tensor | None]:
     if data.is_meta:
         return "meta", None
     storage = ROUND_ALIKE.get(data.dtype, str(data.dtype).removeprefix("torch."))
+    return storage, data.reshape(-1)[_sampled(data.numel())]
+
+
+def _sample_held(layer: HeldLayer) -> tuple[str, Tensor]:
+    """The same of the numbers that a held weight is expanded to."""
+    rows, columns = layer.shape
+    places = torch.tensor(range(rows * columns)[_sampled(rows * columns)], device=layer.held.device)
+    storage = INT8.name if layer.form == INT8 else ROUND_ALIKE[torch.float32]
+    return storage, layer.numbers_at(places)
+
+
+def _sampled(numel: int) -> slice:
     # An odd stride: one that divides the row length would read a single column.
-    stride = max(1, data.numel() // SAMPLES) | 1
-    return storage, data.reshape(-1)[: SAMPLES * stride : stride]
+    stride = max(1, numel // SAMPLES) | 1
+    return slice(0, SAMPLES * stride, stride)
 
 
 def compare(saved: BaseFingerprint, now: BaseFingerprint) -> tuple[str | None, str | None]:

@@ -36,6 +36,7 @@ from rankfold.lora.parameter_targets import (
 from rankfold.lora.prepare import prepared, read_config, refuse_adapted
 from rankfold.lora.replication import end_replication, replicated
 from rankfold.lora.saving import save_from
+from rankfold.lora.storage import numbers_not_shown
 from rankfold.lora.stored import AdapterSource, LoadOptions, LoadResult
 from rankfold.lora.ties import find_heads, place_heads, with_leaders
 
@@ -315,7 +316,8 @@ class PeftModel(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many parameters are trained, and how many there are in all, tied ones counted once."""
         parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+        total = sum(p.numel() for p in parameters) + numbers_not_shown(self)
+        return sum(p.numel() for p in parameters if p.requires_grad), total
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankfold.errors import MergeError
 from rankfold.lora.config import LoraConfig, TaskType
 from rankfold.lora.layers import AdapterLayer, AdapterSpec, adapt, base_modules, restore
+from rankfold.storage.layers import held_layers
 
 # PEFT 0.21.2, peft_model.py: the heads that these tasks train whole.
 TASK_MODULES: dict[str, tuple[str, ...]] = {
@@ -165,6 +166,11 @@ def wrong_saved(
             problems.append(f"modules_to_save: {path} is a {kind}, which is never called")
         elif not any(p.is_floating_point() for p in module.parameters()):
             problems.append(f"modules_to_save: {path} ({kind}) has no floating-point parameter to train")
+        elif held_layers(module):
+            problems.append(
+                f"modules_to_save: {path} ({kind}) holds weights in few bytes, which are not trained; "
+                "dequantise(model) first"
+            )
         others = [
             f"{path}.{inner}".rstrip(".") for inner, layer in base_modules(module) if _is_other(layer, module)
         ]

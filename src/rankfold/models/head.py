@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.kernels.cross_entropy import CHUNK_LOGITS, LossForm, head_cross_entropy, linear_cross_entropy
+from rankfold.storage.layers import HeldLinear
 
 PROBE_TOKENS = 4
 PROBE_SPREAD = 40.0  # of the output that stands in for the head's: beyond every softcap in use (20 to 50)
@@ -55,15 +56,21 @@ class OutputHead:
         IGNORE; see ``linear_cross_entropy``."""
         form, module = replace(self.form, label_smoothing=label_smoothing), self.module
         if self.is_plain:
-            return linear_cross_entropy(hidden, module.weight, targets, module.bias, form)
+            weight = module if isinstance(module, HeldLinear) else module.weight
+            return linear_cross_entropy(hidden, weight, targets, module.bias, form)
         return head_cross_entropy(hidden, module, targets, form, max(1, CHUNK_LOGITS // self.vocabulary))
 
     @property
     def is_plain(self) -> bool:
-        """Whether the head is its weight and bias and nothing else: no adapter, no hook, not quantised."""
+        """Whether the head is its weight and bias and nothing else: no adapter, no hook, not quantised
+        by a library."""
         own = vars(self.module)
         hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-        return type(self.module) is nn.Linear and type(self.module.weight) is nn.Parameter and not hooked
+        return (
+            type(self.module) in (nn.Linear, HeldLinear)
+            and type(self.module.weight) is nn.Parameter
+            and not hooked
+        )
 
 
 _heads: WeakKeyDictionary[Any, tuple[Any, OutputHead | str]] = WeakKeyDictionary()

@@ -11,6 +11,8 @@ from rankfold.errors import MergeError, ModelError, bullet_list
 from rankfold.lora import PeftModel
 from rankfold.lora.layers import AdapterLayer
 from rankfold.lora.quantised import is_quantised, to_float
+from rankfold.lora.storage import expand_layers
+from rankfold.storage.layers import held_layers
 
 # Methods whose half-precision parameters PEFT leaves as they are.
 LEFT_ALONE = ("gptq", "aqlm", "eetq", "hqq", "torchao")
@@ -54,21 +56,24 @@ def checkpoint_activations(model: Any, options: dict[str, Any]) -> None:
 
 
 def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turn every bitsandbytes or torchao linear layer of ``model`` into an ``nn.Linear``, in place.
+    """Turn every layer of ``model`` whose weight is held in few bytes (``load_base(.., stored=..)``) into a
+    plain one, and every bitsandbytes or torchao linear layer into an ``nn.Linear``, in place.
 
     Adapters stay on, and can then be merged exactly.  ``dtype`` is that of the new weights; None means
     that of the model's other weights.  The model is then an ordinary one, for transformers too.
 
     Raises ModelError if there is no such layer, MergeError while an adapter is merged."""
-    layers = {path: layer for path, layer in model.named_modules() if is_quantised(layer)}
+    held = held_layers(model)
+    layers = {path: layer for path, layer in model.named_modules() if is_quantised(layer)} | held
     if not layers:
-        raise ModelError("no layer of this model is quantised by bitsandbytes or torchao")
+        raise ModelError("no layer of this model is quantised by bitsandbytes or torchao, or held as blocks")
     merged = [path for path, layer in layers.items() if isinstance(layer, AdapterLayer) and layer.merged]
     if merged:
         raise MergeError(bullet_list("adapters are merged here; unmerge_adapter() first:", merged))
     dtype = dtype or _other_dtype(model, layers)
-    for layer in layers.values():
-        to_float(layer, dtype)
+    for path in layers.keys() - held.keys():
+        to_float(layers[path], dtype)
+    expand_layers(held.values(), dtype)
     clear_quantisation_marks(model.get_base_model() if isinstance(model, PeftModel) else model)
     return model
 
@@ -76,7 +81,8 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def _other_dtype(model: nn.Module, layers: dict[str, nn.Module]) -> torch.dtype:
     """The dtype of the first floating-point base parameter outside of ``layers``, else of their biases."""
     inside = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
-    biases: list[Tensor] = [layer.bias for layer in layers.values() if isinstance(layer.bias, Tensor)]
+    own = [layer._parameters.get("bias") for layer in layers.values()]
+    biases: list[Tensor] = [bias for bias in own if bias is not None]
     others = [p for p in model.parameters() if id(p) not in inside and p.is_floating_point()]
     return next((tensor.dtype for tensor in [*others, *biases]), torch.float32)
 

@@ -20,6 +20,7 @@ from rankfold.lora import LoraConfig, PeftModel
 from rankfold.lora.stored import AdapterSource, Fault
 from rankfold.models.facts import AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
+from rankfold.models.held import Stored, describe, held_model
 from rankfold.models.plain_template import plain_template
 from rankfold.models.precision import Precision, default_device, held_notes, hold_in
 
@@ -37,11 +38,14 @@ class Base:
     prompt_style: str = "chat"
 
 
-def load_base(name: str, precision: Precision | None = None) -> Base:
+def load_base(name: str, precision: Precision | None = None, stored: Stored | None = None) -> Base:
     """Load ``name`` (see ``find_base``) as ``precision`` says, by default in float32 on a CPU, in bfloat16
     on a GPU that computes in it.
 
-    A GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
+    With ``stored`` the weights of linear layers and embeddings are held in fewer bytes and expanded when they
+    are used: "gguf" (the blocks of a GGUF file as they are), "bfloat16" or "int8" (a scale for each output).
+
+    Without it a GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
     ``~/.cache/rankfold``), because reading it takes far longer than reading the result.
     Only safetensors and GGUF weights are read, and no code from a model folder is run.
 
@@ -49,12 +53,14 @@ def load_base(name: str, precision: Precision | None = None) -> Base:
     source = find_base(name)
     notes: list[str] = []
     dtype = precision.storage if precision else _usual_storage()
-    if source.gguf_file is not None:
+    if stored is not None:
+        model, tokenizer = _load_held(source, stored, dtype, notes)
+    elif source.gguf_file is not None:
         model, tokenizer = _load_gguf(source.gguf_file, dtype, notes)
     else:
         model, tokenizer = _load_transformers(source.location, source.name, dtype)
     _check_vocabulary(model, tokenizer, name)
-    if precision:
+    if precision and stored is None:
         notes += held_notes(model, _comes_as(source), dtype)
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
     return Base(model.to(default_device()).eval(), tokenizer, source, notes)
@@ -66,11 +72,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
 
     Raises ModelError."""
     source = find_base(name)
-    location, options = source.location, {}
-    if source.gguf_file is not None:
-        cached = cache_folder() / "expanded" / _sha256(source.gguf_file)
-        location = cached if cached.is_dir() else source.gguf_file.parent
-        options = {} if cached.is_dir() else {"gguf_file": source.gguf_file.name}
+    location, options = _described(source)
     with _quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
@@ -196,6 +198,49 @@ def _load_gguf(file: Path, dtype: torch.dtype, notes: list[str]) -> tuple[Any, A
                 return hold_in(model, dtype), tokenizer
         notes.append(f"{file.name} was expanded to float32 and kept in {cached.parent}")
     return _load_transformers(cached, str(file), dtype)
+
+
+def _load_held(source: BaseSource, stored: Stored, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
+    location, options = _described(source)
+    with _quiet_transformers():
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            config = AutoConfig.from_pretrained(location, **options)
+            if options and source.gguf_file is not None:
+                _keep_description(source.gguf_file, config, tokenizer, notes)
+            model = held_model(config, source, stored, dtype)
+        except ModelError as error:
+            raise ModelError(f"{source.name}: {error}") from error
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise _cannot_load(source.location, source.name, error) from error
+    notes.append(describe(model))
+    return model, tokenizer
+
+
+def _described(source: BaseSource) -> tuple[str | Path, dict[str, str]]:
+    """From where config and tokenizer are read, of a GGUF file the fastest way, and with what options."""
+    file = source.gguf_file
+    if file is None:
+        return source.location, {}
+    sha256 = _sha256(file)
+    for kept in (cache_folder() / "expanded" / sha256, cache_folder() / "described" / sha256):
+        if kept.is_dir():
+            return kept, {}
+    return file.parent, {"gguf_file": file.name}
+
+
+def _keep_description(file: Path, config: Any, tokenizer: Any, notes: list[str]) -> None:
+    """Keep config and tokenizer of a GGUF file in the cache folder: reading them there takes seconds less."""
+    cached = cache_folder() / "described" / _sha256(file)
+    try:
+        with staged_folder(cached) as folder:
+            config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except OutputError as error:
+        if not cached.is_dir():  # else another process was faster
+            notes.append(f"the tokenizer was not kept for next time: {error}")
 
 
 def _clear_quantisation_marks(model: Any) -> None:

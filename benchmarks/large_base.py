@@ -1,0 +1,149 @@
+"""What training on held weights costs: the memory and time of one step on an 8B model, and the speed of
+SmolLM2 held as its GGUF file's blocks beside float32.
+
+    python benchmarks/large_base.py                     both
+    python benchmarks/large_base.py --only large --layers 4 --vocabulary 32000
+
+The 8B model has Llama 3's shapes (32 layers of 4096 x 14336, 32 and 8 heads) and random Q4_0 blocks; one step
+is 256 tokens, rank 16 on all linear layers, AdamW, in a child process whose peak memory is read from the
+system.  SmolLM2's figure is the median over pairs of steps in one process, so that a slow moment of the
+machine meets both; the seconds are no more than hints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankfold import LoraConfig, get_peft_model
+from rankfold.models.find import DEFAULT_MODEL
+from rankfold.models.load import load_base
+from rankfold.storage.forms import FORMS
+from rankfold.storage.layers import can_hold, hold
+from rankfold.train.objectives import token_losses
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KILOBYTE, GIGABYTE = 1024, 1e9
+SCALE = 0.002  # of a random block: weights of about 0.01
+
+
+def random_base(layers: int, vocabulary: int) -> Any:
+    """A Llama of 8B's shapes whose linear layers and embedding hold random Q4_0 blocks."""
+    from accelerate import init_empty_weights
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    )
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM(config)
+    form = FORMS["Q4_0"]
+    for module in list(model.modules()):
+        if can_hold(module):
+            rows, columns = module.weight.shape
+            held = torch.randint(0, 256, (rows, form.row_bytes(columns)), dtype=torch.uint8)
+            scale = torch.tensor([SCALE], dtype=torch.float16).view(torch.uint8)
+            held.view(rows, -1, form.block(columns)[1])[..., :2] = scale
+            hold(module, form, held)
+        elif "weight" in module._parameters:
+            module.weight = nn.Parameter(torch.ones(module.weight.shape), requires_grad=False)
+    return model
+
+
+def step(model: Any, optimiser: torch.optim.Optimizer, ids: torch.Tensor) -> float:
+    """One training step on every token of ``ids`` (rows, tokens); its seconds."""
+    started = time.perf_counter()
+    losses = token_losses(model, {"input_ids": ids, "labels": ids})
+    losses.mean().backward()
+    optimiser.step()
+    optimiser.zero_grad()
+    return time.perf_counter() - started
+
+
+def adapted(base: Any, rank: int) -> tuple[Any, torch.optim.Optimizer]:
+    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS)).train()
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def large(layers: int, vocabulary: int, tokens: int, checkpointing: bool) -> dict[str, float]:
+    torch.manual_seed(0)
+    base = random_base(layers, vocabulary)
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model, optimiser = adapted(base, rank=16)
+    ids = torch.randint(0, vocabulary, (1, tokens))
+    seconds = step(model, optimiser, ids)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
+    trainable, total = model.get_nb_trainable_parameters()
+    return {
+        "weights": total - trainable,
+        "trainable": trainable,
+        "loaded_gb": loaded / GIGABYTE,
+        "peak_gb": peak / GIGABYTE,
+        "seconds": seconds,
+    }
+
+
+def small(pairs: int, tokens: int) -> dict[str, float]:
+    """The speed of a step on SmolLM2 held as blocks, as a share of its speed in float32."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 40000, (4, tokens // 4))
+    sides = [adapted(load_base(DEFAULT_MODEL, stored=stored).model, rank=8) for stored in (None, "gguf")]
+    for side in sides:
+        step(*side, ids)
+    taken = [[step(*side, ids) for side in sides] for _ in range(pairs)]
+    ratios = sorted(plain / held for plain, held in taken)
+    return {
+        "speed": statistics.median(ratios),
+        "low": ratios[len(ratios) // 4],
+        "high": ratios[-1 - len(ratios) // 4],
+        "float32_seconds": statistics.median(plain for plain, _ in taken),
+        "gguf_seconds": statistics.median(held for _, held in taken),
+    }
+
+
+def in_child(arguments: list[str]) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["large", "small"])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=128_256)
+    parser.add_argument("--tokens", type=int, default=256, help="of the step on the large model")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(large(given.layers, given.vocabulary, given.tokens, given.checkpointing)))
+        return
+    if given.only != "small":
+        options = ["--layers", str(given.layers), "--vocabulary", str(given.vocabulary)]
+        options += ["--tokens", str(given.tokens), *(["--checkpointing"] if given.checkpointing else [])]
+        print(json.dumps({"name": "large_base_step", **in_child(options)}))
+    if given.only != "large":
+        print(json.dumps({"name": "held_small_step", **small(given.pairs, tokens=1600)}))
+
+
+if __name__ == "__main__":
+    main()

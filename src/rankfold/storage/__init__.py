@@ -1,0 +1,1 @@
+"""Frozen weights held in few bytes and expanded when they are used."""
