@@ -220,6 +220,17 @@ def test_packed_and_padded_runs_learn_the_same(recipe, tmp_path):
     assert json.loads((packed.out / "run.json").read_text())["batching"]["kind"] == "packed"
 
 
+@pytest.mark.parametrize("stored", ["int8", "bfloat16"])
+def test_a_base_held_in_few_bytes_is_trained_on_as_it_is(recipe, tmp_path, stored):
+    """The losses are those of the base with its weights rounded so; they come near the plain one's."""
+    held, plain = (
+        fine_tune(recipe(out=tmp_path / str(kind), stored=kind, samples=0)) for kind in (stored, None)
+    )
+    assert [r.loss for r in held.steps] == pytest.approx([r.loss for r in plain.steps], rel=1e-3)
+    assert held.comparison.base_loss != plain.comparison.base_loss
+    assert f"stored: {stored}" in (held.out / "recipe.yaml").read_text()
+
+
 @pytest.mark.parametrize("name", [str, lambda path: f"{path}:2", lambda path: [Source(path, 2)]])
 def test_the_report_calls_the_data_by_their_files_name(recipe, write_rows, joke_rows, name):
     result = fine_tune(recipe(data=name(write_rows(joke_rows)), samples=0))

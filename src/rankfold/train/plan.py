@@ -135,7 +135,7 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     """Load the model, encode the rows, choose the settings, adapt the model, and time one micro-batch.
 
     Raises ModelError, DataError, TargetError or ConfigError."""
-    base = load_base(recipe.model, precision)
+    base = load_base(recipe.model, precision, recipe.stored)
     base.prompt_style = rows.prompt_style
     encoded = _encode(recipe, rows, base)
     train = encoded.train

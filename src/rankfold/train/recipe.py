@@ -11,6 +11,7 @@ from pydantic import Field
 from rankfold.data.mask import TrainOn
 from rankfold.data.sources import Source
 from rankfold.models.find import DEFAULT_MODEL
+from rankfold.models.held import Stored
 from rankfold.models.precision import PrecisionName
 from rankfold.settings import CheckedSettings
 from rankfold.train.schedule import Schedule
@@ -63,6 +64,8 @@ NOT_NEEDED = {
     "train_on_inputs": "say train_on: assistant, last or all",
     "completion_only_loss": "say train_on: assistant, last or all",
     "assistant_only_loss": "say train_on: assistant, last or all",
+    "load_in_4bit": "say stored: gguf with a GGUF file of 4 bits",
+    "load_in_8bit": "say stored: int8",
     "bf16": "say precision: bfloat16; without it a probe of the machine decides",
     "fp16": "say precision: float16; without it a probe of the machine decides",
     "packing": "say batching: packed or padded",
@@ -158,6 +161,11 @@ class Recipe(CheckedSettings):
     precision: PrecisionName | None = Field(
         None,
         description="number format of the base: float32, bfloat16 or float16 [what a probe finds fast]",
+    )
+    stored: Stored | None = Field(
+        None,
+        description="hold the base's weights as gguf (a GGUF file's own blocks), int8 or bfloat16 and expand "
+        "them layer by layer [all expanded]",
     )
     trackers: TrackerNames = Field(
         [], description="also log to tensorboard, wandb, mlflow, trackio or swanlab, with commas between them"
