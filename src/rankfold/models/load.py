@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import logging
 import os
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,21 +16,26 @@ from rankfold.files import require_space, staged_folder
 from rankfold.lora import LoraConfig, PeftModel
 from rankfold.lora.stored import AdapterSource, Fault
 from rankfold.models.facts import AdapterFacts, tokenizer_changes
-from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
+from rankfold.models.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
+from rankfold.models.image_text import image_text_config, load_image_text, load_processor_of
 from rankfold.models.plain_template import plain_template
+from rankfold.models.quiet import quiet_transformers
 
 EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
 
 
 @dataclass
 class Base:
-    """A causal language model with its tokenizer; ``notes`` are facts a user should be told."""
+    """A language model with its tokenizer; ``notes`` are facts a user should be told.
+
+    ``processor`` is transformers' for a model that sees images, else None."""
 
     model: Any
     tokenizer: Any
     source: BaseSource
     notes: list[str] = field(default_factory=list)
     prompt_style: str = "chat"
+    processor: Any = None
 
 
 def load_base(name: str) -> Base:
@@ -46,14 +48,19 @@ def load_base(name: str) -> Base:
     Raises ModelError."""
     source = find_base(name)
     notes: list[str] = []
+    processor = None
     if source.gguf_file is not None:
         model, tokenizer = _load_gguf(source.gguf_file, notes)
+    elif (config := image_text_config(source)) is not None:
+        model, processor = load_image_text(source, config)
+        tokenizer = processor.tokenizer
     else:
         model, tokenizer = _load_transformers(source.location, source.name)
     _check_vocabulary(model, tokenizer, name)
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
     device, dtype = _placement()
-    return Base(model.to(device=device, dtype=dtype).eval(), tokenizer, source, notes)
+    model = model.to(device=device, dtype=dtype).eval()
+    return Base(model, tokenizer, source, notes, processor=processor)
 
 
 def load_tokenizer(name: str) -> tuple[Any, int | None]:
@@ -63,19 +70,27 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     Raises ModelError."""
     source = find_base(name)
     location, options = source.location, {}
+    if source.gguf_file is None and (seeing := image_text_config(source)) is not None:
+        return load_processor_of(source, seeing).tokenizer, longest_input(seeing)
     if source.gguf_file is not None:
         cached = cache_folder() / "expanded" / _sha256(source.gguf_file)
         location = cached if cached.is_dir() else source.gguf_file.parent
         options = {} if cached.is_dir() else {"gguf_file": source.gguf_file.name}
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            config = AutoConfig.from_pretrained(location, **options).get_text_config()
+            config = AutoConfig.from_pretrained(location, **options)
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise _cannot_load(source.location, source.name, error) from error
-    return tokenizer, getattr(config, "max_position_embeddings", None)
+            raise cannot_load(source.location, source.name, error) from error
+    return tokenizer, longest_input(config)
+
+
+def longest_input(config: Any) -> int | None:
+    """The longest input in tokens that a model with this config was made for, if the config says so."""
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
 
 
 def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = ()) -> Base:
@@ -116,13 +131,13 @@ def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str
             raise ModelError(f"{source.name}: a GGUF file can be loaded as a causal language model only")
         model = load_base(source.name).model
         return model if dtype is None else model.to(dtype)
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model = kind.from_pretrained(
                 source.location, dtype=dtype or "auto", use_safetensors=True, revision=revision or "main"
             )
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise _cannot_load(source.location, source.name, error) from error
+            raise cannot_load(source.location, source.name, error) from error
     model.name_or_path = model.config.name_or_path = source.name
     return model.eval()
 
@@ -141,7 +156,7 @@ def _placement() -> tuple[torch.device, torch.dtype]:
 
 
 def _load_transformers(location: str | Path, name: str, **options: Any) -> tuple[Any, Any]:
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
@@ -150,15 +165,8 @@ def _load_transformers(location: str | Path, name: str, **options: Any) -> tuple
                 location, dtype=torch.float32, use_safetensors=True, **options
             )
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise _cannot_load(location, name, error) from error
+            raise cannot_load(location, name, error) from error
     return model, tokenizer
-
-
-def _cannot_load(location: str | Path, name: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-    if isinstance(location, Path):
-        return ModelError(f"cannot load the model {name}: {reason}")
-    return not_found(name, reason)
 
 
 def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
@@ -169,7 +177,7 @@ def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
         _clear_quantisation_marks(model)
         try:
             require_space(cached.parent, EXPANDED_PER_GGUF_BYTE * file.stat().st_size)
-            with _quiet_transformers(), staged_folder(cached) as folder:
+            with quiet_transformers(), staged_folder(cached) as folder:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
         except OutputError as error:
@@ -206,28 +214,3 @@ def cache_folder() -> Path:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars or advice from transformers inside the block; errors still raise.
-
-    Standard error is set aside because the GGUF reader's bar obeys no switch."""
-    # transformers imports torchao where it is installed, and torch has something to say about that.
-    pytree = logging.getLogger("torch.utils._pytree")
-    pytree_level = pytree.level
-    pytree.setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        pytree.setLevel(pytree_level)
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

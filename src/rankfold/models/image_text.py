@@ -1,0 +1,83 @@
+"""Base models that see images: transformers' own, and InternVL's original layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankfold.models.find import BaseSource, cannot_load
+from rankfold.models.internvl.config import is_original
+from rankfold.models.internvl.loading import load_original, load_original_processor, native_config_of
+from rankfold.models.processors import load_processor, sees_images
+from rankfold.models.quiet import quiet_transformers
+
+# What a model of the original layout needs of a hub repository: none of its Python files.
+ORIGINAL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+ORIGINAL_TEXT_FILES = ("*.json", "*.model", "*.txt")
+
+
+def image_text_config(source: BaseSource) -> Any:
+    """The native config of a model that sees images; None for any other.  Raises ModelError."""
+    with quiet_transformers():
+        from transformers import AutoConfig, PreTrainedConfig
+
+        try:
+            described, _ = PreTrainedConfig.get_config_dict(source.location)
+            if is_original(described):
+                return native_config_of(_folder(source, ORIGINAL_TEXT_FILES))
+            config = AutoConfig.from_pretrained(source.location)
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise cannot_load(source.location, source.name, error) from error
+    return config if sees_images(config) else None
+
+
+def load_image_text(source: BaseSource, config: Any) -> tuple[Any, Any]:
+    """The model in float32, and its processor.  Raises ModelError."""
+    with quiet_transformers():
+        from transformers import AutoModelForImageTextToText
+
+        try:
+            if _is_original(source):
+                return load_original(_folder(source, ORIGINAL_FILES), torch.float32)
+            model = AutoModelForImageTextToText.from_pretrained(
+                source.location, dtype=torch.float32, use_safetensors=True
+            )
+            return model, _processor(source, config)
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise cannot_load(source.location, source.name, error) from error
+
+
+def load_processor_of(source: BaseSource, config: Any) -> Any:
+    """The processor of a model that sees images, without its weights.  Raises ModelError."""
+    with quiet_transformers():
+        try:
+            if _is_original(source):
+                return load_original_processor(_folder(source, ORIGINAL_TEXT_FILES))
+            return _processor(source, config)
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise cannot_load(source.location, source.name, error) from error
+
+
+def _processor(source: BaseSource, config: Any) -> Any:
+    """The processor, whose tokenizer speaks in the template that knows of images."""
+    processor = load_processor(source.location, config)
+    if processor.chat_template:
+        processor.tokenizer.chat_template = processor.chat_template
+    return processor
+
+
+def _is_original(source: BaseSource) -> bool:
+    from transformers import PreTrainedConfig
+
+    return is_original(PreTrainedConfig.get_config_dict(source.location)[0])
+
+
+def _folder(source: BaseSource, files: tuple[str, ...]) -> Path:
+    """The folder of a model, fetched from the hub if it is not here: only ``files``."""
+    if isinstance(source.location, Path):
+        return source.location
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source.location, allow_patterns=list(files)))
