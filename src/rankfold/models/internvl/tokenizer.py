@@ -56,7 +56,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
     try:
         content = path.read_bytes()
         vocabulary = _vocabulary(content)
-    except (OSError, ValueError, IndexError, struct.error) as error:
+    except (OSError, ValueError, LookupError, struct.error) as error:
         raise ModelError(f"{path} cannot be read as a sentencepiece model: {error}") from error
     if not vocabulary.pieces or vocabulary.model_type != BPE_TYPE:
         raise ModelError(f"{path} is no sentencepiece model of byte pairs, which InternLM2's is")
