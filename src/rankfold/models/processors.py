@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ def without_video(kind: Any) -> Any:
     parts = [name for name in kind.get_attributes() if name != "video_processor"]
     if parts == kind.get_attributes():
         return kind
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: list(parts))})
+
+    @wraps(kind.__init__)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        kind.__init__(self, *args, **{"video_processor": None, **options})
+
+    own = {"__init__": init, "get_attributes": classmethod(lambda _: list(parts))}
+    return type(kind.__name__, (kind,), own)
 
 
 def most_tiles(processor: Any) -> int | None:
