@@ -19,7 +19,13 @@ CHATML = (
     "{%- endif -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-INTERNVL_WORDS = {290: "<|im_start|>", 291: "<|im_end|>", 297: "<img>", 298: "</img>", IMAGE_TOKEN: "<IMG_CONTEXT>"}
+INTERNVL_WORDS = {
+    290: "<|im_start|>",
+    291: "<|im_end|>",
+    297: "<img>",
+    298: "</img>",
+    IMAGE_TOKEN: "<IMG_CONTEXT>",
+}
 
 
 def byte_tokenizer(words: dict[int, str], **options: Any) -> Any:

@@ -114,7 +114,11 @@ def _gemma3() -> tuple[Any, Any]:
         image_token_index=299,
         mm_tokens_per_image=4,
     )
-    names = {"eoi_token": "<end_of_image>", "boi_token": "<start_of_image>", "image_token": "<image_soft_token>"}
+    names = {
+        "eoi_token": "<end_of_image>",
+        "boi_token": "<start_of_image>",
+        "image_token": "<image_soft_token>",
+    }
     words = dict(zip((297, 298, 299), names.values(), strict=True))
     tokenizer = byte_tokenizer(TURNS | words, extra_special_tokens=names)
     tokenizer.chat_template = template("<start_of_image>")

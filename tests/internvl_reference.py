@@ -248,10 +248,14 @@ class Original:
         fused = self.linear(f"{name}.attention.wqkv", self.rms(f"{name}.attention_norm", x, eps))
         fused = fused.unflatten(-1, (kv_heads, groups + 2, -1))  # batch, token, kv head, place, feature
         query = fused[..., :groups, :].flatten(2, 3)
-        x = x + self.linear(f"{name}.attention.wo", self.attention(query, fused[..., -2, :], fused[..., -1, :]))
+        x = x + self.linear(
+            f"{name}.attention.wo", self.attention(query, fused[..., -2, :], fused[..., -1, :])
+        )
         inner = self.rms(f"{name}.ffn_norm", x, eps)
         gate = F.silu(self.linear(f"{name}.feed_forward.w1", inner))
-        return x + self.linear(f"{name}.feed_forward.w2", gate * self.linear(f"{name}.feed_forward.w3", inner))
+        return x + self.linear(
+            f"{name}.feed_forward.w2", gate * self.linear(f"{name}.feed_forward.w3", inner)
+        )
 
     def qwen2_layer(self, name: str, x: Tensor) -> Tensor:
         eps = self.text["rms_norm_eps"]

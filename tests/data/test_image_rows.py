@@ -9,7 +9,8 @@ from image_bases import noise, write_original
 from internvl_reference import IMAGE_TOKEN
 from rankfold import load_base
 from rankfold.data.cache import encode_cached
-from rankfold.data.encode import IGNORE, encode, encode_all
+from rankfold.data.doctor import CheckRequest, check
+from rankfold.data.encode import IGNORE, encode, encode_all, marked_pieces
 from rankfold.data.example import Example, Image, Message
 from rankfold.data.image_batches import collate_images
 from rankfold.errors import DataError
@@ -109,8 +110,13 @@ def test_a_batch_of_text_rows_has_no_pixels(base, reader):
 def test_a_broken_image_is_named_with_its_row(base, reader, images, tmp_path):
     path = tmp_path / "broken.png"
     path.write_bytes(images[0].path.read_bytes()[:300])
-    rows = [talk((images[0], "\nWhat?"), "A cat."), talk((Image(path), "\nWhat?"), "?", origin="rows.jsonl:9")]
-    with pytest.raises(DataError, match=r"1 rows cannot be encoded:\n.*rows.jsonl:9: .*broken.png is no image"):
+    rows = [
+        talk((images[0], "\nWhat?"), "A cat."),
+        talk((Image(path), "\nWhat?"), "?", origin="rows.jsonl:9"),
+    ]
+    with pytest.raises(
+        DataError, match=r"1 rows cannot be encoded:\n.*rows.jsonl:9: .*broken.png is no image"
+    ):
         encode_all(rows, base.tokenizer, 1000, reader=reader)
 
 
@@ -167,6 +173,30 @@ def test_a_conversation_that_becomes_several_rows_has_in_each_the_images_before_
         ["wide.png", "small.png"],
     ]
     assert [row.input_ids.count(IMAGE_TOKEN) for row in rows] == [PER_TILE * 4, PER_TILE * 5]
+
+
+def test_the_proof_of_the_mask_folds_an_images_tokens(base, reader, images):
+    row = encode(talk((images[0], "\nWhat?"), "A cat."), base.tokenizer, reader=reader)
+    pieces = marked_pieces(row, base.tokenizer)
+    assert [trained for _, trained in pieces] == [False, True]
+    assert "<|im_start|>user\n<img><IMG_CONTEXT> x 16 </img>\nWhat?" in pieces[0][0]
+
+
+def test_the_doctor_counts_the_tokens_of_images_and_finds_broken_ones(tmp_path, write_rows, images):
+    folder = write_original(tmp_path / "base")
+    row = {"prompt": "<image>\nWhat?", "completion": "A cat.", "images": [str(images[0].path)]}
+    path = write_rows([row, {"prompt": "Hello", "completion": "Good day."}])
+    report = check(CheckRequest.of({"data": str(path), "model": str(folder)}))
+    assert report.status == 0, report.verdict
+    base = load_base(str(folder))
+    example = talk((images[0], "\nWhat?"), "A cat.")
+    assert report.lengths.longest == len(encode(example, base.tokenizer, reader=image_reader(base.processor)))
+    images[0].path.write_bytes(b"no image")
+    report = check(CheckRequest.of({"data": str(path), "model": str(folder)}))
+    assert report.status == 1
+    assert "1 of 2 rows cannot be used" in report.verdict
+    [finding] = [finding for finding in report.findings if finding.stops]
+    assert "wide.png is no image that can be read" in str(finding)
 
 
 def test_rows_with_images_are_not_kept_in_the_cache(images, monkeypatch, tmp_path):

@@ -58,7 +58,7 @@ def theirs(processor, example):
 
 
 def test_a_row_has_the_tokens_and_pixels_that_the_processor_gives_it(family, images):
-    name, model, processor = family
+    name, _, processor = family
     reader = image_reader(processor)
     for example in rows_of(images):
         expected = theirs(processor, example)

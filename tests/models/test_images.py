@@ -9,12 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import randomise, rankfold_command
 from image_bases import noise, write_original
-from rankfold import load_base
+from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
 from rankfold.errors import DataError
+from rankfold.models.generate import reply
 from rankfold.models.images import SizedImage, image_prompt, image_reader
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
-from rankfold.models.processors import set_most_tiles
+from rankfold.models.parts import adapter_scope
+from rankfold.models.processors import most_tiles, set_most_tiles
+from rankfold.models.sampling import Sampling
 
 SIDE, TOKENS = 28, 4  # of a tile, in pixels and in image tokens
 
@@ -186,3 +190,42 @@ def test_another_count_of_tiles_is_another_reader(base, tmp_path):
         reader = image_reader(base.processor)
         assert reader.tiles == most
         assert reader.expansion(image).count("<IMG_CONTEXT>") == tokens
+
+
+def test_an_adapter_carries_its_count_of_tiles_into_every_conversation(tmp_path):
+    folder = str(write_original(tmp_path / "base"))
+    base = load_base(folder)
+    model = get_peft_model(base.model, LoraConfig(r=2, **adapter_scope(base.model).options()))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter", facts={"image_tiles": 2})
+    tuned = load_tuned(tmp_path / "adapter", folder)
+    assert most_tiles(tuned.processor) == 2
+    assert most_tiles(load_base(folder).processor) == 12
+
+
+def test_a_model_answers_to_images_and_a_text_model_refuses_them(base, tmp_path, real_base):
+    set_most_tiles(base.processor, 12)
+    path = str(noise(tmp_path / "wide.png", 90, 30))
+    content = [{"type": "image", "path": path}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}]
+    answer = reply(base, messages, Sampling(max_new_tokens=3, temperature=0))
+    ids, inputs = image_prompt(base.processor, messages)
+    expected = base.model.generate(
+        input_ids=torch.tensor([ids]), max_new_tokens=3, do_sample=False, pad_token_id=291, **inputs
+    )
+    assert (
+        answer
+        == base.tokenizer.decode(expected[0, len(ids) :], skip_special_tokens=True).rstrip("\ufffd").strip()
+    )
+    with pytest.raises(DataError, match="this model cannot see them"):
+        reply(real_base, messages, Sampling(max_new_tokens=3, temperature=0))
+
+
+def test_the_command_shows_images(tmp_path):
+    folder = write_original(tmp_path / "base")
+    small = noise(tmp_path / "small.png", 20, 20)
+    words = ("generate", "--model", folder, "--prompt", "What?", "--max-new-tokens", "2", "--image")
+    done = rankfold_command(*words, small)
+    assert done.returncode == 0, done.stderr
+    failed = rankfold_command(*words, tmp_path / "gone.png")
+    assert (failed.returncode, failed.stderr) == (2, f"error: no such image: {tmp_path / 'gone.png'}\n")

@@ -30,7 +30,9 @@ def model_of(family):
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     torch.manual_seed(0)
-    return InternVLForConditionalGeneration(InternVLConfig(**native_config(tiny_config(), IMAGE_TOKEN))).eval()
+    return InternVLForConditionalGeneration(
+        InternVLConfig(**native_config(tiny_config(), IMAGE_TOKEN))
+    ).eval()
 
 
 @pytest.fixture(scope="module", params=["internvl", *FAMILIES])
@@ -62,7 +64,10 @@ def test_by_default_only_the_language_models_layers_are_meant(family, targets):
     assert scope.modules_to_save == []
     assert len(scope.told) == 3
     assert scope.told[0].startswith(f"language model ({PLACES[name][0]}): LoRA on 2 ")
-    assert scope.told[1:] == [f"projector ({PLACES[name][1]}): frozen", f"vision tower ({PLACES[name][2]}): frozen"]
+    assert scope.told[1:] == [
+        f"projector ({PLACES[name][1]}): frozen",
+        f"vision tower ({PLACES[name][2]}): frozen",
+    ]
 
 
 def test_peft_itself_would_match_the_tower_too(family):
@@ -70,7 +75,10 @@ def test_peft_itself_would_match_the_tower_too(family):
     name, model = family
     if name == "qwen2_5_vl":
         pytest.skip("its tower has one fused qkv, and no q_proj")
-    assert any(path.startswith(f"{PLACES[name][2]}.") for path in find_targets(model, LoraConfig(target_modules=["q_proj"])))
+    assert any(
+        path.startswith(f"{PLACES[name][2]}.")
+        for path in find_targets(model, LoraConfig(target_modules=["q_proj"]))
+    )
 
 
 def test_projector_and_tower_are_trained_on_request(family):
@@ -138,6 +146,8 @@ def test_a_text_model_is_all_language():
     scope = adapter_scope(model)
     assert matched(model, scope) == find_targets(model, LoraConfig(target_modules="all-linear"))
     assert scope.target_modules == LLAMA_LINEARS
-    assert scope.told == ["language model (the model): LoRA on 2 down_proj, 2 gate_proj, 2 k_proj, 2 o_proj, "
-                          "2 q_proj, 2 up_proj, 2 v_proj"]
+    assert scope.told == [
+        "language model (the model): LoRA on 2 down_proj, 2 gate_proj, 2 k_proj, 2 o_proj, "
+        "2 q_proj, 2 up_proj, 2 v_proj"
+    ]
     assert model_parts(nn.Linear(2, 2)) == ModelParts(("",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -14,6 +15,7 @@ from rankfold.models.images import ImageReader, SizedImage
 from rankfold.models.prompt import Piece, PromptEncoder, prompt_encoder
 
 IGNORE = -100  # the label of an untrained token, as in torch.nn.functional.cross_entropy
+REPEATED = re.compile(r"(<[^<>\s]+>)\1{3,}")
 EXAMPLES_AT_ONCE = 256  # rendered and tokenised together
 
 
@@ -42,8 +44,14 @@ def marked_pieces(row: EncodedRow, tokenizer: Any) -> list[tuple[str, bool]]:
     pieces = []
     for trained, group in groupby(zip(row.input_ids, row.labels, strict=True), lambda p: p[1] != IGNORE):
         ids = [token for token, _ in group]
-        pieces.append((tokenizer.decode(ids, clean_up_tokenization_spaces=False), trained))
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        pieces.append((_folded(text) if row.images else text, trained))
     return pieces
+
+
+def _folded(text: str) -> str:
+    """``text`` with an image's many equal tokens written once, and how many they are."""
+    return REPEATED.sub(lambda found: f"{found[1]} x {len(found[0]) // len(found[1]):,} ", text)
 
 
 def encode_all(

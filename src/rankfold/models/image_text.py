@@ -33,14 +33,22 @@ def image_text_config(source: BaseSource) -> Any:
     return config if sees_images(config) else None
 
 
+def original_config_of(source: BaseSource) -> dict[str, Any] | None:
+    """The ``config.json`` of a model in InternVL's original layout; None for any other."""
+    from transformers import PreTrainedConfig
+
+    described, _ = PreTrainedConfig.get_config_dict(source.location)
+    return dict(described) if is_original(described) else None
+
+
 def load_image_text(source: BaseSource, config: Any) -> tuple[Any, Any]:
     """The model in float32, and its processor.  Raises ModelError."""
     with quiet_transformers():
         from transformers import AutoModelForImageTextToText
 
         try:
-            if _is_original(source):
-                return load_original(_folder(source, ORIGINAL_FILES), torch.float32)
+            if original_config_of(source) is not None:
+                return load_original(_folder(source, ORIGINAL_FILES), config, torch.float32)
             model = AutoModelForImageTextToText.from_pretrained(
                 source.location, dtype=torch.float32, use_safetensors=True
             )
@@ -53,8 +61,8 @@ def load_processor_of(source: BaseSource, config: Any) -> Any:
     """The processor of a model that sees images, without its weights.  Raises ModelError."""
     with quiet_transformers():
         try:
-            if _is_original(source):
-                return load_original_processor(_folder(source, ORIGINAL_TEXT_FILES))
+            if original_config_of(source) is not None:
+                return load_original_processor(_folder(source, ORIGINAL_TEXT_FILES), config)
             return _processor(source, config)
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise cannot_load(source.location, source.name, error) from error
@@ -66,12 +74,6 @@ def _processor(source: BaseSource, config: Any) -> Any:
     if processor.chat_template:
         processor.tokenizer.chat_template = processor.chat_template
     return processor
-
-
-def _is_original(source: BaseSource) -> bool:
-    from transformers import PreTrainedConfig
-
-    return is_original(PreTrainedConfig.get_config_dict(source.location)[0])
 
 
 def _folder(source: BaseSource, files: tuple[str, ...]) -> Path:

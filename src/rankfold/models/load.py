@@ -19,6 +19,7 @@ from rankfold.models.facts import AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
 from rankfold.models.image_text import image_text_config, load_image_text, load_processor_of
 from rankfold.models.plain_template import plain_template
+from rankfold.models.processors import set_most_tiles
 from rankfold.models.quiet import quiet_transformers
 
 EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
@@ -87,6 +88,15 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     return tokenizer, longest_input(config)
 
 
+def load_processor(name: str) -> Any:
+    """The processor of a model that sees images, without its weights; None for any other.
+
+    Raises ModelError."""
+    source = find_base(name)
+    config = None if source.gguf_file is not None else image_text_config(source)
+    return None if config is None else load_processor_of(source, config)
+
+
 def longest_input(config: Any) -> int | None:
     """The longest input in tokens that a model with this config was made for, if the config says so."""
     longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -105,6 +115,8 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
         raise ModelError(f"{adapter} does not say which base model it belongs to; name it with --model")
     facts = AdapterFacts.read(Path(adapter))
     base = load_base(name)
+    if facts.image_tiles is not None and base.processor is not None:
+        set_most_tiles(base.processor, facts.image_tiles)  # as in training
     changed = tokenizer_changes(facts.tokenizer, base.tokenizer)
     if facts.chat_template:  # the adapter's counts, whatever template the base has by now
         base.tokenizer.chat_template = plain_template(facts.chat_template)

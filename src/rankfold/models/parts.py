@@ -132,8 +132,9 @@ def _nothing_there(
 ) -> str:
     elsewhere = [name for name in everywhere if any(_meant(entry, [name]) for entry in entries)] or everywhere
     places = {IN_WORDS.get(str(parts.part_of(name)), "head") for name in elsewhere}
+    where = " and ".join(IN_WORDS[part] for part in adapted)
     return (
-        f"target_modules matched nothing in the {' and '.join(IN_WORDS[part] for part in adapted)}: {entries}; "
+        f"target_modules matched nothing in the {where}: {entries}; "
         f"found in the {' and '.join(sorted(places))}, which must stand under train to be adapted"
     )
 

@@ -49,7 +49,7 @@ def without_video(kind: Any) -> Any:
 
 def most_tiles(processor: Any) -> int | None:
     """Into how many tiles an image is cut at most; None for a processor that does not count in tiles."""
-    images = getattr(processor, "image_processor", None)
+    images: Any = getattr(processor, "image_processor", None)
     return int(images.max_patches) if hasattr(images, "max_patches") else None
 
 

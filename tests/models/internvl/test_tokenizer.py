@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -74,7 +75,7 @@ def greedy(text: str) -> list[int]:
     scores = {piece: score for piece, score, kind in PIECES if kind == 1}
     parts = list(text.replace(" ", SPACE))
     while True:
-        joined = [left + right for left, right in zip(parts, parts[1:], strict=False)]
+        joined = [left + right for left, right in pairwise(parts)]
         known = [(-scores[word], place) for place, word in enumerate(joined) if word in scores]
         if not known:
             break

@@ -86,8 +86,12 @@ def test_grouped_rows_are_split_and_joined_for_every_count_of_heads(kv, groups, 
     # Row by row: the n-th query head of the g-th group stands n heads after the group's beginning.
     for g in range(kv):
         start = g * (groups + 2) * head
-        assert torch.equal(query[g * groups * head : (g + 1) * groups * head], fused[start : start + groups * head])
-        assert torch.equal(key[g * head : (g + 1) * head], fused[start + groups * head : start + (groups + 1) * head])
+        assert torch.equal(
+            query[g * groups * head : (g + 1) * groups * head], fused[start : start + groups * head]
+        )
+        assert torch.equal(
+            key[g * head : (g + 1) * head], fused[start + groups * head : start + (groups + 1) * head]
+        )
         assert torch.equal(value[g * head : (g + 1) * head], fused[start + (groups + 1) * head :][:head])
 
 

@@ -1,1 +1,1 @@
-"""InternVL's original layout, translated to transformers' native classes and back; none of its code is run."""
+"""InternVL's original layout, translated to native classes and back without running its code."""

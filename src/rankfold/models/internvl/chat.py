@@ -5,7 +5,8 @@ A template once used never changes, because adapters are trained in it: a better
 from __future__ import annotations
 
 SYSTEM_PROMPT = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+    "你是书生·万象，英文名是InternVL，"
+    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 # By the names under which the native processor asks its tokenizer for them.  Of a video's token it only

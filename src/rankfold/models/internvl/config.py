@@ -127,8 +127,9 @@ def original_config(native: Mapping[str, Any], chat: Mapping[str, Any]) -> Json:
     back = {new: old for old, new in VISION_NAMES.items()}
     tower = {back.get(name, name): value for name, value in native["vision_config"].items()}
     vision = {name: tower.get(name, default) for name, default in VISION_DEFAULTS.items()}
-    for side in ("image_size", "patch_size"):
-        vision[side] = vision[side][0] if isinstance(vision[side], list | tuple) else vision[side]
+    for name in ("image_size", "patch_size"):
+        side: Any = vision[name]
+        vision[name] = side[0] if isinstance(side, list | tuple) else side
     language = _internlm2_config(text) if architecture == INTERNLM2 else text
     return {
         **CHAT_DEFAULTS,
@@ -172,7 +173,7 @@ def _chat_problems(chat: Json, vision: Json) -> list[str]:
 
 def _language_problems(language: Mapping[str, Any]) -> list[str]:
     problems = []
-    names = language.get("architectures") or [None]
+    names: list[str] = language.get("architectures") or [""]
     if names[0] not in LANGUAGE_TYPES:
         problems.append(f"the language model is {names[0]!r}; known are {', '.join(LANGUAGE_TYPES)}")
     if language.get("rope_pos_id_version", "default") != "default":

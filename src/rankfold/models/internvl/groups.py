@@ -21,17 +21,22 @@ class Groups:
     head_dim: int
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """How many rows queries, keys and values have."""
+        narrow = self.kv_heads * self.head_dim
+        return self.heads * self.head_dim, narrow, narrow
+
+    @property
     def rows(self) -> int:
         """How many rows the fused matrix has."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        return sum(self.sizes)
 
     def split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (rows, ...) as queries (heads * head_dim, ...), keys and values (kv_heads * head_dim, ...)."""
         rest = fused.shape[1:]
         grouped = fused.reshape(self.kv_heads, self.heads // self.kv_heads + 2, self.head_dim, *rest)
         query, key, value = (
-            part.reshape(-1, *rest).contiguous()
-            for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])
+            part.reshape(-1, *rest).contiguous() for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])
         )
         return query, key, value
 

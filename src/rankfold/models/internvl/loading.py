@@ -20,18 +20,18 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 TURN_END = "<|im_end|>"
 
 
-def load_original(folder: Path, dtype: Any) -> tuple[Any, Any]:
-    """The model in ``dtype`` and the processor of a folder of the original layout.
+def load_original(folder: Path, config: Any, dtype: Any) -> tuple[Any, Any]:
+    """The model in ``dtype`` and the processor of a folder of the original layout, ``config`` its native one.
 
     The Python files in the folder are not looked at.  Raises ModelError naming all that is missing, of
     another shape, or has no place in the native classes."""
     from transformers import InternVLForConditionalGeneration
 
-    processor = load_original_processor(folder)
-    config = native_config_of(folder)
+    processor = load_original_processor(folder, config)
     layout = layout_of(config.to_dict(), is_internlm2(read_config(folder)))
     state = dict(to_native(stored_tensors(folder), layout))
-    model, told = InternVLForConditionalGeneration.from_pretrained(
+    kind: Any = InternVLForConditionalGeneration
+    model, told = kind.from_pretrained(
         None,
         config=config,
         state_dict=state,
@@ -39,7 +39,11 @@ def load_original(folder: Path, dtype: Any) -> tuple[Any, Any]:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, with all else that is wrong
     )
-    wrong = [f"{kind.replace('_', ' ')}: {each}" for kind, found in told.items() for each in sorted(map(str, found))]
+    wrong = [
+        f"{fault.replace('_', ' ')}: {each}"
+        for fault, found in told.items()
+        for each in sorted(map(str, found))
+    ]
     if wrong:
         raise ModelError(bullet_list(f"the weights in {folder} are not those of its config:", wrong))
     model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(TURN_END)
@@ -60,13 +64,12 @@ def native_config_of(folder: Path) -> Any:
     return InternVLConfig(**native_config(original, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
 
 
-def load_original_processor(folder: Path) -> Any:
+def load_original_processor(folder: Path, config: Any) -> Any:
     """The native processor of a folder of the original layout; it cuts images as the original config says."""
     from transformers import InternVLProcessor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    original, config = read_config(folder), native_config_of(folder)
-    chat = {**CHAT_DEFAULTS, **original}
+    chat = {**CHAT_DEFAULTS, **read_config(folder)}
     side = chat["force_image_size"] or config.vision_config.image_size[0]
     tiles = (chat["min_dynamic_patch"], chat["max_dynamic_patch"]) if chat["dynamic_image_size"] else (1, 1)
     images = GotOcr2ImageProcessorPil(
@@ -79,9 +82,7 @@ def load_original_processor(folder: Path) -> Any:
     )
     tokenizer = load_original_tokenizer(folder)
     kind = without_video(InternVLProcessor)
-    processor = kind(
-        image_processor=images, tokenizer=tokenizer, image_seq_length=config.image_seq_length
-    )
+    processor = kind(image_processor=images, tokenizer=tokenizer, image_seq_length=config.image_seq_length)
     processor.chat_template = tokenizer.chat_template
     return processor
 

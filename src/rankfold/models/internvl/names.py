@@ -20,9 +20,7 @@ INTERNLM2_LAYER, TEXT_LAYER = "language_model.model.layers.N.", "model.language_
 VISION: Mapping[str, tuple[str, ...]] = {
     "vision_model.embeddings.class_embedding": ("model.vision_tower.embeddings.cls_token",),
     "vision_model.embeddings.position_embedding": ("model.vision_tower.embeddings.position_embeddings",),
-    "vision_model.embeddings.patch_embedding": (
-        "model.vision_tower.embeddings.patch_embeddings.projection",
-    ),
+    "vision_model.embeddings.patch_embedding": ("model.vision_tower.embeddings.patch_embeddings.projection",),
     f"{VISION_LAYER}attn.qkv": tuple(f"{TOWER_LAYER}attention.{part}_proj" for part in "qkv"),
     f"{VISION_LAYER}attn.q_norm": (f"{TOWER_LAYER}attention.q_norm",),
     f"{VISION_LAYER}attn.k_norm": (f"{TOWER_LAYER}attention.k_norm",),

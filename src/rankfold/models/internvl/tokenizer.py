@@ -26,7 +26,7 @@ DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_
 
 @dataclass
 class Vocabulary:
-    """What a sentencepiece file says: pieces with scores and types, and whether a text begins with a space."""
+    """What a sentencepiece file says: pieces with scores and types, and whether texts begin with a space."""
 
     pieces: list[tuple[str, float, int]] = field(default_factory=list)
     model_type: int = 1
@@ -132,7 +132,9 @@ def _build(
 ) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-    names = [added[n]["content"] if n in added else piece for n, (piece, _, _) in enumerate(vocabulary.pieces)]
+    names = [
+        added[n]["content"] if n in added else piece for n, (piece, _, _) in enumerate(vocabulary.pieces)
+    ]
     words = {name: number for number, name in enumerate(names)}
     model = models.BPE(
         words, merges_of(vocabulary), unk_token=specials["unk_token"], fuse_unk=True, byte_fallback=True
@@ -145,7 +147,9 @@ def _build(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     for number in sorted(added):
-        fields = {key: added[number][key] for key in ("lstrip", "rstrip", "single_word") if key in added[number]}
+        fields = {
+            key: added[number][key] for key in ("lstrip", "rstrip", "single_word") if key in added[number]
+        }
         token = AddedToken(added[number]["content"], special=True, normalized=False, **fields)
         tokenizer.add_special_tokens([token])
         if tokenizer.token_to_id(token.content) != number:
