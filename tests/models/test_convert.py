@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from conftest import randomise, rankfold_command
 from image_bases import write_original
 from internvl_reference import IMAGE_TOKEN, Original, tiny_config, tiny_tensors
-from rankfold import LoraConfig, PeftModel, get_peft_model, load_base
+from rankfold import LoraConfig, PeftModel, get_peft_model, load_base, load_tuned
 from rankfold.errors import AdapterError, ConfigError, ModelError, OutputError
 from rankfold.models.convert import convert_adapter
 
@@ -325,6 +325,16 @@ def test_an_adapter_of_another_base_is_refused_by_name(folders, tmp_path):
     )
     with pytest.raises(AdapterError, match="has lora_B.weight, and not both factors"):
         convert_adapter(tmp_path / "b", tmp_path / "out", "hf")
+
+
+def test_an_adapter_under_the_originals_names_is_loaded_as_it_is(folders, tmp_path):
+    base = folders["internlm2"]
+    original_adapter(tmp_path / "original", base, [f"{layer}.attention.wqkv" for layer in LAYERS])
+    tuned = load_tuned(tmp_path / "original")
+    with torch.no_grad():
+        found = tuned.model(input_ids=inputs()[0], pixel_values=inputs()[1]).logits
+    expected = merged_original(base, tmp_path / "original").logits(*inputs())
+    torch.testing.assert_close(found, expected, rtol=3e-4, atol=3e-4)
 
 
 def test_the_command_says_what_it_did(folders, tmp_path):

@@ -151,3 +151,30 @@ def test_a_text_model_is_all_language():
         "2 q_proj, 2 up_proj, 2 v_proj"
     ]
     assert model_parts(nn.Linear(2, 2)) == ModelParts(("",))
+
+
+def test_the_true_8b_has_the_adapter_size_that_was_worked_out_by_hand():
+    """Rank 16 on all matrices: 41.9 million parameters under the native names, 37.7 under the original's
+    where queries, keys and values share a factor."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    text = {"vocab_size": 92553, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+    tower = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
+    tower |= {"image_size": 448, "patch_size": 14}
+    config = tiny_config(force_image_size=448)
+    config["llm_config"] |= text
+    config["vision_config"] |= tower
+    native = native_config(config, 92546)
+    assert native["image_seq_length"] == 256
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(InternVLConfig(**native))
+    scope = adapter_scope(model)
+    layers = [model.get_submodule(name) for name in matched(model, scope)]
+    assert sum(16 * (layer.in_features + layer.out_features) for layer in layers) == 41_943_040
+    assert sum(p.numel() for p in model.parameters()) == 8_075_365_376

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
@@ -60,6 +62,17 @@ def convert_adapter(
     save_adapter(translated.tensors, translated.config, out, facts, facts.base)
     targets = list(translated.config.target_modules or ())
     return Conversion(out, targets, _told(translated, layout, common_rank))
+
+
+@contextmanager
+def natively_named(adapter: Path, model: str) -> Iterator[Path]:
+    """The folder of ``adapter`` if transformers' names are in it, else one that is converted for as long as
+    the block lasts.  Raises AdapterError or ModelError."""
+    if layout_of_adapter(read_weights(adapter)[0]) == "hf":
+        yield adapter
+        return
+    with TemporaryDirectory() as folder:
+        yield convert_adapter(adapter, Path(folder) / "native", "hf", model=model).out
 
 
 def _base(name: str) -> tuple[Any, bool | None]:

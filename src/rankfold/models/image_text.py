@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from rankfold.models.find import BaseSource, cannot_load
-from rankfold.models.internvl.config import is_original
+from rankfold.models.internvl.chat import SYSTEM_PROMPT
+from rankfold.models.internvl.config import NATIVE_TYPE, is_original
 from rankfold.models.internvl.loading import load_original, load_original_processor, native_config_of
 from rankfold.models.processors import load_processor, sees_images
 from rankfold.models.quiet import quiet_transformers
@@ -66,6 +67,20 @@ def load_processor_of(source: BaseSource, config: Any) -> Any:
             return _processor(source, config)
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise cannot_load(source.location, source.name, error) from error
+
+
+def is_internvl(model: Any) -> bool:
+    return bool(model.config.model_type == NATIVE_TYPE)
+
+
+def prompt_notes(config: Any, tokenizer: Any) -> list[str]:
+    """What a user should know of the model's chat template."""
+    if config.model_type != NATIVE_TYPE or SYSTEM_PROMPT in str(tokenizer.chat_template):
+        return []
+    return [
+        "the chat template of this InternVL has no system prompt of its own; versions 2.5 and 3 were trained "
+        f"with one in their original layout: {SYSTEM_PROMPT}"
+    ]
 
 
 def _processor(source: BaseSource, config: Any) -> Any:

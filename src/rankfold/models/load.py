@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,16 @@ from rankfold.errors import ConfigError, ModelError, OutputError
 from rankfold.files import require_space, staged_folder
 from rankfold.lora import LoraConfig, PeftModel
 from rankfold.lora.stored import AdapterSource, Fault
+from rankfold.models.convert import natively_named
 from rankfold.models.facts import AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
-from rankfold.models.image_text import image_text_config, load_image_text, load_processor_of
+from rankfold.models.image_text import (
+    image_text_config,
+    is_internvl,
+    load_image_text,
+    load_processor_of,
+    prompt_notes,
+)
 from rankfold.models.plain_template import plain_template
 from rankfold.models.processors import set_most_tiles
 from rankfold.models.quiet import quiet_transformers
@@ -55,6 +63,7 @@ def load_base(name: str) -> Base:
     elif (config := image_text_config(source)) is not None:
         model, processor = load_image_text(source, config)
         tokenizer = processor.tokenizer
+        notes += prompt_notes(config, tokenizer)
     else:
         model, tokenizer = _load_transformers(source.location, source.name)
     _check_vocabulary(model, tokenizer, name)
@@ -128,7 +137,8 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
             "(--allow base) to use it all the same"
         )
     base.notes += [f"the tokenizer has another {part} than in training" for part in changed]
-    base.model = PeftModel.from_pretrained(base.model, adapter, allow=allow).merge_and_unload()
+    with natively_named(Path(adapter), name) if is_internvl(base.model) else nullcontext(adapter) as folder:
+        base.model = PeftModel.from_pretrained(base.model, folder, allow=allow).merge_and_unload()
     base.prompt_style = facts.prompt_style
     return base
 

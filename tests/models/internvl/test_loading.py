@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from image_bases import byte_tokenizer, noise, write_original
+from image_bases import CHATML, byte_tokenizer, noise, write_original
 from internvl_reference import Original, tiny_config, tiny_tensors
 from rankfold import load_base
 from rankfold.errors import ModelError
@@ -43,6 +43,16 @@ def test_a_native_folder_is_loaded_with_its_processor(tmp_path):
     assert base.processor.image_processor.to_dict() == original.processor.image_processor.to_dict()
     assert base.tokenizer.chat_template == original.tokenizer.chat_template
     assert most_tiles(base.processor) == 12
+    assert base.notes == []
+
+
+def test_a_template_without_the_system_prompt_is_told(tmp_path):
+    original = load_base(str(write_original(tmp_path / "original")))
+    original.model.save_pretrained(tmp_path / "hf")
+    original.processor.chat_template = original.tokenizer.chat_template = CHATML
+    original.processor.save_pretrained(tmp_path / "hf")
+    [note] = load_base(str(tmp_path / "hf")).notes
+    assert "has no system prompt of its own" in note
 
 
 def test_weights_in_several_files_are_read_in_all_of_them(tmp_path):
