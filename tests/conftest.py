@@ -105,6 +105,10 @@ def randomise(model: nn.Module, seed: int = 1) -> None:
 
 
 def rankfold_command(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    """Run the installed command as a user would."""
-    command = [str(Path(sys.executable).with_name("rankfold")), *map(str, arguments)]
+    return installed_command("rankfold", *arguments, **options)
+
+
+def installed_command(name: str, *arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    """Run an installed command as a user would."""
+    command = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)

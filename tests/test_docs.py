@@ -1,8 +1,8 @@
 """Every example in the documents runs as written, and both READMEs say the same.
 
-A ``python`` block runs in the namespace of its page; the ``$ rankfold`` lines of a ``console`` block run as
-commands; a block ``jsonl NAME`` is written to that file first.  A ``text`` block after a python block is what
-it must print.  ``<!-- slow -->`` before a block leaves it to ``make test-all``."""
+A ``python`` block runs in the namespace of its page; the ``$ rankfold`` and ``$ torchrun`` lines of a
+``console`` block run as commands; a block ``jsonl NAME`` is written to that file first.  A ``text`` block
+after a python block is what it must print.  ``<!-- slow -->`` before one leaves it to ``make test-all``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from conftest import rankfold_command
+from conftest import installed_command
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
@@ -52,13 +52,13 @@ def require_match(wanted: str, got: str, place: str) -> None:
 
 
 def run_console(block: Block) -> None:
-    """Run each ``$ rankfold`` line; what follows it, up to the next ``$``, is what it must print, on
+    """Run each such line; what follows it, up to the next ``$``, is what it must print, on
     standard error and with exit status 2 if that begins with ``error:``."""
     for entry in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
         line, _, wanted = entry.partition("\n")
         program, *arguments = shlex.split(line, comments=True)
-        if program == "rankfold":
-            run = rankfold_command(*arguments, input="")
+        if program in ("rankfold", "torchrun"):
+            run = installed_command(program, *arguments, input="")
             fails = wanted.startswith("error:")
             assert run.returncode == (2 if fails else 0), f"{block.place}: {line}: {run.stderr}"
             if wanted.strip():

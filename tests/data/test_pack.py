@@ -18,6 +18,7 @@ from rankfold.data.batches import MICRO_BATCH_TOKENS
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.data.pack import Batching, blocks, choose_batching, collate_packed, operations, why_not_packed
 from rankfold.errors import ConfigError
+from rankfold.models.rows_apart import NAME, attend_rows_apart
 from rankfold.train.objectives import token_losses
 
 WAYS = ["packed", "padded"]
@@ -57,18 +58,22 @@ def assert_same(
         assert (got[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "rows apart"])
 @pytest.mark.parametrize("kind", WAYS)
 def test_gradients_are_those_of_rows_one_by_one(kind, attention):
     rows = make_rows(9, 12, 2, 17, 12, 5)
     models = [tiny_llama(), tiny_llama()]
-    for model in models:
-        model.set_attn_implementation(attention)
+    if attention == "rows apart":
+        assert attend_rows_apart(models[0]) == ""
+    else:
+        for model in models:
+            model.set_attn_implementation(attention)
     assert_same(gradients(models[0], rows, kind), one_by_one(models[1], rows))
 
 
 def test_gradients_of_the_real_model_are_the_same_packed_padded_and_one_by_one(fresh_base):
     """Thirty layers multiply the rounding errors of two."""
+    attend_rows_apart(fresh_base.model)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(fresh_base.model, config)
     randomise(model)
@@ -159,13 +164,33 @@ def test_a_model_that_keeps_rows_apart_may_be_packed(dtype):
     assert choose_batching(model, make_rows(30, 3), 2, 0, "packed") == Batching("packed", "as given")
 
 
-def test_rows_of_like_length_are_padded_and_rows_of_spread_length_are_packed(real_base):
-    like = choose_batching(real_base.model, make_rows(*[150, 152] * 40), 8, 0)
+def test_on_a_cpu_rows_are_packed_and_attended_to_one_by_one(fresh_base):
+    rows = make_rows(24, 200, 300, 500)
+    chosen = choose_batching(fresh_base.model, rows, 4, 0)
+    assert chosen.kind == "packed"
+    # 900 + 500 tokens against 1,024; 30 layers of 576 features; 106.2 million weights a token
+    padded, packed = (
+        sum(n * (2 * 106.2e6 + 4 * 30 * 576 * length) for n, length in shapes)
+        for shapes in ([(900, 300), (500, 500)], [(len(row), len(row)) for row in rows])
+    )
+    assert (
+        f"26.9% of padded batches is padding, and packed blocks take {packed / padded:.2f}" in chosen.reason
+    )
+    assert fresh_base.model.config._attn_implementation == NAME
+    even = choose_batching(fresh_base.model, make_rows(*[150] * 40), 8, 0)
+    assert even == Batching(
+        "packed", "0.0% of padded batches is padding, and packed blocks take 1.00 times their arithmetic"
+    )
+
+
+def test_under_a_mask_rows_of_like_length_are_padded_and_rows_of_spread_length_are_packed(fresh_base):
+    model = fresh_base.model
+    model.set_attn_implementation("eager")
+    like = choose_batching(model, make_rows(*[150, 152] * 40), 8, 0)
     assert like.kind == "padded"
     assert "0.1% of padded batches is padding, and packed blocks take 1.19 times" in like.reason
-    spread = choose_batching(real_base.model, make_rows(24, 200, 300, 500), 4, 0)
+    spread = choose_batching(model, make_rows(24, 200, 300, 500), 4, 0)
     assert spread.kind == "packed"
-    # 900 + 500 tokens against 1,024; 30 layers of 576 features; 106.2 million weights a token
     padded, packed = (
         sum(n * (2 * 106.2e6 + 4 * 30 * 576 * length) for n, length in shapes)
         for shapes in ([(900, 300), (500, 500)], [(1024, 1024)])

@@ -28,13 +28,18 @@ def make(step: int) -> Checkpoint:
         step=step,
         trained={"a.lora_B.weight": torch.randn(4, 3, generator=generator)},
         optimiser={"a.lora_B.weight.exp_avg": torch.randn(4, 3, generator=generator)},
-        random={"cpu": torch.randint(0, 255, (64,), dtype=torch.uint8, generator=generator)},
+        best={"a.lora_B.weight": torch.randn(4, 3, generator=generator)},
         state={"best": 1 / 3},
     )
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
-    groups = [(one.trained, other.trained), (one.optimiser, other.optimiser), (one.random, other.random)]
+    groups = [
+        (one.trained, other.trained),
+        (one.optimiser, other.optimiser),
+        (one.averaged, other.averaged),
+        (one.best, other.best),
+    ]
     tensors = all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in groups)
     return tensors and (one.step, one.state) == (other.step, other.state)
 
@@ -78,7 +83,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-FILES = ["MANIFEST.json", "optimiser.safetensors", "random.safetensors", "state.json", "trained.safetensors"]
+FILES = ["MANIFEST.json", "optimiser.safetensors", "best.safetensors", "state.json", "trained.safetensors"]
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "flipped bit", "missing"])
@@ -196,3 +201,25 @@ def test_a_damaged_one_gives_way_when_its_step_is_reached_again(tmp_path):
     truncate(save_checkpoint(tmp_path, make(3), keep=1) / "state.json")
     save_checkpoint(tmp_path, make(3), keep=1)
     assert same(latest_checkpoint(tmp_path)[0], make(3))
+
+
+def test_one_of_version_1_is_read_without_the_random_states_it_carried():
+    """A folder as version 1 wrote it, file by file."""
+    checkpoint = read_checkpoint(Path(__file__).parent / "checkpoint-1" / "step-00000002")
+    assert (checkpoint.step, checkpoint.version, checkpoint.state) == (2, 1, {})
+    assert torch.equal(checkpoint.trained["a.lora_B.weight"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert set(checkpoint.optimiser) == {"a.lora_B.weight.exp_avg"}
+    assert not checkpoint.best
+    assert not checkpoint.averaged
+
+
+def test_moments_may_be_lacking_only_where_that_is_allowed(tmp_path):
+    save_checkpoint(tmp_path, make(1), keep=2)
+    folder = save_checkpoint(tmp_path, make(2), keep=2)
+    truncate(folder / "optimiser.safetensors")
+    assert latest_checkpoint(tmp_path)[0].step == 1
+    checkpoint, passed_over = latest_checkpoint(tmp_path, may_lack=("optimiser",))
+    assert checkpoint.step == 2
+    assert checkpoint.trained
+    assert not checkpoint.optimiser
+    assert passed_over == []

@@ -39,7 +39,7 @@ IDENTITY = {
     "train_rows": "a",
     "held_out_rows": "b",
     "base": {"shapes": "c", "values": "d", "storage": "bfloat16"},
-    "versions": {"rankfold": "0.1", "torch": "2.13"},
+    "computed_by": {"rankfold": "0.1", "torch": "2.13"},
 }
 
 
@@ -50,7 +50,7 @@ def test_everything_that_has_changed_is_listed():
 
 
 def test_other_versions_are_told_and_accepted():
-    now = IDENTITY | {"versions": {"rankfold": "0.1", "torch": "2.14"}}
+    now = IDENTITY | {"computed_by": {"rankfold": "0.1", "torch": "2.14"}}
     assert refuse_other_identity(IDENTITY, now, Path("run")) == [
         "not bit for bit what it would have been: torch 2.13 -> 2.14"
     ]

@@ -9,7 +9,9 @@ from conftest import tiny_llama
 from rankfold import Recipe
 from rankfold.data import cache
 from rankfold.errors import ConfigError, DataError
+from rankfold.models.precision import Precision
 from rankfold.train.plan import make_plan, read_data
+from rankfold.train.processes import Processes
 from rankfold.train.report import setting_rows
 
 
@@ -23,7 +25,7 @@ def recipe(tiny_folder, write_rows, joke_rows, tmp_path):
 
 
 def plan_of(recipe: Recipe):
-    return make_plan(recipe, read_data(recipe))
+    return make_plan(recipe, read_data(recipe), Precision.of("float32"), Processes())
 
 
 def test_a_plan_changes_no_weight_and_starts_as_the_base(recipe):

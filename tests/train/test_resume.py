@@ -35,6 +35,7 @@ def options(tiny_folder, joke_rows, tmp_path_factory):
         "dropout": 0.2,
         "learning_rate": 1e-2,
         "samples": 0,
+        "precision": "float32",
         "save_every_steps": 1,
     }
 

@@ -28,7 +28,7 @@ def recipe(tiny_folder, write_rows, joke_rows, tmp_path):
         settings = {"model": str(tiny_folder), "out": tmp_path / "run", "epochs": 1}
         if "data" not in options:
             settings["data"] = write_rows(joke_rows)
-        return Recipe.of(settings | {"learning_rate": 1e-2, "samples": 1} | options)
+        return Recipe.of(settings | {"learning_rate": 1e-2, "samples": 1, "precision": "float32"} | options)
 
     return make
 

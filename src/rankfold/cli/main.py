@@ -62,7 +62,8 @@ def main() -> None:
         error.show()
         status = error.exit_code
     except RankfoldError as error:
-        click.echo(f"error: {error}", err=True)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first tells it
+            click.echo(f"error: {error}", err=True)
         status = RUN_STOPPED if isinstance(error, TrainingError) else USER_MISTAKE
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)

@@ -47,7 +47,7 @@ class TerminalListener(Listener):
         self.console.print(f"... {stage}", style="dim")
         if self.live and stage == "training":
             self.progress = _progress_bar(self.console)
-            self.task = self.progress.add_task("", total=None, loss="", speed="")
+            self.task = self.progress.add_task("", total=None, loss="", pace="")
             self.progress.start()
 
     def on_plan(self, plan: Plan) -> None:
@@ -57,16 +57,23 @@ class TerminalListener(Listener):
         self.steps += 1
         self.seconds += record.seconds
         self.tokens += record.tokens
-        speed = self.tokens / self.seconds
+        speed, memory = f"{self.tokens / self.seconds:,.0f} tokens/s", f"{record.memory_bytes / 1e9:.1f} GB"
         if self.progress is not None:
-            loss, pace = f"loss {record.loss:.3f}", f"{speed:,.0f} tokens/s"
-            self.progress.update(self.task, total=record.steps, completed=record.step, loss=loss, speed=pace)
+            loss = f"loss {record.loss:.3f}"
+            self.progress.update(
+                self.task, total=record.steps, completed=record.step, loss=loss, pace=f"{speed}  {memory}"
+            )
         elif record.step % max(1, record.steps // PLAIN_LINES) == 0 or record.step in (1, record.steps):
             left = self.seconds / self.steps * (record.steps - record.step)
             self.console.print(
                 f"step {record.step}/{record.steps}  loss {record.loss:.3f}  "
-                f"{speed:,.0f} tokens/s  {left:,.0f} s left"
+                f"{speed}  {memory}  {left:,.0f} s left"
             )
+        if record.held_out_loss is not None:
+            self.console.print(f"after step {record.step}: held-out loss {record.held_out_loss:.4f}")
+        for prompt, answer in record.answers.items():
+            self.console.print(f"  {prompt}", style="dim")
+            self.console.print(f"    {' '.join(answer.split())}")
 
     def on_stopping(self) -> None:
         # A signal calls this, perhaps in the middle of a print: the console would write its line twice.
@@ -180,7 +187,7 @@ def _progress_bar(console: Console) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[pace]}"),
         TimeRemainingColumn(),
         console=console,
     )

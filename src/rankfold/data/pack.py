@@ -14,6 +14,7 @@ from torch import Tensor
 from rankfold.data.batches import MICRO_BATCH_TOKENS, MicroBatch, collate, epoch_steps, micro_batches
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.errors import ConfigError
+from rankfold.models.rows_apart import attend_rows_apart
 
 Kind = Literal["packed", "padded"]
 
@@ -73,10 +74,12 @@ def choose_batching(
 ) -> Batching:
     """Packed or padded, whichever takes less arithmetic with this ``model`` (without its adapter) on these
     rows, or as ``given``.  Packed is chosen only if the model keeps packed rows apart, which is tried.
+    Unless padded is given, the model attends to packed rows one by one from then on, if it can.
 
     Raises ConfigError if packed is ``given`` and the model mixes the rows."""
     if given == "padded":
         return Batching("padded", "as given")
+    masked = attend_rows_apart(model)
     if mixed := why_not_packed(model, rows[0]):
         if given == "packed":
             raise ConfigError(f"rows cannot be packed: {mixed}; use --batching padded")
@@ -85,21 +88,24 @@ def choose_batching(
         return Batching("packed", "as given")
     steps = list(islice(epoch_steps(rows, rows_per_step, seed), SAMPLED_STEPS))
     padded = [(len(group), max(map(len, group))) for step in steps for group in micro_batches(step)]
-    packed = [(1, sum(map(len, group))) for step in steps for group in blocks(step)]
+    if masked:
+        packed = [(1, sum(map(len, group))) for step in steps for group in blocks(step)]
+    else:
+        packed = [(1, len(row)) for step in steps for row in step]
     costs = [operations(model, shapes) for shapes in (padded, packed)]
     tokens = sum(map(len, (row for step in steps for row in step)))
     waste = 1 - tokens / sum(count * length for count, length in padded)
     ratio = (
         f"{waste:.1%} of padded batches is padding, and packed blocks take {costs[1] / costs[0]:.2f} times"
     )
-    return Batching("packed" if costs[1] < costs[0] else "padded", f"{ratio} their arithmetic")
+    return Batching("packed" if costs[1] <= costs[0] else "padded", f"{ratio} their arithmetic")
 
 
 def operations(model: Any, shapes: list[tuple[int, int]]) -> float:
     """Multiplications and additions of a forward over batches of (rows, length): two for each weight and
-    token, and the attention of each token to every token of its row or block, since that is what a masked
-    attention computes (Kaplan et al. 2020, arXiv 2001.08361, table 1).  The head is left out: it sees as many
-    trained tokens either way."""
+    token, and the attention of each token to every token of its row, or of its block where that is masked,
+    since the hidden pairs are computed too (Kaplan et al. 2020, arXiv 2001.08361, table 1).  The head is
+    left out: it sees as many trained tokens either way."""
     config = model.config.get_text_config()
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     left_out = {id(weight) for end in ends if end is not None for weight in end.parameters()}

@@ -243,8 +243,9 @@ class PeftModel(nn.Module):
         of twice the rank, which makes the tuned model of the base as it was.
 
         ``rankfold.json`` beside them holds what lets a later load tell that all is as it was; ``facts``
-        are fields of AdapterFacts to put into it.  No model card (README.md) is written.  Words of PEFT
-        that are not named here change nothing: the file is always one, and always safetensors."""
+        are fields of AdapterFacts to put into it, such as ``base``, the base's fingerprint, where it is known
+        because the base has been cut among processes since.  No model card (README.md) is written.  Words of
+        PEFT that are not named here change nothing: the file is always one, and always safetensors."""
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._check_known(names)
         initial = path_initial_model_for_weight_conversion

@@ -42,7 +42,9 @@ def save_from(
         known = dataclasses.replace(wrapped.adapter_facts.get(name, AdapterFacts()), **facts)
         complete = tensors | embedding_tensors(model, name, config, save_embeddings)
         place = folder if name == "default" else folder / name
-        save_adapter(complete, config, place, known, base_fingerprint(wrapped, name, complete))
+        save_adapter(
+            complete, config, place, known, facts.get("base") or base_fingerprint(wrapped, name, complete)
+        )
         wrapped.adapter_facts[name] = known
 
 

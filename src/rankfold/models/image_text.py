@@ -42,16 +42,16 @@ def original_config_of(source: BaseSource) -> dict[str, Any] | None:
     return dict(described) if is_original(described) else None
 
 
-def load_image_text(source: BaseSource, config: Any) -> tuple[Any, Any]:
-    """The model in float32, and its processor.  Raises ModelError."""
+def load_image_text(source: BaseSource, config: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model in ``dtype``, and its processor.  Raises ModelError."""
     with quiet_transformers():
         from transformers import AutoModelForImageTextToText
 
         try:
             if original_config_of(source) is not None:
-                return load_original(_folder(source, ORIGINAL_FILES), config, torch.float32)
+                return load_original(_folder(source, ORIGINAL_FILES), config, dtype)
             model = AutoModelForImageTextToText.from_pretrained(
-                source.location, dtype=torch.float32, use_safetensors=True
+                source.location, dtype=dtype, use_safetensors=True
             )
             return model, _processor(source, config)
         except Exception as error:  # a damaged file raises whatever its reader happens to raise

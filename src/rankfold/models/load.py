@@ -27,6 +27,7 @@ from rankfold.models.image_text import (
     prompt_notes,
 )
 from rankfold.models.plain_template import plain_template
+from rankfold.models.precision import Precision, default_device, held_notes, hold_in
 from rankfold.models.processors import set_most_tiles
 from rankfold.models.quiet import quiet_transformers
 
@@ -47,30 +48,33 @@ class Base:
     processor: Any = None
 
 
-def load_base(name: str) -> Base:
-    """Load ``name`` (see ``find_base``) in float32 on a CPU, bfloat16 on a GPU that computes in it.
+def load_base(name: str, precision: Precision | None = None) -> Base:
+    """Load ``name`` (see ``find_base``) as ``precision`` says, by default in float32 on a CPU, in bfloat16
+    on a GPU that computes in it.
 
     A GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
     ``~/.cache/rankfold``), because reading it takes far longer than reading the result.
     Only safetensors and GGUF weights are read, and no code from a model folder is run.
 
-    Raises ModelError."""
+    Raises ModelError, also if a weight is too large for float16."""
     source = find_base(name)
     notes: list[str] = []
     processor = None
+    config = None if source.gguf_file is not None else image_text_config(source)
+    dtype = precision.storage if precision else _usual_storage()
     if source.gguf_file is not None:
-        model, tokenizer = _load_gguf(source.gguf_file, notes)
-    elif (config := image_text_config(source)) is not None:
-        model, processor = load_image_text(source, config)
+        model, tokenizer = _load_gguf(source.gguf_file, dtype, notes)
+    elif config is not None:
+        model, processor = load_image_text(source, config, dtype)
         tokenizer = processor.tokenizer
         notes += prompt_notes(config, tokenizer)
     else:
-        model, tokenizer = _load_transformers(source.location, source.name)
+        model, tokenizer = _load_transformers(source.location, source.name, dtype)
     _check_vocabulary(model, tokenizer, name)
+    if precision:
+        notes += held_notes(model, _comes_as(source, config), dtype)
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
-    device, dtype = _placement()
-    model = model.to(device=device, dtype=dtype).eval()
-    return Base(model, tokenizer, source, notes, processor=processor)
+    return Base(model.to(default_device()).eval(), tokenizer, source, notes, processor=processor)
 
 
 def load_tokenizer(name: str) -> tuple[Any, int | None]:
@@ -171,31 +175,47 @@ def load(adapter: Path | None, model_name: str | None, allow: Collection[Fault] 
     return load_tuned(adapter, model_name, allow) if adapter else load_base(model_name or DEFAULT_MODEL)
 
 
-def _placement() -> tuple[torch.device, torch.dtype]:
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.device("cpu"), torch.float32
+def _comes_as(source: BaseSource, config: Any) -> torch.dtype:
+    """What the weights are written in, as their config says (``config`` for a model that sees images); a
+    GGUF file's are expanded to float32."""
+    if source.gguf_file is not None:
+        return torch.float32
+    if config is None:
+        with quiet_transformers():
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(source.location)
+    dtype: torch.dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    return dtype
 
 
-def _load_transformers(location: str | Path, name: str, **options: Any) -> tuple[Any, Any]:
+def _usual_storage() -> torch.dtype:
+    narrow = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def _load_transformers(
+    location: str | Path, name: str, dtype: torch.dtype, **options: Any
+) -> tuple[Any, Any]:
+    """Weights are read in ``dtype``: casting the model afterwards would round the positions' angles too."""
     with quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
             model = AutoModelForCausalLM.from_pretrained(
-                location, dtype=torch.float32, use_safetensors=True, **options
+                location, dtype=dtype, use_safetensors=True, **options
             )
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise cannot_load(location, name, error) from error
     return model, tokenizer
 
 
-def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
+def _load_gguf(file: Path, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
     cached = cache_folder() / "expanded" / _sha256(file)
     if not cached.is_dir():
         options = {"gguf_file": file.name}
-        model, tokenizer = _load_transformers(file.parent, str(file), **options)
+        model, tokenizer = _load_transformers(file.parent, str(file), torch.float32, **options)
         _clear_quantisation_marks(model)
         try:
             require_space(cached.parent, EXPANDED_PER_GGUF_BYTE * file.stat().st_size)
@@ -205,9 +225,9 @@ def _load_gguf(file: Path, notes: list[str]) -> tuple[Any, Any]:
         except OutputError as error:
             if not cached.is_dir():  # else another process was faster
                 notes.append(f"the expanded model was not kept for next time: {error}")
-                return model, tokenizer
+                return hold_in(model, dtype), tokenizer
         notes.append(f"{file.name} was expanded to float32 and kept in {cached.parent}")
-    return _load_transformers(cached, str(file))
+    return _load_transformers(cached, str(file), dtype)
 
 
 def _clear_quantisation_marks(model: Any) -> None:

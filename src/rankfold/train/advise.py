@@ -29,6 +29,7 @@ class Settings:
     rows_per_step: int
     steps: int
     warmup_steps: int
+    evaluate_every_steps: int
     reasons: dict[str, str]
 
 
@@ -46,6 +47,8 @@ def settle(recipe: Recipe, rows: int, model_parameters: int) -> Settings:
     steps_per_epoch = math.ceil(rows / rows_per_step)
     epochs = chosen("epochs", recipe.epochs, *_epochs(steps_per_epoch))
     steps = min(steps_per_epoch * epochs, recipe.max_steps or steps_per_epoch * epochs)
+    reason = "at the end of each epoch; the best weights are kept"
+    evaluate = chosen("evaluate_every_steps", recipe.evaluate_every_steps, steps_per_epoch, reason)
     rate = chosen("learning_rate", recipe.learning_rate, *_learning_rate(model_parameters, steps))
     return Settings(
         rank=rank,
@@ -55,6 +58,7 @@ def settle(recipe: Recipe, rows: int, model_parameters: int) -> Settings:
         rows_per_step=rows_per_step,
         steps=steps,
         warmup_steps=max(1, round(WARMUP_SHARE * steps)),
+        evaluate_every_steps=evaluate,
         reasons=reasons,
     )
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ from torch import Tensor
 from rankfold.errors import CheckpointError, OutputError, TrainingError, bullet_list
 from rankfold.files import staged_folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "MANIFEST.json"
 STATE_NAME = "state.json"
-TENSOR_FILES = ("trained", "optimiser", "random")
+TENSOR_FILES = ("trained", "optimiser", "averaged", "best")
+NEEDED_FILES = {STATE_NAME, "trained.safetensors", "optimiser.safetensors"}
+OLD_FILES = {"random.safetensors"}  # of version 1, which carried the random states from step to step
 NAME_PATTERN = "step-[0-9]*"
+NONE = tensors_to_bytes({})
 
 Tensors = Mapping[str, Tensor]
 
@@ -38,13 +41,16 @@ class NewerCheckpointError(CheckpointError):
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A state after ``step`` optimiser steps: ``trained`` weights by name, the ``optimiser``'s moments by
-    the same names, the ``random`` states, and ``state``, which is what the run wants to know again."""
+    the same names, the ``averaged`` and the ``best`` weights where there are some, and ``state``, which is
+    what the run wants to know again and JSON.  The ``version`` is the one that it was written by."""
 
     step: int
     trained: Tensors
     optimiser: Tensors
-    random: Tensors
-    state: dict[str, Any]
+    averaged: Tensors = field(default_factory=dict)
+    best: Tensors = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    version: int = SCHEMA_VERSION
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -54,9 +60,8 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     is then still there."""
     _require_finite(checkpoint)
     folder = root / _folder_name(checkpoint.step)
-    files = {
-        f"{name}.safetensors": tensors_to_bytes(dict(getattr(checkpoint, name))) for name in TENSOR_FILES
-    }
+    groups = {name: dict(getattr(checkpoint, name)) for name in TENSOR_FILES}
+    files = {f"{name}.safetensors": tensors_to_bytes(group) for name, group in groups.items() if group}
     files[STATE_NAME] = json.dumps(checkpoint.state, sort_keys=True).encode()
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -79,15 +84,16 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return folder
 
 
-def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and why each newer one was passed over.
+def latest_checkpoint(root: Path, may_lack: Collection[str] = ()) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole but for files that it ``may_lack``, and why each newer one was
+    passed over.
 
     None if ``root`` holds none.  Raises CheckpointError if there are some but none is whole, or if the
     newest was written by a newer version: going back would lose steps that are not damaged."""
     damaged: list[str] = []
     for folder in _newest_first(root):
         try:
-            return read_checkpoint(folder), damaged
+            return read_checkpoint(folder, may_lack), damaged
         except NewerCheckpointError:
             raise
         except CheckpointError as error:
@@ -103,18 +109,24 @@ def clear_partial(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint whose every byte is what was written; raises CheckpointError otherwise."""
-    step, files = _verified_files(folder)
+def read_checkpoint(folder: Path, may_lack: Collection[str] = ()) -> Checkpoint:
+    """Read a checkpoint whose every byte is what was written, but for files named in ``may_lack`` that are
+    gone or damaged: their tensors are left out.  Raises CheckpointError otherwise."""
+    manifest, files = _verified_files(folder, may_lack)
     try:
-        tensors = {name: tensors_from_bytes(files[f"{name}.safetensors"]) for name in TENSOR_FILES}
-        return Checkpoint(step=step, state=json.loads(files[STATE_NAME]), **tensors)
+        tensors = {name: tensors_from_bytes(files.get(f"{name}.safetensors", NONE)) for name in TENSOR_FILES}
+        return Checkpoint(
+            step=manifest["step"],
+            state=json.loads(files[STATE_NAME]),
+            version=manifest["schema_version"],
+            **tensors,
+        )
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _verified_files(folder: Path) -> tuple[int, dict[str, bytes]]:
-    """The step and the content of every file but the manifest, all of them as the manifest says."""
+def _verified_files(folder: Path, may_lack: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest and the content of every other file, all of them as the manifest says."""
     manifest = _read_json(folder / MANIFEST_NAME)
     version = manifest.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -122,16 +134,27 @@ def _verified_files(folder: Path) -> tuple[int, dict[str, bytes]]:
             f"{folder} has schema version {version}; this rankfold reads up to {SCHEMA_VERSION}: update it"
         )
     step, marks = manifest.get("step"), manifest.get("files")
-    expected = {STATE_NAME, *(f"{name}.safetensors" for name in TENSOR_FILES)}
-    if not (isinstance(step, int) and isinstance(marks, dict) and set(marks) == expected):
+    known = {*NEEDED_FILES, *OLD_FILES, *(f"{name}.safetensors" for name in TENSOR_FILES)}
+    if not (
+        isinstance(version, int)
+        and isinstance(step, int)
+        and isinstance(marks, dict)
+        and known >= set(marks) >= NEEDED_FILES
+    ):
         raise CheckpointError(f"{folder}: its {MANIFEST_NAME} is not one of rankfold's")
     if folder.name != _folder_name(step):
         raise CheckpointError(f"{folder} is not the checkpoint of that step: its {MANIFEST_NAME} says {step}")
-    files = {name: _read(folder / name) for name in sorted(expected)}
-    for name, content in files.items():
-        if _mark(content) != marks[name]:
-            raise CheckpointError(f"{folder}: {name} is damaged: it is not what was written")
-    return step, files
+    files = {}
+    for name in sorted(marks):
+        try:
+            files[name] = _read(folder / name)
+            if _mark(files[name]) != marks[name]:
+                raise CheckpointError(f"{folder}: {name} is damaged: it is not what was written")
+        except CheckpointError:
+            if name.removesuffix(".safetensors") not in may_lack:
+                raise
+            files.pop(name, None)
+    return manifest, files
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rankfold.data.batches import collate, micro_batches
 from rankfold.data.encode import EncodedRow
 from rankfold.train.objectives import token_losses
+from rankfold.train.processes import Processes
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -59,16 +60,24 @@ class Comparison:
 
 
 @torch.no_grad()
-def row_losses(model: Any, rows: list[EncodedRow], pad_id: int) -> Tensor:
-    """The summed loss of each row in nats, float64, in the order of ``rows``."""
+def row_losses(model: Any, rows: list[EncodedRow], pad_id: int, processes: Processes | None = None) -> Tensor:
+    """The summed loss of each row in nats, float64, in the order of ``rows``; each of the ``processes`` works
+    on its share, and all get the result."""
+    processes = processes or Processes()
     was_training = model.training
     model.eval()
-    sums: dict[int, float] = {}
-    for group in micro_batches(rows):
+    places = {id(row): place for place, row in enumerate(rows)}
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    groups = micro_batches(rows)
+    rounds = -(-len(groups) // processes.count)  # all do as many forwards: see Trainer._own_micro_batches
+    for number in range(rounds):
+        place = number * processes.count + processes.index
+        group = groups[min(place, len(groups) - 1)]
         losses = token_losses(model, collate(group, pad_id, model.device)).sum(dim=1)
-        sums.update({id(row): loss for row, loss in zip(group, losses.tolist(), strict=True)})
+        if place < len(groups):
+            sums[[places[id(row)] for row in group]] = losses.double().cpu()
     model.train(was_training)
-    return torch.tensor([sums[id(row)] for row in rows], dtype=torch.float64)
+    return processes.sum(sums.to(processes.device)).cpu()
 
 
 def compare(rows: list[EncodedRow], base: Tensor, tuned: Tensor, seed: int) -> Comparison:

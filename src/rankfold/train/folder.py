@@ -82,8 +82,8 @@ class RunFolder:
         with (self.path / METRICS_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
 
-    def cut_metrics(self, step: int) -> list[StepRecord]:
-        """Keep the metrics of the first ``step`` steps only, and give them."""
+    def metrics(self) -> list[StepRecord]:
+        """Of every step, in order; of one that was done twice, the last time."""
         records: dict[int, StepRecord] = {}
         for line in (self.path / METRICS_NAME).read_text(encoding="utf-8").splitlines():
             try:
@@ -91,9 +91,12 @@ class RunFolder:
             except (ValueError, TypeError):
                 continue  # a line that a kill cut short
             records[record.step] = record
-        kept = [record for number, record in sorted(records.items()) if number <= step]
-        write_whole(self.path / METRICS_NAME, "".join(json.dumps(asdict(r)) + "\n" for r in kept))
-        return kept
+        return [record for _, record in sorted(records.items())]
+
+    def cut_metrics(self, step: int) -> None:
+        """Keep the metrics of the first ``step`` steps only."""
+        kept = [json.dumps(asdict(record)) + "\n" for record in self.metrics() if record.step <= step]
+        write_whole(self.path / METRICS_NAME, "".join(kept))
 
 
 def _json(record: dict[str, Any]) -> str:

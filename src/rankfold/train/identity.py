@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rankfold.data.encode import EncodedRow
 from rankfold.errors import CheckpointError, bullet_list
 from rankfold.lora.fingerprint import fingerprint
@@ -20,12 +22,17 @@ VERSIONS_OF = ("rankfold", "torch", "transformers")
 
 def identity_of(plan: Plan) -> dict[str, Any]:
     """sha256 of the encoded rows (so tokenizer, template and split count too), the base's fingerprint, and
-    the versions."""
+    by what it is computed, on which the last bits depend."""
     return {
         "train_rows": rows_hash(plan.train),
         "held_out_rows": rows_hash(plan.held_out),
         "base": asdict(fingerprint(plan.model.get_base_model())),
-        "versions": {name: version(name) for name in VERSIONS_OF},
+        "computed_by": {
+            **{name: version(name) for name in VERSIONS_OF},
+            "threads": torch.get_num_threads(),
+            "processes": plan.processes.count,
+            "device": plan.model.device.type,
+        },
     }
 
 
@@ -51,8 +58,8 @@ def refuse_other_identity(saved: Any, now: dict[str, Any], path: Path) -> list[s
     problems = [text for name, text in told.items() if saved.get(name) != now[name]]
     if problems:
         raise CheckpointError(bullet_list(f"the run in {path} cannot be resumed as it was:", problems))
-    before, after = saved.get("versions", {}), now["versions"]
+    before, after = saved.get("computed_by", {}), now["computed_by"]
     changed = [
-        f"{name} {before.get(name)} -> {after[name]}" for name in after if before.get(name) != after[name]
+        f"{name} {before[name]} -> {after.get(name)}" for name in before if before[name] != after.get(name)
     ]
     return [f"not bit for bit what it would have been: {', '.join(changed)}"] if changed else []

@@ -27,9 +27,11 @@ from rankfold.errors import bullet_list
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.models.facts import PromptStyle
 from rankfold.models.load import Base, load_base
+from rankfold.models.precision import Precision
 from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
-from rankfold.train.objectives import token_losses
+from rankfold.train.objectives import supervised
+from rankfold.train.processes import Processes
 from rankfold.train.recipe import Recipe
 
 NAMED_ROWS = 10  # of those that are too long
@@ -63,7 +65,14 @@ class Plan:
     lengths: Lengths
     notes: list[str]
     batching: Batching
+    precision: Precision
     tokens_per_second: float
+    processes: Processes
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What was chosen beside the settings, under the recipe's names."""
+        return {"batching": self.batching.kind, "precision": self.precision.name}
 
     @property
     def pad_id(self) -> int:
@@ -71,11 +80,11 @@ class Plan:
 
     @property
     def expected_minutes(self) -> float:
-        """Training at the speed just measured, and two evaluations at twice that speed."""
+        """Training at the speed just measured, and two evaluations at twice that speed, by all processes."""
         steps_per_epoch = math.ceil(len(self.train) / self.settings.rows_per_step)
         per_step = sum(map(len, self.train)) / steps_per_epoch
         tokens = self.settings.steps * per_step + sum(map(len, self.held_out))
-        return tokens / self.tokens_per_second / 60
+        return tokens / self.tokens_per_second / self.processes.count / 60
 
 
 def read_data(recipe: Recipe) -> Rows:
@@ -122,11 +131,11 @@ def _left_out(data: Mixture) -> list[str]:
     return [bullet_list(f"{len(named)} bad rows left out:", named, shown=3)]
 
 
-def make_plan(recipe: Recipe, rows: Rows) -> Plan:
+def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Processes) -> Plan:
     """Load the model, encode the rows, choose the settings, adapt the model, and time one micro-batch.
 
     Raises ModelError, DataError, TargetError or ConfigError."""
-    base = load_base(recipe.model)
+    base = load_base(recipe.model, precision)
     base.prompt_style = rows.prompt_style
     encoded = _encode(recipe, rows, base)
     train = encoded.train
@@ -156,9 +165,11 @@ def make_plan(recipe: Recipe, rows: Rows) -> Plan:
         held_out=encoded.held_out,
         lengths=encoded.cut,
         proof=proof,
-        notes=[*base.notes, *named, *rows.notes, *encoded.notes],
+        notes=[*filter(None, [precision.cost]), *base.notes, *named, *rows.notes, *encoded.notes],
         batching=batching,
-        tokens_per_second=_measure_speed(model, train, pad_id, batching),
+        precision=precision,
+        processes=processes,
+        tokens_per_second=_measure_speed(model, train, pad_id, batching, precision),
     )
 
 
@@ -190,7 +201,9 @@ def _encode(recipe: Recipe, rows: Rows, base: Base) -> _Encoded:
     return _Encoded(train, held_out, lengths, notes)
 
 
-def _measure_speed(model: Any, rows: Sequence[EncodedRow], pad_id: int, batching: Batching) -> float:
+def _measure_speed(
+    model: Any, rows: Sequence[EncodedRow], pad_id: int, batching: Batching, precision: Precision
+) -> float:
     """Tokens per second of forward and backward on the longest micro-batch, the second time it runs.
 
     Nothing remains of it but the warm memory: the gradients are dropped."""
@@ -200,7 +213,9 @@ def _measure_speed(model: Any, rows: Sequence[EncodedRow], pad_id: int, batching
     with torch.random.fork_rng():
         for _ in range(2):
             started = time.perf_counter()
-            token_losses(model, batching.collate(worst, pad_id, model.device)).sum().backward()
+            with precision.autocast(model.device):
+                loss, _ = supervised(model, batching.collate(worst, pad_id, model.device))
+            loss.backward()
             model.zero_grad()
             seconds = time.perf_counter() - started
     return sum(map(len, worst)) / seconds

@@ -11,8 +11,10 @@ from pydantic import Field
 from rankfold.data.mask import TrainOn
 from rankfold.data.sources import Source
 from rankfold.models.find import DEFAULT_MODEL
+from rankfold.models.precision import PrecisionName
 from rankfold.settings import CheckedSettings
 from rankfold.train.schedule import Schedule
+from rankfold.train.trackers import TrackerNames
 
 # What other tools call a setting, and what a setting of theirs has become here.
 OLD_NAMES = {
@@ -40,16 +42,29 @@ OLD_NAMES = {
     "cutoff_len": "max_length",
     "sequence_len": "max_length",
     "save_steps": "save_every_steps",
+    "eval_steps": "evaluate_every_steps",
+    "early_stopping_patience": "patience",
+    "max_grad_norm": "max_gradient_norm",
+    "label_smoothing_factor": "label_smoothing",
+    "neftune_noise_alpha": "neftune_alpha",
+    "noisy_embedding_alpha": "neftune_alpha",
+    "fsdp": "shard_base",
+    "report_to": "trackers",
+    "dtype": "precision",
+    "torch_dtype": "precision",
     "save_total_limit": "keep_checkpoints",
 }
 NOT_NEEDED = {
-    "max_grad_norm": "gradients above norm 1 are scaled down to it",
-    "evaluation_strategy": "both models are judged on held-out rows before and after every run",
-    "eval_strategy": "both models are judged on held-out rows before and after every run",
+    "evaluation_strategy": "say evaluate_every_steps; without it the held-out loss is looked at each epoch",
+    "eval_strategy": "say evaluate_every_steps; without it the held-out loss is looked at each epoch",
+    "load_best_model_at_end": "it is always so; evaluate_every_steps=0 keeps the last weights",
+    "dataloader_num_workers": "rows are tokenised before the first step; there is nothing left for workers",
     "gradient_accumulation_steps": "say rows_per_step; it is cut into micro-batches that fit",
     "train_on_inputs": "say train_on: assistant, last or all",
     "completion_only_loss": "say train_on: assistant, last or all",
     "assistant_only_loss": "say train_on: assistant, last or all",
+    "bf16": "say precision: bfloat16; without it a probe of the machine decides",
+    "fp16": "say precision: float16; without it a probe of the machine decides",
     "packing": "say batching: packed or padded",
     "gradient_checkpointing": "it is not there yet",
 }
@@ -88,6 +103,25 @@ class Recipe(CheckedSettings):
     b_rate_factor: float = Field(
         1.0, gt=0, le=1000, allow_inf_nan=False, description="how much faster lora_B learns; LoRA+ takes 16"
     )
+    weight_decay: float = Field(
+        0.0, ge=0, lt=1, allow_inf_nan=False, description="AdamW's pull of the adapter's weights to 0"
+    )
+    max_gradient_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="gradients of a larger norm are scaled down to it"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, allow_inf_nan=False, description="share of the target spread over all tokens"
+    )
+    neftune_alpha: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="noise on the embeddings (NEFTune); 5 is usual"
+    )
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="above 0: judge and keep a running mean of the weights",
+    )
     max_steps: int | None = Field(None, ge=1, description="optimiser steps at most [all of the epochs]")
     max_minutes: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="minutes of training at most, then it is judged as it is"
@@ -112,6 +146,25 @@ class Recipe(CheckedSettings):
         description="optimiser steps between checkpoints [about one a minute, fewer on a slow disk]",
     )
     keep_checkpoints: int = Field(2, ge=1, le=1000, description="newest checkpoints that are kept")
+    evaluate_every_steps: int | None = Field(
+        None, ge=0, description="steps between looks at the held-out loss, 0 for none [each epoch]"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many looks that brought no lower held-out loss"
+    )
+    sample_every_steps: int | None = Field(
+        None, ge=1, description="steps between answers to the sampled prompts [only at the end]"
+    )
+    precision: PrecisionName | None = Field(
+        None,
+        description="number format of the base: float32, bfloat16 or float16 [what a probe finds fast]",
+    )
+    trackers: TrackerNames = Field(
+        [], description="also log to tensorboard, wandb, mlflow, trackio or swanlab, with commas between them"
+    )
+    shard_base: bool = Field(
+        False, description="several processes hold a share each of the frozen base (FSDP2)"
+    )
     samples: int = Field(3, ge=0, le=20, description="held-out prompts answered before and after")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapter's start and of the row order")
 

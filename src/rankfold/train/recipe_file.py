@@ -16,7 +16,10 @@ from rankfold.train.recipe import Recipe
 
 CHANGEABLE = {
     "max_minutes",
+    "patience",
+    "sample_every_steps",
     "samples",
+    "trackers",
     "save_every_steps",
     "keep_checkpoints",
 }  # without becoming another run

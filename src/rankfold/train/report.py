@@ -53,11 +53,13 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
         "learning_rate": f"{settings.learning_rate:g}",
         "epochs": settings.epochs,
         "rows_per_step": settings.rows_per_step,
+        "evaluate_every_steps": settings.evaluate_every_steps,
     }
     rows = [(name.replace("_", " "), str(value), settings.reasons[name]) for name, value in values.items()]
     warm_up = f"{settings.warmup_steps} warm-up, then {FALLS[recipe.schedule]}"
     rows.append(("steps", str(settings.steps), warm_up))
     rows.append(("max length", f"{plan.lengths.cut:,}", plan.lengths.reason))
+    rows.append(("precision", plan.precision.name, plan.precision.reason))
     rows.append(("batching", plan.batching.kind, plan.batching.reason))
     rows.append(
         ("targets", recipe.targets, f"{len(plan.model.targeted_module_names)} layers carry an adapter")

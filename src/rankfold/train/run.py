@@ -5,39 +5,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from rankfold.data.batches import epoch_steps
-from rankfold.data.example import Example
-from rankfold.errors import CheckpointError, OutputError, TrainingError
+from rankfold.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from rankfold.files import require_space, write_whole
+from rankfold.lora.fingerprint import BaseFingerprint
 from rankfold.models.facts import tokenizer_marks
-from rankfold.models.generate import reply
-from rankfold.models.sampling import Sampling
 from rankfold.models.template import template_of
 from rankfold.train.checkpoints import clear_partial, latest_checkpoint, save_checkpoint
-from rankfold.train.evaluate import compare, row_losses
 from rankfold.train.folder import RECORD_NAME, REPORT_NAME, RunFolder
 from rankfold.train.identity import identity_of, refuse_other_identity
-from rankfold.train.listener import Listener, RunResult, Sample
+from rankfold.train.judge import Judge
+from rankfold.train.listener import Listener, RunResult
 from rankfold.train.loop import StepRecord, Trainer
+from rankfold.train.method import method_of
 from rankfold.train.plan import Plan, make_plan, read_data
+from rankfold.train.processes import Processes, shared_precision
 from rankfold.train.recipe import Recipe
 from rankfold.train.recipe_file import changed_recipe, read_recipe, resolved_recipe
 from rankfold.train.report import render_report
-from rankfold.train.schedule import learning_rate_at
+from rankfold.train.sharding import shard_base
 from rankfold.train.stopping import stop_requests
+from rankfold.train.trackers import Trackers, require_trackers
 
-SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
 OUTPUT_BYTES = 200_000_000  # adapter, report and room to spare
+SAME_EVERYWHERE = ("train_rows", "held_out_rows", "base")
 SAVE_EVERY_S = 60.0
 SAVE_SHARE = 0.01  # the next save is due when the last one took this share of the time since
 
@@ -47,43 +45,81 @@ def fine_tune(recipe: Recipe, listener: Listener | None = None) -> RunResult:
 
     The folder appears when everything is decided, and keeps checkpoints from which ``resume`` goes on as
     if nothing had happened.  SIGINT or SIGTERM lets the running step finish, saves, and leaves out the
-    comparison; a second one stops at once.
+    comparison; a second one stops at once.  Under ``torchrun`` or ``accelerate launch`` every process calls
+    it; the first one's ``listener`` is told.
 
     Raises RankfoldError: before the first step ``recipe.out`` does not exist then; a TrainingError
     leaves the last good state in it."""
-    listener = listener or Listener()
-    refuse_used_folder(recipe.out)
-    require_space(recipe.out, OUTPUT_BYTES)
-    plan = decide(recipe, listener)
-    record = {"status": "running", "identity": identity_of(plan)}
-    folder = RunFolder.create(
-        recipe.out,
-        resolved_recipe(recipe, plan.settings) | {"batching": plan.batching.kind},
-        record,
-    )
-    with folder.locked():
-        return Run(plan, folder, listener).go()
+    processes, listener = _met(listener)
+    processes.first_does(partial(_prepare, recipe))
+    plan = decide(recipe, listener, processes)
+    identity = _shared_identity(plan)
+    choices = resolved_recipe(recipe, plan.settings) | plan.choices
+    record = {"status": "running", "identity": identity}
+    processes.first_does(lambda: RunFolder.create(recipe.out, choices, record) and None)
+    with ExitStack() as stack:
+        folder = _hold(RunFolder(recipe.out), processes, stack)
+        return Run(plan, folder, listener, identity).go()
 
 
 def resume(
-    path: Path, changes: Mapping[str, Any] | None = None, listener: Listener | None = None
+    path: Path,
+    changes: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+    *,
+    reset_optimizer: bool = False,
 ) -> RunResult:
     """Go on with the run in ``path`` from its newest whole checkpoint, to the very bits that the run
-    would have reached without the interruption (on a CPU, with the same versions).
+    would have reached without the interruption (on a CPU, with the same versions, threads and processes).
 
     ``changes`` are settings to change on the way; those that would make it another run are refused.
+    ``reset_optimizer`` starts the optimiser's moments anew, for a checkpoint that has lost them.
     Raises RankfoldError, and leaves the folder as it is, if data or base are not those of the run."""
-    listener = listener or Listener()
+    processes, listener = _met(listener)
     folder = RunFolder(path)
-    record = folder.record()
+    record = processes.together(folder.record)
     if record.get("status") == "finished":
         raise CheckpointError(f"the run in {path} is finished; there is nothing to resume")
     recipe = changed_recipe(read_recipe(folder.recipe_path), changes or {}, path)
-    with folder.locked():
-        plan = decide(recipe, listener)
-        for note in refuse_other_identity(record.get("identity"), identity_of(plan), path):
+    require_trackers(recipe.trackers)
+    with ExitStack() as stack:
+        _hold(folder, processes, stack)
+        plan = decide(recipe, listener, processes)
+        identity = _shared_identity(plan)
+        for note in refuse_other_identity(record.get("identity"), identity, path):
             listener.on_note(note)
-        return Run(plan, folder, listener).go()
+        return Run(plan, folder, listener, identity).go(reset_optimizer)
+
+
+def _met(listener: Listener | None) -> tuple[Processes, Listener]:
+    processes = Processes.join()
+    return processes, listener if listener and processes.is_first else Listener()
+
+
+def _prepare(recipe: Recipe) -> None:
+    refuse_used_folder(recipe.out)
+    require_space(recipe.out, OUTPUT_BYTES)
+    require_trackers(recipe.trackers)
+
+
+def _hold(folder: RunFolder, processes: Processes, stack: ExitStack) -> RunFolder:
+    """Lock ``folder`` for the run, by its first process, until ``stack`` is left."""
+    processes.first_does(lambda: stack.enter_context(folder.locked()))
+    return folder
+
+
+def _shared_identity(plan: Plan) -> dict[str, Any]:
+    """What makes the run that run; raises ConfigError if it is not the same in every process."""
+    identity = identity_of(plan)
+    others = plan.processes.gather(identity)
+    unlike = [
+        f"process {index} has other {', '.join(k for k in SAME_EVERYWHERE if other[k] != others[0][k])}"
+        for index, other in enumerate(others)
+        if any(other[k] != others[0][k] for k in SAME_EVERYWHERE)
+    ]
+    if unlike:
+        raise ConfigError(f"the processes do not agree on the run: {'; '.join(unlike)} than process 0")
+    return identity
 
 
 def refuse_used_folder(out: Path) -> None:
@@ -102,79 +138,90 @@ def refuse_used_folder(out: Path) -> None:
         )
 
 
-def decide(recipe: Recipe, listener: Listener) -> Plan:
+def decide(recipe: Recipe, listener: Listener, processes: Processes | None = None) -> Plan:
     """Everything up to the first step: read, check, load, encode, choose, adapt and time.  Writes nothing."""
-    rows = read_data(recipe)
+    processes = processes or Processes()
+    rows = processes.together(lambda: read_data(recipe))
     listener.on_stage("loading the model and timing a step")
-    plan = make_plan(recipe, rows)
+    precision = shared_precision(recipe.precision, processes)
+    plan = processes.together(lambda: make_plan(recipe, rows, precision, processes))
     listener.on_plan(plan)
     return plan
 
 
 class Run:
-    """A plan being carried out in its folder, which this process holds."""
+    """A plan being carried out in its folder, which the first process holds."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, listener: Listener) -> None:
-        self.plan, self.folder, self.listener = plan, folder, listener
+    def __init__(
+        self, plan: Plan, folder: RunFolder, listener: Listener, identity: Mapping[str, Any]
+    ) -> None:
+        self.plan, self.folder, self.listener, self.identity = plan, folder, listener, identity
+        self.processes = plan.processes
         self.records: list[StepRecord] = []
         self.saved_step = 0
         self.next_save = time.monotonic() + SAVE_EVERY_S
-        settings = plan.settings
-        rates = partial(
-            learning_rate_at,
-            schedule=plan.recipe.schedule,
-            steps=settings.steps,
-            warmup_steps=settings.warmup_steps,
-            peak=settings.learning_rate,
-        )
-        self.trainer = Trainer(
-            plan.model,
-            plan.pad_id,
-            rates,
-            settings.steps,
-            plan.batching,
-            plan.recipe.b_rate_factor,
-        )
+        if plan.recipe.shard_base:
+            shard_base(plan.model, plan.processes)
+        method = method_of(plan.recipe, plan.settings, plan.batching, plan.precision)
+        self.trainer = Trainer(plan.model, plan.pad_id, plan.settings.steps, method, plan.processes)
+        self.judge = Judge(plan, self.trainer)
 
-    def go(self) -> RunResult:
-        before = self._measure_before()
-        self._restore()
-        with stop_requests(self.listener.on_stopping) as stop_signal:
-            self.listener.on_stage("training")
-            self._train(stop_signal)
-            result = RunResult(out=self.folder.path, steps=self.records, stopped_by=stop_signal())
-            self._save_adapter()
-            if not result.interrupted:
-                self.listener.on_stage("measuring the tuned model on held-out rows")
-                result = self._judge(result, before)
-                write_whole(self.folder.path / REPORT_NAME, render_report(self.plan, result))
-            self.folder.write_record(self.folder.record() | run_record(self.plan, result))
+    def go(self, reset_optimizer: bool = False) -> RunResult:
+        self._restore(reset_optimizer)
+        self.trackers = self.processes.together(self._open_trackers)
+        try:
+            result = self._go()
+        except BaseException:
+            self.trackers.close("failed")
+            raise
+        self.trackers.close("interrupted" if result.interrupted else "finished")
         self.listener.on_result(result)
         return result
 
-    def _measure_before(self) -> dict[str, Any]:
-        """The base model's held-out losses and answers: measured once, before anything is trained."""
-        record = self.folder.record()
-        if "before" not in record:
-            self.listener.on_stage("measuring the base model on held-out rows")
-            losses = row_losses(self.plan.model, self.plan.held_out, self.plan.pad_id)
-            record["before"] = {"losses": losses.tolist(), "answers": self._answers()}
-            self.folder.write_record(record)
-        before: dict[str, Any] = record["before"]
-        return before
+    def _open_trackers(self) -> Trackers:
+        names = self.plan.recipe.trackers if self.processes.is_first else []
+        recipe = resolved_recipe(self.plan.recipe, self.plan.settings) | self.plan.choices
+        return Trackers(names, self.folder.path, recipe, self._note, self.saved_step)
 
-    def _restore(self) -> None:
-        clear_partial(self.folder.checkpoints)
-        checkpoint, passed_over = latest_checkpoint(self.folder.checkpoints)
+    def _go(self) -> RunResult:
+        with stop_requests(self.listener.on_stopping) as stop_signal:
+            self.listener.on_stage("training")
+            self._train(stop_signal)
+            stopped_by = self.processes.highest(stop_signal())
+            result = RunResult(out=self.folder.path, steps=self.records, stopped_by=stopped_by)
+            if not result.interrupted:
+                self.listener.on_stage("judging base and tuned model on held-out rows")
+                self._note(self.judge.settle())
+                comparison, samples = self.judge.compare()
+                result = replace(result, comparison=comparison, samples=samples)
+            self.processes.first_does(partial(self._write, result))
+        return result
+
+    def _restore(self, reset_optimizer: bool) -> None:
+        self.processes.first_does(partial(clear_partial, self.folder.checkpoints))
+        may_lack = ("optimiser",) if reset_optimizer else ()
+        checkpoint, passed_over = self.processes.together(
+            partial(latest_checkpoint, self.folder.checkpoints, may_lack)
+        )
         for note in passed_over:
-            self.listener.on_note(f"passed over, going back to the checkpoint before it: {note}")
+            self._note(f"passed over, going back to the checkpoint before it: {note}")
         if checkpoint is not None:
-            self.trainer.restore(checkpoint)
+            self.trainer.restore(checkpoint, reset_optimizer)
+            self.judge.restore(checkpoint.state, checkpoint.best)
             self.saved_step = checkpoint.step
-            self.listener.on_note(f"going on after step {checkpoint.step} of {self.plan.settings.steps}")
-        else:
-            torch.manual_seed(self.plan.recipe.seed)
-        self.records = self.folder.cut_metrics(self.saved_step)
+            self._note(f"going on after step {checkpoint.step} of {self.plan.settings.steps}")
+            if reset_optimizer:
+                self._note("the optimiser starts anew: not bit for bit what it would have been")
+            if checkpoint.version == 1 and self.plan.recipe.dropout:
+                self._note("not bit for bit what it would have been: dropout is drawn in another way now")
+        steps = self.processes.gather(self.saved_step)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"the processes find checkpoints of different steps in {self.folder.path}: {steps}; "
+                "it must be a folder that all of them see"
+            )
+        self.processes.first_does(partial(self.folder.cut_metrics, self.saved_step))
+        self.records = self.folder.metrics()
 
     def _train(self, stop_signal: Callable[[], int]) -> None:
         settings, seed = self.plan.settings, self.plan.recipe.seed
@@ -184,27 +231,41 @@ class Run:
         steps = islice(chain.from_iterable(epochs), self.saved_step, settings.steps)
         minutes = self.plan.recipe.max_minutes
         until = time.monotonic() + 60 * minutes if minutes else math.inf
+
+        def should_stop() -> bool:
+            late = bool(self.records) and time.monotonic() > until
+            return self.processes.highest(stop_signal() or int(late)) > 0 or self.judge.had_enough
+
         try:
-            self.trainer.run(
-                steps, self._on_step, lambda: stop_signal() or (self.records and time.monotonic() > until)
-            )
+            self.trainer.run(steps, self._on_step, should_stop)
         except TrainingError:
             with suppress(TrainingError):  # where the weights are not finite either, nothing is saved
-                self._save(self.trainer.step_done)
-            self.folder.write_record(self.folder.record() | {"status": "failed"})
+                self.processes.first_does(partial(self._save, self.trainer.step_done))
+            self.processes.first_does(partial(self._set_status, "failed"))
             raise
-        self._save(self.trainer.step_done)
+        if self.judge.had_enough and self.trainer.step_done < settings.steps:
+            self._note(f"stopped early: {self.plan.recipe.patience} evaluations brought nothing better")
+        self.processes.first_does(partial(self._save, self.trainer.step_done))
 
     def _on_step(self, record: StepRecord) -> None:
+        recipe, step = self.plan.recipe, record.step
+        if _due(step, self.plan.settings.evaluate_every_steps):
+            record = replace(record, held_out_loss=self.judge.evaluate(step))
+        if _due(step, recipe.sample_every_steps):
+            record = replace(record, answers=self.judge.answers())
         self.records.append(record)
-        self.folder.add_metrics(record)
         self.listener.on_step(record)
+        self.processes.first_does(partial(self._record_step, record))
+
+    def _record_step(self, record: StepRecord) -> None:
+        self.folder.add_metrics(record)
+        self.trackers.log(record.numbers(), record.step)
         every = self.plan.recipe.save_every_steps
         if record.step % every == 0 if every else time.monotonic() >= self.next_save:
             try:
                 self._save(record.step)
             except OutputError as error:  # the disk may have room again by the next time, or by the end
-                self.listener.on_note(f"going on without a checkpoint of step {record.step}: {error}")
+                self._note(f"going on without a checkpoint of step {record.step}: {error}")
                 self.next_save = time.monotonic() + SAVE_EVERY_S
 
     def _save(self, step: int) -> None:
@@ -212,42 +273,40 @@ class Run:
             return
         started = time.monotonic()
         checkpoint = self.trainer.checkpoint()
+        checkpoint = replace(
+            checkpoint, best=self.judge.best.weights, state=checkpoint.state | self.judge.state()
+        )
         save_checkpoint(self.folder.checkpoints, checkpoint, self.plan.recipe.keep_checkpoints)
         self.saved_step = step
         now = time.monotonic()
         self.next_save = now + max(SAVE_EVERY_S, (now - started) / SAVE_SHARE)
 
-    def _save_adapter(self) -> None:
+    def _write(self, result: RunResult) -> None:
+        """The adapter, the report if the run came to its end, and the record."""
         style, tokenizer = self.plan.rows.prompt_style, self.plan.base.tokenizer
         facts = {
             "prompt_style": style,
             "base_description": self.plan.base.source.description,
             "chat_template": template_of(tokenizer)[0] if style == "chat" else "",
             "tokenizer": tokenizer_marks(tokenizer),
+            "base": BaseFingerprint(**self.identity["base"]),
         }
-        self.plan.model.save_pretrained(self.folder.path, facts=facts)
+        with self.trainer.counting():
+            self.plan.model.save_pretrained(self.folder.path, facts=facts)
+        if not result.interrupted:
+            write_whole(self.folder.path / REPORT_NAME, render_report(self.plan, result))
+        self.folder.write_record(self.folder.record() | run_record(self.plan, result))
 
-    def _judge(self, result: RunResult, before: dict[str, Any]) -> RunResult:
-        plan = self.plan
-        base_losses = torch.tensor(before["losses"], dtype=torch.float64)
-        tuned_losses: Tensor = row_losses(plan.model, plan.held_out, plan.pad_id)
-        told = zip(_sampled(plan), before["answers"], self._answers(), strict=True)
-        samples = [
-            Sample(prompt=example.prompt[-1]["content"], written=example.answer, base=base, tuned=tuned)
-            for example, base, tuned in told
-        ]
-        comparison = compare(plan.held_out, base_losses, tuned_losses, plan.recipe.seed)
-        return replace(result, comparison=comparison, samples=samples)
+    def _set_status(self, status: str) -> None:
+        self.folder.write_record(self.folder.record() | {"status": status})
 
-    def _answers(self) -> list[str]:
-        return [reply(self.plan.base, example.prompt, SAMPLING) for example in _sampled(self.plan)]
+    def _note(self, note: str) -> None:
+        if note:
+            self.listener.on_note(note)
 
 
-def _sampled(plan: Plan) -> list[Example]:
-    """``recipe.samples`` held-out rows, spread evenly over the file."""
-    rows = plan.rows.held_out
-    count = min(plan.recipe.samples, len(rows))
-    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and every > 0 and step % every == 0
 
 
 def run_record(plan: Plan, result: RunResult) -> dict[str, Any]:

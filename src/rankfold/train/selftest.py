@@ -4,6 +4,9 @@ A small Llama with random weights and a random adapter stands for the user's mod
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rankfold.data.batches import MicroBatch
 from rankfold.data.encode import IGNORE, EncodedRow
-from rankfold.data.pack import Batching, blocks
+from rankfold.data.pack import Batching
+from rankfold.errors import TrainingError
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.train.checkpoints import read_checkpoint, save_checkpoint
-from rankfold.train.loop import Trainer
+from rankfold.train.loop import Method, Trainer
+from rankfold.train.processes import Processes
 
 ROWS = 8
 VOCABULARY = 512
+STEP = "a step's gradient"
+WAIT_S = 300
 ROUNDING = 2e-5  # of the largest number compared: float32 sums in another order
 
 
@@ -41,36 +49,86 @@ class Check:
 
 def self_test() -> list[Check]:
     """Every promise that can be tried without a model or a network."""
+    return [*in_one_process(), *in_two_processes()]
+
+
+def in_one_process() -> list[Check]:
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
-        return [*_one_step_however_cut(), _resumed(Path(folder)), *_merged(), _saved_and_loaded(Path(folder))]
+        place = Path(folder)
+        return [*_one_step_however_cut(), _resumed(place), *_merged(), _saved_and_loaded(place)]
+
+
+def in_two_processes() -> list[Check]:
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        return _one_step_in_two_processes(Path(folder))
 
 
 def _one_step_however_cut() -> list[Check]:
     """Every trained token weighs the same, whichever forward it is in."""
-    rows = _rows()
-    whole = _gradients([rows], Batching("padded"))
-    cuts: dict[str, tuple[list[MicroBatch], Batching]] = {
-        "2 micro-batches of 4 rows": ([rows[:4], rows[4:]], Batching("padded")),
-        "8 micro-batches of 1 row": ([[row] for row in rows], Batching("padded")),
-        "packed": (blocks(rows), Batching("packed")),
+    whole = gradients(small_model(), random_rows(), _Cut(rows=ROWS))
+    cuts = {
+        "2 micro-batches of 4 rows": _Cut(rows=4),
+        "8 micro-batches of 1 row": _Cut(rows=1),
+        "packed": Batching("packed"),
     }
     return [
-        Check(f"a step's gradient: {name} = 1 of 8 rows, padded", _apart(_gradients(*cut), whole), ROUNDING)
+        Check(
+            f"{STEP}: {name} = 1 of 8 rows, padded",
+            _apart(gradients(small_model(), random_rows(), cut), whole),
+            ROUNDING,
+        )
         for name, cut in cuts.items()
     ]
 
 
-def _gradients(micro_batches: list[MicroBatch], batching: Batching) -> list[Tensor]:
-    trainer = Trainer(_model(), 0, lambda _: 0.0, 1, batching)
-    trained_tokens = sum(row.trained_tokens for rows in micro_batches for row in rows)
-    for rows in micro_batches:
-        trainer.micro_batch(rows, trained_tokens)
+def _one_step_in_two_processes(folder: Path) -> list[Check]:
+    """By torchrun on this machine's processor, as a run in several processes is started."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "rankfold.train.selftest_worker", str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise TrainingError(f"two processes could not work together here: {done.stderr.strip()[-500:]}")
+    alone = gradients(small_model(), random_rows(), Batching("padded"))
+    bases = {"whole": "each with the whole base", "shared": "half of the base each (FSDP2)"}
+    return [
+        Check(f"{STEP}: 2 processes, {text} = 1 process", _apart(_in_file(folder / name), alone), ROUNDING)
+        for name, text in bases.items()
+    ]
+
+
+def _in_file(path: Path) -> list[Tensor]:
+    return [tensor for _, tensor in sorted(load_file(path).items())]
+
+
+def gradients(
+    model: PeftModel, rows: list[EncodedRow], batching: Batching, processes: Processes | None = None
+) -> list[Tensor]:
+    """Of the mean loss over the trained tokens of ``rows``, in the order of the trained parameters."""
+    trainer = Trainer(model, 0, 1, Method(rates=lambda _: 0.0, batching=batching), processes)
+    trainer.mean_gradients(rows)
     return [p.grad for p in trainer.trained.values() if p.grad is not None]
+
+
+@dataclass(frozen=True)
+class _Cut(Batching):
+    """Micro-batches of so many ``rows``."""
+
+    rows: int = 1
+
+    def cut(self, rows: Sequence[EncodedRow]) -> list[MicroBatch]:
+        return [list(rows[place : place + self.rows]) for place in range(0, len(rows), self.rows)]
 
 
 def _resumed(folder: Path) -> Check:
     """With dropout; the checkpoint goes through the disk and into a model that was trained otherwise."""
-    steps = [_rows(seed) for seed in range(4)]
+    steps = [random_rows(seed) for seed in range(4)]
     whole = _trainer()
     whole.run(steps, lambda _: None, lambda: False)
     first = _trainer()
@@ -84,13 +142,11 @@ def _resumed(folder: Path) -> Check:
 
 
 def _trainer(seed: int = 0) -> Trainer:
-    model = _model(seed, dropout=0.1)
-    torch.manual_seed(seed)
-    return Trainer(model, 0, lambda _: 1e-2, 4)
+    return Trainer(small_model(seed, dropout=0.1), 0, 4, Method(rates=lambda _: 1e-2))
 
 
 def _merged() -> list[Check]:
-    model, ids = _model(), torch.tensor([_rows()[-1].input_ids])
+    model, ids = small_model(), torch.tensor([random_rows()[-1].input_ids])
     weights = [weight.detach().clone() for weight in model.get_base_model().parameters()]
     with torch.no_grad():
         apart = model(input_ids=ids).logits
@@ -105,10 +161,10 @@ def _merged() -> list[Check]:
 
 
 def _saved_and_loaded(folder: Path) -> Check:
-    model = _model()
+    model = small_model()
     model.save_pretrained(folder / "adapter")
     loaded = PeftModel.from_pretrained(_base(), folder / "adapter")
-    ids = torch.tensor([_rows()[-1].input_ids])
+    ids = torch.tensor([random_rows()[-1].input_ids])
     with torch.no_grad():
         apart = _apart([loaded(input_ids=ids).logits], [model(input_ids=ids).logits])
     return Check("saved and loaded = as it was (logits)", apart, 0.0)
@@ -138,7 +194,7 @@ def _base() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def _model(seed: int = 0, dropout: float = 0.0) -> PeftModel:
+def small_model(seed: int = 0, dropout: float = 0.0) -> PeftModel:
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=4, lora_dropout=dropout, target_modules="all-linear")
     model = get_peft_model(_base(), config)
     generator = torch.Generator().manual_seed(seed)
@@ -149,7 +205,7 @@ def _model(seed: int = 0, dropout: float = 0.0) -> PeftModel:
     return model.eval()
 
 
-def _rows(seed: int = 0) -> list[EncodedRow]:
+def random_rows(seed: int = 0) -> list[EncodedRow]:
     """Rows of different lengths, of which the first third is a prompt."""
     generator = torch.Generator().manual_seed(seed)
     rows = []

@@ -11,6 +11,7 @@ from internvl_reference import Original, tiny_config, tiny_tensors
 from rankfold import load_base
 from rankfold.errors import ModelError
 from rankfold.models.load import load_tokenizer
+from rankfold.models.precision import Precision
 from rankfold.models.processors import most_tiles, set_most_tiles
 
 
@@ -110,3 +111,15 @@ def test_only_a_processor_of_tiles_has_a_count_of_them(real_base):
     assert most_tiles(real_base.tokenizer) is None
     with pytest.raises(ModelError, match="does not cut images into tiles"):
         set_most_tiles(real_base.tokenizer, 3)
+
+
+def test_a_base_is_held_in_the_precision_asked_for_and_its_angles_stay_exact(tmp_path):
+    folder = write_original(tmp_path / "base", torch_dtype="bfloat16")
+    wide = load_base(str(folder), Precision.of("float32"))
+    narrow = load_base(str(folder), Precision.of("bfloat16"))
+    assert {p.dtype for p in narrow.model.parameters()} == {torch.bfloat16}
+    assert any("come as bfloat16 and are held as float32" in note for note in wide.notes)
+    assert narrow.notes == []
+    angles = [base.model.model.language_model.rotary_emb.inv_freq for base in (wide, narrow)]
+    assert torch.equal(*angles)
+    assert narrow.model(input_ids=torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16

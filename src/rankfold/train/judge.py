@@ -1,0 +1,92 @@
+"""Judging a run's model on the held-out rows, while it is trained and at its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rankfold.data.example import Example
+from rankfold.models.generate import reply
+from rankfold.models.sampling import Sampling
+from rankfold.train.best import Best
+from rankfold.train.evaluate import Comparison, compare, row_losses
+from rankfold.train.listener import Sample
+from rankfold.train.loop import Trainer
+from rankfold.train.plan import Plan
+
+SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
+
+
+class Judge:
+    """Knows the best weights so far.  Nothing it does is felt by the training: steps draw from seeds of
+    their own."""
+
+    def __init__(self, plan: Plan, trainer: Trainer) -> None:
+        self.plan, self.trainer = plan, trainer
+        self.best = Best()
+        self.trained_tokens = sum(row.trained_tokens for row in plan.held_out)
+
+    def evaluate(self, step: int) -> float:
+        """The mean held-out loss after ``step``, in nats per trained token; the best weights are kept."""
+        with self.trainer.counting():
+            losses = self._row_losses()
+            self.best.consider(step, losses, self.trainer.trained)
+        return float(losses.sum()) / self.trained_tokens
+
+    @property
+    def had_enough(self) -> bool:
+        """Whether so many evaluations brought nothing better that the run is to end."""
+        patience = self.plan.recipe.patience
+        return patience is not None and self.best.evaluations_since >= patience
+
+    def answers(self) -> dict[str, str]:
+        """The greedy answer to each of the sampled prompts."""
+        with self.trainer.counting(), self.plan.precision.autocast(self.plan.model.device):
+            return {
+                example.prompt[-1]["content"]: reply(self.plan.base, example.prompt, SAMPLING)
+                for example in self.sampled()
+            }
+
+    def sampled(self) -> list[Example]:
+        """``recipe.samples`` held-out rows, spread evenly over the file."""
+        rows = self.plan.rows.held_out
+        count = min(self.plan.recipe.samples, len(rows))
+        return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
+
+    def settle(self) -> str:
+        """Judge the weights as they are too, and go back to the best if others were better; says so."""
+        last = self.trainer.step_done
+        if self.best.step != last:
+            self.evaluate(last)
+        if self.best.step == last:
+            return ""
+        self.trainer.take(self.best.weights)
+        return (
+            f"the weights after step {self.best.step} did best on the held-out rows, and are kept instead of "
+            f"the last (step {last}); chosen on these rows, they look a little better on them than they are"
+        )
+
+    def compare(self) -> tuple[Comparison, list[Sample]]:
+        """The settled model against its base, which is the same model without its adapter."""
+        model, answers = self.plan.model, self.answers()
+        with model.disable_adapter():
+            base_losses, base_answers = self._row_losses(), self.answers()
+        assert self.best.losses is not None
+        comparison = compare(self.plan.held_out, base_losses, self.best.losses, self.plan.recipe.seed)
+        written = {example.prompt[-1]["content"]: example.answer for example in self.sampled()}
+        return comparison, [
+            Sample(prompt=prompt, written=written[prompt], base=base_answers[prompt], tuned=tuned)
+            for prompt, tuned in answers.items()
+        ]
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best.state()}
+
+    def restore(self, state: dict[str, Any], best: Any) -> None:
+        self.best.restore(state.get("best", {}), best)
+
+    def _row_losses(self) -> Tensor:
+        plan = self.plan
+        with plan.precision.autocast(plan.model.device):
+            return row_losses(plan.model, plan.held_out, plan.pad_id, plan.processes)

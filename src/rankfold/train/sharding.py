@@ -1,0 +1,29 @@
+"""The frozen base cut among the processes of a run."""
+
+from __future__ import annotations
+
+from rankfold.errors import ConfigError
+from rankfold.lora import PeftModel
+from rankfold.train.processes import Processes
+
+
+def shard_base(model: PeftModel, processes: Processes) -> None:
+    """Leave each process its part of every frozen weight; a decoder layer is put together while it computes
+    (FSDP2, Zhao et al. 2023, arXiv 2304.11277).
+
+    The adapter stays whole in every process: it is small, so its gradients are summed in one exchange, and
+    it is saved as it is.  Raises ConfigError if there is one process only."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if processes.count == 1:
+        raise ConfigError(
+            "shard_base=true needs several processes: torchrun --nproc-per-node 2 -m rankfold ..."
+        )
+    base = model.get_base_model()
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    kinds = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in kinds]
+    for part in [*layers, base]:
+        fully_shard(part, mesh=mesh, ignored_params=whole)
