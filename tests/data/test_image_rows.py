@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image as Pillow
 
 from image_bases import noise, write_original
 from internvl_reference import IMAGE_TOKEN
-from rankfold import load_base
+from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
 from rankfold.data.cache import encode_cached
 from rankfold.data.doctor import CheckRequest, check
 from rankfold.data.encode import IGNORE, encode, encode_all, marked_pieces
 from rankfold.data.example import Example, Image, Message
 from rankfold.data.image_batches import collate_images
 from rankfold.errors import DataError
+from rankfold.models.generate import reply
 from rankfold.models.images import image_reader
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
+from rankfold.models.parts import adapter_scope
+from rankfold.models.sampling import Sampling
 
 PER_TILE = 4
 
@@ -205,3 +209,35 @@ def test_rows_with_images_are_not_kept_in_the_cache(images, monkeypatch, tmp_pat
     example = talk((images[0], "\nWhat?"), "A cat.")
     assert encode_cached(lambda: ([], ["left out"]), [example], {}) == ([], ["left out"])
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_in_the_image_can_be_learnt(tmp_path):
+    """Two rows that differ in nothing but their image's colour: without seeing it, none can answer both."""
+    base = load_base(str(write_original(tmp_path / "base")))
+    reader = image_reader(base.processor)
+    rows, asked = [], {}
+    for colour, answer in (("black", "Night"), ("white", "Day")):
+        path = tmp_path / f"{colour}.png"
+        Pillow.new("RGB", (40, 40), colour).save(path)
+        turns = talk((Image(path), "\nWhat?"), answer).messages
+        example = Example(f"rows.jsonl:{colour}", (Message("system", ("See.",)), *turns))
+        rows.append(encode(example, base.tokenizer, reader=reader))
+        asked[answer] = example.prompt
+    scope = adapter_scope(base.model, train=["language", "projector"])
+    torch.manual_seed(0)
+    model = get_peft_model(base.model, LoraConfig(r=8, lora_alpha=16, **scope.options())).train()
+    batch = collate_images(rows, 291, "cpu", reader)
+    labels = batch.pop("labels")[:, 1:]
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(80):
+        logits = model(**batch).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.save_pretrained(tmp_path / "adapter", facts={"image_tiles": reader.tiles})
+    tuned = load_tuned(tmp_path / "adapter", str(tmp_path / "base"))
+    greedy = Sampling(temperature=0, max_new_tokens=10)
+    assert {answer: reply(tuned, prompt, greedy) for answer, prompt in asked.items()} == {
+        answer: answer for answer in asked
+    }
