@@ -45,7 +45,7 @@ def test_the_assistants_words_and_their_end_are_trained_and_nothing_else(tokeniz
 def test_the_mask_equals_one_worked_out_by_hand(tokenizer, contents, own_system):
     system = "Be brief." if own_system else None
     [(_, rows)] = encode_each([chat(*contents, system=system)], tokenizer)
-    assume("cannot spell" not in str(rows))
+    assume(not any(reason in str(rows) for reason in ("cannot spell", "U+FDD0")))
     written = f"<|im_start|>system\n{system}<|im_end|>\n" if own_system else SYSTEM
     texts = []
     for question, answer in zip(contents[::2], contents[1::2], strict=True):

@@ -14,7 +14,10 @@ def test_a_message_of_words_is_told_to_templates_as_text():
 
 def test_a_message_with_images_keeps_their_places_for_templates():
     message = Message("user", (Image(Path("a.png")), "What is this?"))
-    assert message.for_template()["content"] == [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    assert message.for_template()["content"] == [
+        {"type": "image", "path": "a.png"},
+        {"type": "text", "text": "What is this?"},
+    ]
     assert message.images == (Image(Path("a.png")),)
     assert message.text == "What is this?"
 

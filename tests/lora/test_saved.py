@@ -201,6 +201,39 @@ def test_merge_and_unload_leaves_the_trained_copy_in_a_plain_model_as_peft_does(
     assert [type(m) for m in plain.modules()] == [type(m) for m in tiny_bert().modules()]
 
 
+class Projector(nn.Module):
+    """A module of two parts with a forward of its own, as projectors of images are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(x))
+
+
+def projecting() -> Net:
+    net = Net()
+    net.head = Projector()
+    return net.eval()
+
+
+def test_a_module_of_several_parts_is_merged_with_all_of_them():
+    base = projecting()
+    before = copy.deepcopy(base.state_dict())
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])).eval()
+    train_by_chance(model)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    expected = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    assert all(torch.equal(base.state_dict()[key], value) for key, value in before.items())
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(plain(x), expected)
+    assert [type(module) for module in plain.modules()] == [type(module) for module in projecting().modules()]
+
+
 def test_unloading_gives_the_plain_base_back(ids):
     model = adapted()
     model.merge_adapter()

@@ -55,6 +55,8 @@ def test_facts_of_the_first_schema_are_read(tmp_path):
         {"versions": ["torch"]},
         {"base_description": None},
         {"schema_version": "2"},
+        {"image_tiles": 0},
+        {"image_tiles": True},
     ],
     ids=str,
 )

@@ -13,10 +13,14 @@ from rankfold.cli.options import given, model_options
 @click.command("generate")
 @click.option("--prompt", required=True, help="what to ask")
 @click.option("--system", help="a system message to put before it")
+@click.option(
+    "--image", "images", type=Path, multiple=True, help="an image to show; may be given several times"
+)
 @model_options
 def command(
     prompt: str,
     system: str | None,
+    images: tuple[Path, ...],
     adapter: Path | None,
     model: str | None,
     allow: tuple[Any, ...],
@@ -28,6 +32,8 @@ def command(
     from rankfold.models.sampling import Sampling
 
     settings = Sampling.of(given(sampling))
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    shown = [{"type": "image", "path": str(path)} for path in images]
+    content = [*shown, {"type": "text", "text": prompt}] if shown else prompt
+    messages.append({"role": "user", "content": content})
     click.echo(reply(load(adapter, model, allow), messages, settings))

@@ -25,6 +25,7 @@ VERBS = {
     "schema": "print the JSON schema of a recipe",
     "chat": "talk to a model",
     "generate": "answer one prompt",
+    "convert": "write an adapter in another program's layout",
     "explain": "show with an SVD why a low rank can be enough",
 }
 

@@ -68,8 +68,9 @@ def encode_cached(
     are named in errors) and ``marks``: everything else on which the result depends.
 
     An entry that cannot be read, or is not what was written, is made anew; a place that cannot be
-    written only costs the time of tokenising again."""
-    if len(examples) < LEAST_ROWS:
+    written only costs the time of tokenising again.  Rows with images are not kept: what they are made
+    into depends on files that may change."""
+    if len(examples) < LEAST_ROWS or any(m.images for example in examples for m in example.messages):
         return encode()
     folder = cache_folder() / "tokens" / entry_key(examples, marks)
     if (found := _read(folder)) is not None:

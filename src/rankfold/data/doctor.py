@@ -23,7 +23,8 @@ from rankfold.data.sources import Source, sources_of
 from rankfold.data.split import HELD_OUT_MOST, HELD_OUT_SHARE
 from rankfold.errors import DataError, OutputError, bullet_list
 from rankfold.files import whole_file, write_whole
-from rankfold.models.load import load_tokenizer
+from rankfold.models.images import image_reader
+from rankfold.models.load import load_processor, load_tokenizer
 from rankfold.settings import CheckedSettings
 
 MOST_LISTED = 20  # languages and labels; the rest are counted together
@@ -72,7 +73,9 @@ def check(request: CheckRequest, on_rows: Callable[[int], None] = lambda _: None
     started = time.perf_counter()
     _check_outputs(request)
     tokenizer, longest = load_tokenizer(request.model) if request.model else (None, None)
-    examination = Examination(tokenizer, shown=request.show, seed=request.seed)
+    processor = load_processor(request.model) if request.model else None
+    reader = None if processor is None else image_reader(processor)
+    examination = Examination(tokenizer, shown=request.show, seed=request.seed, reader=reader)
     sources = sources_of(request.data, request.shape)
     for source in sources_of(request.held_out, request.shape) if request.held_out else []:
         examination.read_held_out(source)
@@ -136,7 +139,9 @@ def _proof(examination: Examination, tokenizer: Any, seed: int) -> MaskProof | N
     """The mask of the picked rows, with personal data masked, and the counts of all rows."""
     picked = examination.picked
     encoded = [
-        rows for _, rows in encode_each(picked.examples(), tokenizer) if not isinstance(rows, DataError)
+        rows
+        for _, rows in encode_each(picked.examples(), tokenizer, reader=examination.reader)
+        if not isinstance(rows, DataError)
     ]
     if not encoded:
         return None
@@ -227,7 +232,7 @@ def _other_stop(examination: Examination, skip_bad: float) -> str:
     if examination.mixed:
         return f"{examination.mixed}; split the data"
     try:
-        refuse_untrainable(examination.unusual.values())
+        refuse_untrainable(examination.unusual.values(), sees_images=examination.reader is not None)
     except DataError as error:
         return str(error)
     return ""

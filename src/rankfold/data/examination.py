@@ -32,6 +32,7 @@ from rankfold.data.shape import Shape
 from rankfold.data.sources import Source
 from rankfold.data.split import compared_words, fingerprint
 from rankfold.errors import DataError
+from rankfold.models.images import ImageReader
 from rankfold.models.prompt import prompt_encoder
 
 PROGRESS_ROWS = 10_000
@@ -41,10 +42,13 @@ HELD_OUT = -1  # where the row of a held-out example would stand
 class Examination:
     """What is known of the rows so far; ``finish`` adds what only all of them together show."""
 
-    def __init__(self, tokenizer: Any | None, *, shown: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, tokenizer: Any | None, *, shown: int = 0, seed: int = 0, reader: ImageReader | None = None
+    ) -> None:
+        self.reader = reader
         self.ledger = Ledger()
         self.balance = Balance()
-        self.meter: Meter = CharacterMeter() if tokenizer is None else TokenMeter(tokenizer)
+        self.meter: Meter = CharacterMeter() if tokenizer is None else TokenMeter(tokenizer, reader)
         self.picked = Picked(shown, seed)
         self.parts: list[tuple[str, int, int]] = []  # each source, its first row and the one after its last
         self.held_out_rows = 0

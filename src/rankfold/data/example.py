@@ -51,7 +51,9 @@ class Message:
         content: Any = self.text
         if self.images:
             content = [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                {"type": "text", "text": part}
+                if isinstance(part, str)
+                else {"type": "image", "path": str(part.path)}
                 for part in self.parts
             ]
         named = {

@@ -171,13 +171,13 @@ def prompt_style(converted: Converted) -> PromptStyle:
     return "plain" if styles.pop() else "chat"
 
 
-def refuse_untrainable(examples: Iterable[Example]) -> None:
-    """Raise DataError for what a supervised run on text cannot use as it is: preference pairs, judged
-    answers, and pictures, which would be left out without a word."""
+def refuse_untrainable(examples: Iterable[Example], *, sees_images: bool = False) -> None:
+    """Raise DataError for what a supervised run cannot use as it is: preference pairs, judged answers, and
+    pictures unless the model ``sees_images``."""
     kinds: dict[str, str] = {}
     for example in examples:
         kinds.setdefault(example.kind, example.origin)
-        if any(message.images for message in example.messages):
+        if not sees_images and any(message.images for message in example.messages):
             kinds.setdefault("pictures", example.origin)
     for kind, way_out in WAYS_OUT.items():
         if kind in kinds:
@@ -189,5 +189,5 @@ WAYS_OUT = {
     "give the shape 'chosen' to train on the chosen answers as chats",
     "feedback": "the rows are judged answers (KTO), and this run is supervised; give the shape by its "
     "columns (prompt=COLUMN,completion=COLUMN) to train on all answers, good or bad",
-    "pictures": "the row has pictures, which this run cannot train on yet",
+    "pictures": "the row has pictures; name a model that sees them with --model",
 }

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rankfold.data.example import Example, Message
 from rankfold.errors import DataError
-from rankfold.models.prompt import PromptEncoder, squeeze
+from rankfold.models.images import ImageReader, image_paths
+from rankfold.models.prompt import PromptEncoder, TemplateMessage, squeeze
 from rankfold.models.template import Conversation, Rendering, render_all
 from rankfold.models.turn import Form, cut_turn, opening_of, reply_of, turn_form
 
@@ -21,18 +23,24 @@ TrainOn = Literal["assistant", "last", "all"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One trained turn: ``prompt`` is all that stands before it, ``answer`` its words and its end token."""
+    """One trained turn: ``prompt`` is all that stands before it, ``answer`` its words and its end token.
+
+    ``images`` are the files of the images that the prompt has a mark for."""
 
     prompt: str
     answer: str
+    images: tuple[Path, ...] = ()
 
 
 def find_turns(
-    examples: Sequence[Example], encoder: PromptEncoder, train_on: TrainOn
+    examples: Sequence[Example],
+    encoder: PromptEncoder,
+    train_on: TrainOn,
+    reader: ImageReader | None = None,
 ) -> list[list[Turn] | DataError]:
     """The trained turns of each conversation in their order, or why it cannot be trained on."""
     form = turn_form(encoder)
-    asked = [_to_render(example, encoder, train_on) for example in examples]
+    asked = [_to_render(example, encoder, train_on, reader) for example in examples]
     done = render_all(encoder.tokenizer, (one for one in asked if isinstance(one, Conversation)))
     return [_turns(one, next(done), encoder, form) if isinstance(one, Conversation) else one for one in asked]
 
@@ -67,17 +75,22 @@ def trained_places(messages: Sequence[Message], train_on: TrainOn) -> list[int]:
     return chosen
 
 
-def _to_render(example: Example, encoder: PromptEncoder, train_on: TrainOn) -> Conversation | DataError:
+def _to_render(
+    example: Example, encoder: PromptEncoder, train_on: TrainOn, reader: ImageReader | None
+) -> Conversation | DataError:
     try:
-        if any(message.images for message in example.messages):
+        if reader is None and any(message.images for message in example.messages):
             raise DataError("the row has images, and a text model cannot read them")
+        if any(message.images and message.role == "assistant" for message in example.messages):
+            raise DataError("an assistant's turn holds an image, and no model here can write one")
         places = trained_places(example.messages, train_on)
         for place in places:
             if not squeeze(example.messages[place].text) and not example.messages[place].tool_calls:
                 raise DataError(f"message {place + 1}: the assistant says nothing")
         # The longest first: one that is too long is found out before all the shorter ones are rendered.
         renders = [pair for place in reversed(places) for pair in ((place + 1, False), (place, True))]
-        messages = [message.for_template() for message in example.messages]
+        messages: Sequence[TemplateMessage] = [message.for_template() for message in example.messages]
+        messages = messages if reader is None else reader.tidied(messages)
         return encoder.shield(Conversation(messages, renders, example.tools))
     except DataError as error:
         return error
@@ -97,7 +110,7 @@ def _turns(
             opening = opening_of(spoken, message)
             if not message.get("tool_calls") and opening not in form.openings:
                 raise DataError(f"the chat template puts words into the assistant's mouth: {opening[:80]!r}")
-            turns.append(Turn(prompt, spoken + stop))
+            turns.append(Turn(prompt, spoken + stop, tuple(image_paths(asked.messages[: count - 1]))))
         _check_prompt(asked, turns[0].prompt)
     except DataError as error:
         return error
@@ -108,7 +121,9 @@ def _check_prompt(asked: Conversation, prompt: str) -> None:
     """Raise DataError if the template drops what the user or the system says, or the tools."""
     written = squeeze(prompt)
     for place, message in enumerate(asked.messages[: asked.renders[0][0] - 1], start=1):
-        if message["role"] in ("system", "user") and squeeze(message["content"]) not in written:
+        words = message["content"]
+        parts = [words] if isinstance(words, str) else [part["text"] for part in words if "text" in part]
+        if message["role"] in ("system", "user") and not all(squeeze(part) in written for part in parts):
             raise DataError(f"the chat template leaves out message {place}, of the role {message['role']}")
     for tool in asked.tools:
         name = str(tool.get("function", tool).get("name", ""))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rankfold.data.encode import EncodedRow, encode_each
 from rankfold.data.example import Example
 from rankfold.errors import DataError
+from rankfold.models.images import ImageReader
 
 EXACT_ROWS = 10_000  # so many rows are encoded as in training; most data sets have no more
 BATCH_ROWS = 2_000
@@ -106,7 +107,8 @@ class TokenMeter:
 
     unit = "tokens"
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, reader: ImageReader | None = None) -> None:
+        self._reader = reader
         self.measured = Measured()
         self._tokenizer = tokenizer
         self._added: dict[Kind, Counter[tuple[int, int]]] = {}  # tokens and trained tokens, how often
@@ -140,7 +142,7 @@ class TokenMeter:
         every = iter(token_counts(self._tokenizer, [text for _, _, texts, _ in batch for text in texts]))
         counts = [[next(every) for _ in texts] for _, _, texts, _ in batch]
         unknown = self._not_known(batch)
-        encoded = encode_each((batch[place][1] for place in unknown), self._tokenizer)
+        encoded = encode_each((batch[place][1] for place in unknown), self._tokenizer, reader=self._reader)
         for place, (_, rows) in zip(unknown, encoded, strict=True):
             self._learn(batch[place], rows, counts[place])
         for place in sorted(set(range(len(batch))).difference(unknown)):

@@ -70,7 +70,7 @@ def save_adapter(
     config: LoraConfig,
     folder: Path,
     facts: AdapterFacts,
-    base: BaseFingerprint,
+    base: BaseFingerprint | None,
 ) -> None:
     """Write an adapter: PEFT's two files and ``rankfold.json``.  No README.md, and never in several parts.
 

@@ -20,7 +20,7 @@ from rankfold.lora.fingerprint import BaseFingerprint
 from rankfold.lora.strict_json import read_json_object
 
 FACTS_NAME = "rankfold.json"
-SCHEMA_VERSION = 2  # 1 knew prompt_style and base_description
+SCHEMA_VERSION = 3  # 1 knew prompt_style and base_description, 2 no image_tiles
 MAX_FACTS_BYTES = 1_000_000
 
 Kind = TypeVar("Kind")
@@ -36,7 +36,8 @@ class AdapterFacts:
     ``chat_template``: the name of the template that rankfold gave a base without one, else empty.
     ``tokenizer``: sha256 of the vocabulary and of the chat template it was trained with, if given.
     ``versions``: of the libraries that wrote it.  ``sha256``: of the two files beside this one.
-    ``base``: the fingerprint of the base that it belongs to."""
+    ``base``: the fingerprint of the base that it belongs to.
+    ``image_tiles``: into how many tiles an image was cut at most, None if images were not cut or not seen."""
 
     prompt_style: PromptStyle = "chat"
     base_description: str = ""
@@ -45,6 +46,7 @@ class AdapterFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
     base: BaseFingerprint | None = None
+    image_tiles: int | None = None
     schema_version: int = SCHEMA_VERSION
 
     def sealed(self, files: Mapping[str, bytes], base: BaseFingerprint | None) -> AdapterFacts:
@@ -95,6 +97,10 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
         "chat_template": _of(str, content.get("chat_template", "")),
         "base": None,
     }
+    tiles = content.get("image_tiles")
+    if tiles is not None and (type(tiles) is not int or tiles < 1):
+        raise ValueError(f"image_tiles must be a number from 1, got {tiles!r}")
+    facts["image_tiles"] = tiles
     for name in ("tokenizer", "versions", "sha256"):
         facts[name] = _texts(content.get(name, {}))
     if base is not None:

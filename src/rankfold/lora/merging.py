@@ -68,7 +68,7 @@ def _values(layer: AdapterLayer, carried: list[str]) -> dict[str, Tensor]:
 def _shared_weights(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:
     """A problem for each weight to be merged that some other module uses too."""
     owners = {
-        id(parameter): (path, layer, key)
+        id(parameter): (f"{path}.{key}", layer)
         for path, layer in layers.items()
         for key, parameter in layer.base_parameters()
         if layer.leader is None
@@ -76,10 +76,9 @@ def _shared_weights(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[s
     problems = []
     for path, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            owner_path, owner, owner_key = owners.get(id(parameter), (path, module, key))
+            name = f"{path}.{key}"  # of a part of a module that is trained whole, too
+            owned, owner = owners.get(id(parameter), (name, module))
             follows = isinstance(module, AdapterLayer) and module.leader is owner
-            if (owner_path, owner_key) != (path, key) and not follows:
-                problems.append(
-                    f"{owner_path}.{owner_key} is tied to {path}.{key}, which merging would change too"
-                )
+            if owned != name and not follows:
+                problems.append(f"{owned} is tied to {name}, which merging would change too")
     return problems

@@ -61,6 +61,16 @@ def not_found(name: str, reason: str) -> ModelError:
     )
 
 
+def cannot_load(location: str | Path, name: str, error: Exception) -> ModelError:
+    """The error for a model whose files were found or not, and did not load."""
+    if isinstance(error, ModelError):
+        return error
+    reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    if isinstance(location, Path):
+        return ModelError(f"cannot load the model {name}: {reason}")
+    return not_found(name, reason)
+
+
 def _shipped_file(name: str) -> BaseSource | None:
     package = SHIPPED_BY.get(name)
     if package is None:

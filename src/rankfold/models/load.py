@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import logging
 import os
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,37 @@ from rankfold.errors import ConfigError, ModelError, OutputError
 from rankfold.files import require_space, staged_folder
 from rankfold.lora import LoraConfig, PeftModel
 from rankfold.lora.stored import AdapterSource, Fault
+from rankfold.models.convert import natively_named
 from rankfold.models.facts import AdapterFacts, tokenizer_changes
-from rankfold.models.find import DEFAULT_MODEL, BaseSource, find_base, not_found
+from rankfold.models.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
 from rankfold.models.held import Stored, describe, held_model
+from rankfold.models.image_text import (
+    image_text_config,
+    is_internvl,
+    load_image_text,
+    load_processor_of,
+    prompt_notes,
+)
 from rankfold.models.plain_template import plain_template
 from rankfold.models.precision import Precision, default_device, held_notes, hold_in
+from rankfold.models.processors import set_most_tiles
+from rankfold.models.quiet import quiet_transformers
 
 EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
 
 
 @dataclass
 class Base:
-    """A causal language model with its tokenizer; ``notes`` are facts a user should be told."""
+    """A language model with its tokenizer; ``notes`` are facts a user should be told.
+
+    ``processor`` is transformers' for a model that sees images, else None."""
 
     model: Any
     tokenizer: Any
     source: BaseSource
     notes: list[str] = field(default_factory=list)
     prompt_style: str = "chat"
+    processor: Any = None
 
 
 def load_base(name: str, precision: Precision | None = None, stored: Stored | None = None) -> Base:
@@ -52,18 +63,26 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
     Raises ModelError, also if a weight is too large for float16."""
     source = find_base(name)
     notes: list[str] = []
+    processor = None
+    config = None if source.gguf_file is not None else image_text_config(source)
     dtype = precision.storage if precision else _usual_storage()
+    if stored is not None and config is not None:
+        raise ModelError(f"{name} sees images; stored={stored!r} holds language models only, so leave it out")
     if stored is not None:
         model, tokenizer = _load_held(source, stored, dtype, notes)
     elif source.gguf_file is not None:
         model, tokenizer = _load_gguf(source.gguf_file, dtype, notes)
+    elif config is not None:
+        model, processor = load_image_text(source, config, dtype)
+        tokenizer = processor.tokenizer
+        notes += prompt_notes(config, tokenizer)
     else:
         model, tokenizer = _load_transformers(source.location, source.name, dtype)
     _check_vocabulary(model, tokenizer, name)
     if precision and stored is None:
-        notes += held_notes(model, _comes_as(source), dtype)
+        notes += held_notes(model, _comes_as(source, config), dtype)
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
-    return Base(model.to(default_device()).eval(), tokenizer, source, notes)
+    return Base(model.to(default_device()).eval(), tokenizer, source, notes, processor=processor)
 
 
 def load_tokenizer(name: str) -> tuple[Any, int | None]:
@@ -72,16 +91,33 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
 
     Raises ModelError."""
     source = find_base(name)
+    if source.gguf_file is None and (seeing := image_text_config(source)) is not None:
+        return load_processor_of(source, seeing).tokenizer, longest_input(seeing)
     location, options = _described(source)
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            config = AutoConfig.from_pretrained(location, **options).get_text_config()
+            config = AutoConfig.from_pretrained(location, **options)
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise _cannot_load(source.location, source.name, error) from error
-    return tokenizer, getattr(config, "max_position_embeddings", None)
+            raise cannot_load(source.location, source.name, error) from error
+    return tokenizer, longest_input(config)
+
+
+def load_processor(name: str) -> Any:
+    """The processor of a model that sees images, without its weights; None for any other.
+
+    Raises ModelError."""
+    source = find_base(name)
+    config = None if source.gguf_file is not None else image_text_config(source)
+    return None if config is None else load_processor_of(source, config)
+
+
+def longest_input(config: Any) -> int | None:
+    """The longest input in tokens that a model with this config was made for, if the config says so."""
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
 
 
 def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = ()) -> Base:
@@ -96,6 +132,8 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
         raise ModelError(f"{adapter} does not say which base model it belongs to; name it with --model")
     facts = AdapterFacts.read(Path(adapter))
     base = load_base(name)
+    if facts.image_tiles is not None and base.processor is not None:
+        set_most_tiles(base.processor, facts.image_tiles)  # as in training
     changed = tokenizer_changes(facts.tokenizer, base.tokenizer)
     if facts.chat_template:  # the adapter's counts, whatever template the base has by now
         base.tokenizer.chat_template = plain_template(facts.chat_template)
@@ -107,7 +145,8 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
             "(--allow base) to use it all the same"
         )
     base.notes += [f"the tokenizer has another {part} than in training" for part in changed]
-    base.model = PeftModel.from_pretrained(base.model, adapter, allow=allow).merge_and_unload()
+    with natively_named(Path(adapter), name) if is_internvl(base.model) else nullcontext(adapter) as folder:
+        base.model = PeftModel.from_pretrained(base.model, folder, allow=allow).merge_and_unload()
     base.prompt_style = facts.prompt_style
     return base
 
@@ -122,13 +161,13 @@ def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str
             raise ModelError(f"{source.name}: a GGUF file can be loaded as a causal language model only")
         model = load_base(source.name).model
         return model if dtype is None else model.to(dtype)
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model = kind.from_pretrained(
                 source.location, dtype=dtype or "auto", use_safetensors=True, revision=revision or "main"
             )
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise _cannot_load(source.location, source.name, error) from error
+            raise cannot_load(source.location, source.name, error) from error
     model.name_or_path = model.config.name_or_path = source.name
     return model.eval()
 
@@ -140,14 +179,16 @@ def load(adapter: Path | None, model_name: str | None, allow: Collection[Fault] 
     return load_tuned(adapter, model_name, allow) if adapter else load_base(model_name or DEFAULT_MODEL)
 
 
-def _comes_as(source: BaseSource) -> torch.dtype:
-    """What the weights are written in, as their config says; a GGUF file's are expanded to float32."""
+def _comes_as(source: BaseSource, config: Any) -> torch.dtype:
+    """What the weights are written in, as their config says (``config`` for a model that sees images); a
+    GGUF file's are expanded to float32."""
     if source.gguf_file is not None:
         return torch.float32
-    with _quiet_transformers():
-        from transformers import AutoConfig
+    if config is None:
+        with quiet_transformers():
+            from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(source.location)
+            config = AutoConfig.from_pretrained(source.location)
     dtype: torch.dtype = config.dtype or config.get_text_config().dtype or torch.float32
     return dtype
 
@@ -161,7 +202,7 @@ def _load_transformers(
     location: str | Path, name: str, dtype: torch.dtype, **options: Any
 ) -> tuple[Any, Any]:
     """Weights are read in ``dtype``: casting the model afterwards would round the positions' angles too."""
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
@@ -170,15 +211,8 @@ def _load_transformers(
                 location, dtype=dtype, use_safetensors=True, **options
             )
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise _cannot_load(location, name, error) from error
+            raise cannot_load(location, name, error) from error
     return model, tokenizer
-
-
-def _cannot_load(location: str | Path, name: str, error: Exception) -> ModelError:
-    reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-    if isinstance(location, Path):
-        return ModelError(f"cannot load the model {name}: {reason}")
-    return not_found(name, reason)
 
 
 def _load_gguf(file: Path, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
@@ -189,7 +223,7 @@ def _load_gguf(file: Path, dtype: torch.dtype, notes: list[str]) -> tuple[Any, A
         _clear_quantisation_marks(model)
         try:
             require_space(cached.parent, EXPANDED_PER_GGUF_BYTE * file.stat().st_size)
-            with _quiet_transformers(), staged_folder(cached) as folder:
+            with quiet_transformers(), staged_folder(cached) as folder:
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
         except OutputError as error:
@@ -202,7 +236,7 @@ def _load_gguf(file: Path, dtype: torch.dtype, notes: list[str]) -> tuple[Any, A
 
 def _load_held(source: BaseSource, stored: Stored, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
     location, options = _described(source)
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
         try:
@@ -214,7 +248,7 @@ def _load_held(source: BaseSource, stored: Stored, dtype: torch.dtype, notes: li
         except ModelError as error:
             raise ModelError(f"{source.name}: {error}") from error
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise _cannot_load(source.location, source.name, error) from error
+            raise cannot_load(source.location, source.name, error) from error
     notes.append(describe(model))
     return model, tokenizer
 
@@ -269,28 +303,3 @@ def cache_folder() -> Path:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars or advice from transformers inside the block; errors still raise.
-
-    Standard error is set aside because the GGUF reader's bar obeys no switch."""
-    # transformers imports torchao where it is installed, and torch has something to say about that.
-    pytree = logging.getLogger("torch.utils._pytree")
-    pytree_level = pytree.level
-    pytree.setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        pytree.setLevel(pytree_level)
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

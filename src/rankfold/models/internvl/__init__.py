@@ -1,0 +1,1 @@
+"""InternVL's original layout, translated to native classes and back without running its code."""
