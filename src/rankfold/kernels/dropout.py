@@ -19,7 +19,7 @@ GAMMA = 0x9E3779B97F4A7C15 - (1 << BITS)
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << BITS)), (27, 0x94D049BB133111EB - (1 << BITS)))
 LAST_SHIFT = 31
 WORD = 4  # elements
-BLOCK = 1 << 16  # elements a thread: what is made of them stays in its cache, and no page is asked for
+BLOCK = 1 << 18  # elements a thread: temporaries this small are used again, larger ones cost page faults
 
 
 class DropMask(NamedTuple):

@@ -46,7 +46,7 @@ class Scope:
     modules_to_save: list[str]
     told: list[str]
 
-    def options(self) -> dict[str, list[str]]:
+    def options(self) -> dict[str, Any]:
         """The arguments for LoraConfig."""
         saved = {"modules_to_save": self.modules_to_save} if self.modules_to_save else {}
         return {"target_modules": self.target_modules, **saved}

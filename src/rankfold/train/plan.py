@@ -27,6 +27,7 @@ from rankfold.errors import bullet_list
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.models.facts import PromptStyle
 from rankfold.models.load import Base, load_base
+from rankfold.models.parts import adapter_scope
 from rankfold.models.precision import Precision
 from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
@@ -144,13 +145,15 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     named = [f"the model has no chat template; messages are written in {template}"] if template else []
     settings = settle(recipe, len(train), base.model.num_parameters())
     batching = choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching)
+    scope = adapter_scope(base.model, recipe.targets)
+    seen = scope.told if base.processor is not None else []
     torch.manual_seed(recipe.seed)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=recipe.dropout,
-        target_modules=recipe.targets,
+        **scope.options(),
     )
     model = get_peft_model(base.model, config)
     base.model = model
@@ -165,7 +168,7 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
         held_out=encoded.held_out,
         lengths=encoded.cut,
         proof=proof,
-        notes=[*filter(None, [precision.cost]), *base.notes, *named, *rows.notes, *encoded.notes],
+        notes=[*filter(None, [precision.cost]), *base.notes, *named, *rows.notes, *encoded.notes, *seen],
         batching=batching,
         precision=precision,
         processes=processes,
