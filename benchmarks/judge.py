@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from children import Job, Result, be_child
+from sides import Job, Result, be_child
 from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM

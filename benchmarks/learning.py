@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from children import ROW_LIMIT, ChildFailed, Job, Result, run_child, seconds_per_step, write_rows
+from sides import ROW_LIMIT, ChildFailed, Job, Result, run_child, seconds_per_step, write_rows
 from figures import HERE, Figure, command_line, machine_line, parser, record
 
 SIDES = {"rankfold": "ours", "PEFT + Trainer": "peers"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from children import NO_SAVES, Job, Meter, Result, be_child
+import torch
+from sides import NO_SAVES, Job, Meter, Result, be_child
 
 from rankfold import Recipe, fine_tune
 from rankfold.train.listener import Listener
@@ -27,7 +28,11 @@ def train(job: Job) -> Result:
     names = ("model", "data", "held_out", "rank", "alpha", "dropout", "learning_rate", "schedule")
     names += ("rows_per_step", "max_steps", "max_minutes", "epochs", "max_length", "seed")
     settings = {name: job[name] for name in names if name in job}
-    fine_tune(Recipe.of(settings | {"out": out, "samples": 0, "save_every_steps": NO_SAVES}), listener)
+    settings |= {
+        "precision": "bfloat16" if torch.cuda.is_available() else "float32"
+    }  # as peers.py computes in
+    settings |= {"samples": 0, "save_every_steps": NO_SAVES, "evaluate_every_steps": 0}
+    fine_tune(Recipe.of(settings | {"out": out}), listener)
     return listener.meter.result(adapter=str(out), trainable=_trainable(out))
 
 

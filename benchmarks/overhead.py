@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from children import ChildFailed, run_child
+from sides import ChildFailed, run_child
 from figures import Figure, parser, record
 
 PATIENCE_S = 600

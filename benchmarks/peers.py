@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from children import ROW_LIMIT, Job, Meter, Result, be_child, rate_factor
+from sides import ROW_LIMIT, Job, Meter, Result, be_child, rate_factor
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments

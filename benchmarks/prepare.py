@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from children import ROW_LIMIT, Job, Result, be_child
+from sides import ROW_LIMIT, Job, Result, be_child
 
 from rankfold import load_base
 from rankfold.data.batches import epoch_steps

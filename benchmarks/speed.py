@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from children import ROW_LIMIT, ChildFailed, Job, Result, run_child, tokens_per_second, write_rows
+from sides import ROW_LIMIT, ChildFailed, Job, Result, run_child, tokens_per_second, write_rows
 from figures import Figure, parser, record
 
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 4e-4

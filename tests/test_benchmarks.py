@@ -23,9 +23,9 @@ def figures(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def children(monkeypatch):
+def sides(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import children as module
+    import sides as module
 
     return module
 
@@ -72,23 +72,23 @@ def test_the_machine_is_told_without_its_name_or_a_path(figures, monkeypatch, tm
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("steps", [1, 7, 100])
-def test_the_other_side_learns_at_the_rates_of_a_run(children, schedule, steps):
+def test_the_other_side_learns_at_the_rates_of_a_run(sides, schedule, steps):
     warmup = max(1, round(0.05 * steps))
     ours = [learning_rate_at(step, steps, warmup, 1.0, schedule) for step in range(1, steps + 1)]
-    theirs = [children.rate_factor(step, steps, schedule) for step in range(1, steps + 1)]
+    theirs = [sides.rate_factor(step, steps, schedule) for step in range(1, steps + 1)]
     assert theirs == pytest.approx(ours)
 
 
-def test_no_training_row_is_held_out(children, tmp_path):
+def test_no_training_row_is_held_out(sides, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(str(number) for number in range(50)) + "\n\n")
-    train, held_out = (path.read_text().split() for path in children.write_rows(data, tmp_path, 40, 10, 0))
+    train, held_out = (path.read_text().split() for path in sides.write_rows(data, tmp_path, 40, 10, 0))
     assert (len(train), len(held_out), len({*train, *held_out})) == (40, 10, 50)
 
 
-def test_a_child_that_fails_says_why(children, tmp_path):
-    with pytest.raises(children.ChildFailed, match="roofline ended with status 1: KeyError: 'steps'"):
-        children.run_child("roofline", {}, tmp_path)
+def test_a_child_that_fails_says_why(sides, tmp_path):
+    with pytest.raises(sides.ChildFailed, match="roofline ended with status 1: KeyError: 'steps'"):
+        sides.run_child("roofline", {}, tmp_path)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_every_setting_has_a_description():
     [
         ("num_train_epochs", "is called 'epochs' here"),
         ("lora_alpha", "is called 'alpha' here"),
-        ("evaluation_strategy", "judged on held-out rows"),
+        ("evaluation_strategy", "say evaluate_every_steps"),
         ("rnak", r"did you mean 'rank'\?"),
     ],
 )
