@@ -20,11 +20,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from sides import ROW_LIMIT, ChildFailed, Job, Result, run_child, seconds_per_step, write_rows
 from figures import HERE, Figure, command_line, machine_line, parser, record
+from sides import ChildFailed, Job, Result, run_child, seconds_per_step, write_rows
 
 SIDES = {"rankfold": "ours", "PEFT + Trainer": "peers"}
 RESAMPLES = 2000
+MAX_LENGTH = 1024  # tokens; no row is longer
 
 
 def main() -> None:
@@ -67,7 +68,13 @@ def prepared(options: argparse.Namespace, work: Path) -> tuple[Job, list[dict[st
     one = work / "one.jsonl"  # judging inside the run is no part of this; it wants one row at least
     one.write_text(held_out.read_text().splitlines()[0] + "\n")
     asked = {"model": options.model, "base": str(work / "base"), "rows_per_step": options.rows}
-    asked |= {"data": str(data), "held_out": str(held_out), "seed": options.seed, "lengths": []}
+    asked |= {
+        "data": str(data),
+        "held_out": str(held_out),
+        "seed": options.seed,
+        "lengths": [],
+        "max_length": MAX_LENGTH,
+    }
     found = run_child("prepare", asked | {"steps": rows // options.rows}, work)
     job = {
         "model": str(work / "base"),
@@ -80,7 +87,7 @@ def prepared(options: argparse.Namespace, work: Path) -> tuple[Job, list[dict[st
         "dropout": 0.0,
         "learning_rate": options.learning_rate,
         "schedule": "cosine",
-        "max_length": ROW_LIMIT,
+        "max_length": MAX_LENGTH,
         "seed": options.seed,
     }
     return job, found["held_out"], found["device"]

@@ -23,8 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from sides import ChildFailed, run_child
 from figures import Figure, parser, record
+from sides import ChildFailed, run_child
 
 PATIENCE_S = 600
 LOOK_S = 0.01

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import ROW_LIMIT, Job, Result, be_child
+from sides import Job, Result, be_child
 
 from rankfold import load_base
 from rankfold.data.batches import epoch_steps
@@ -27,21 +27,23 @@ def prepare(job: Job) -> Result:
     if not folder.is_dir():
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
-    rows = _encoded(job["data"], base.tokenizer, job["seed"])
+    rows = _encoded(job["data"], base.tokenizer, job)
     epochs = (epoch_steps(rows, job["rows_per_step"], job["seed"], epoch) for epoch in count())
     steps = list(islice(chain.from_iterable(epochs), job["steps"]))
     return {
         "steps": [[_plain(row) for row in step] for step in steps],
-        "held_out": [_plain(row) for row in _encoded(job["held_out"], base.tokenizer, job["seed"])],
+        "held_out": [_plain(row) for row in _encoded(job["held_out"], base.tokenizer, job)],
         "texts": {str(n): _texts(job, base.tokenizer, n) for n in job["lengths"]},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
 
 
-def _encoded(path: str, tokenizer: Any, seed: int) -> Any:
-    rows, over = encode_all(read_examples(sources_of(path), seed).examples, tokenizer, ROW_LIMIT)
+def _encoded(path: str, tokenizer: Any, job: Job) -> Any:
+    rows, over = encode_all(
+        read_examples(sources_of(path), job["seed"]).examples, tokenizer, job["max_length"]
+    )
     if over:
-        raise SystemExit(f"rows of more than {ROW_LIMIT} tokens: {over}")
+        raise SystemExit(f"rows of more than {job['max_length']} tokens: {over}")
     return rows
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ROW_LIMIT = 512  # tokens; the length that padding="max_length" pads to, and no row is longer
+ROW_LIMIT = 512  # tokens; the length that padding="max_length" pads to, and no row of speed.py is longer
 NO_SAVES = 1_000_000  # steps between checkpoints: neither side of a speed comparison writes any
 WARMUP_SHARE = 0.05
 

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sides import ROW_LIMIT, ChildFailed, Job, Result, run_child, tokens_per_second, write_rows
 from figures import Figure, parser, record
+from sides import ROW_LIMIT, ChildFailed, Job, Result, run_child, tokens_per_second, write_rows
 
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 4e-4
 CURVE_STEPS = 20
@@ -138,6 +138,7 @@ class Bench:
         data, held_out = write_rows(self.options.data, folder, rows_per_step * steps, 1, self.options.seed)
         job = {"data": str(data), "held_out": str(held_out), "rows_per_step": rows_per_step}
         asked = {"model": self.options.model, "base": self.base, "steps": steps, "seed": self.options.seed}
+        asked["max_length"] = ROW_LIMIT
         texts = {"lengths": list(lengths), "text_tokens": max(self.options.rows * SHORT, LONG) * steps}
         found = run_child("prepare", job | asked | texts, self.work)
         for length, (_, *texts) in found["texts"].items():

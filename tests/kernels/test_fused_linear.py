@@ -112,6 +112,26 @@ def test_nothing_is_kept_but_the_inputs_and_the_narrow_product(mask):
     assert sum(size for place, size in kept.items() if place not in inputs) == 2 * 40 * 4
 
 
+@pytest.mark.parametrize("mask", [None, MASK], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, None], ids=["wide x", "narrow x"])
+def test_under_autocast_products_are_in_the_weights_dtype_and_gradients_in_their_own(dtype, x_dtype, mask):
+    given = tensors((7, 24), 20, 4, torch.float32)
+    given |= {name: given[name].to(dtype) for name in ("weight", "bias")}
+    given["x"] = given["x"].to(x_dtype or dtype)
+    trained = ("x", "lora_a", "lora_b")
+    with torch.autocast("cpu", dtype):
+        assert can_fuse(*(given[name] for name in ("x", "weight", "lora_a", "lora_b")))
+        out, found = gradients(fused, given, trained, mask)
+    exact_out, exact = gradients(plain, {n: v.double() for n, v in given.items()}, trained, mask)
+    assert out.dtype == dtype
+    for name, value in {"out": out, **found}.items():
+        wanted = exact_out if name == "out" else exact[name]
+        assert value.dtype == (dtype if name == "out" else given[name].dtype)
+        off = (value.double() - wanted).norm() / wanted.norm()
+        assert off < 4 * torch.finfo(dtype).eps
+
+
 def test_an_input_changed_before_backward_is_an_error():
     given = tensors()
     given["lora_a"].requires_grad_()
@@ -142,7 +162,9 @@ def test_what_cannot_be_fused_is_known():
     assert not ask(x=torch.empty(3, 4, device="meta"))
     assert not ask(x=torch.nn.Parameter(torch.randn(3, 4)))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not ask()
+        assert not ask()  # the product with a float32 weight is bfloat16
+        assert ask(weight=GIVEN["weight"].bfloat16())
+        assert not ask(weight=GIVEN["weight"].bfloat16(), x=GIVEN["x"].double())
     with torch.autograd.forward_ad.dual_level():
         assert not ask()
     seen = []

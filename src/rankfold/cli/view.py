@@ -195,4 +195,7 @@ def _progress_bar(console: Console) -> Progress:
 
 def _command() -> str:
     """The command as this user can type it: by name where it is on the PATH, else as it was called."""
-    return "rankfold" if shutil.which("rankfold") else str(Path(sys.argv[0]))
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return "python -m rankfold"
+    return "rankfold" if shutil.which("rankfold") else str(called)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from rankfold.kernels.dropout import DropMask
 
 DEVICES = ("cpu", "cuda")
+CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast makes its own dtype
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -22,7 +23,7 @@ def fused_linear(
     scale: float,
     mask: DropMask | None = None,
 ) -> Tensor:
-    """``x W^T + bias + scale * drop(x) A^T B^T`` (..., out), in the dtype that all tensors have.
+    """``x W^T + bias + scale * drop(x) A^T B^T`` (..., out), computed in the dtype of W.
 
     Shapes: x (..., in), base W (out, in) and bias (out), factors A (rank, in) and B (out, rank).  For
     backward it keeps x, W, A, B, which exist anyway, and the narrow product (rank, rows); a mask is
@@ -35,18 +36,27 @@ def fused_linear(
 def can_fuse(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
     """Whether ``fused_linear`` may stand in for the separate operations.
 
-    Not for tensors of other kinds or of several dtypes, under autocast, and in what looks into an
-    autograd function or cannot: compiling, tracing, functorch's transforms, forward-mode derivatives."""
+    Not for tensors of other kinds, for several dtypes unless autocast would make them W's, and in what looks
+    into an autograd function or cannot: compiling, tracing, functorch's transforms, forward-mode
+    derivatives."""
     return (
-        x.dtype is weight.dtype is lora_a.dtype is lora_b.dtype
-        and x.dtype in FLOATS
-        and type(x) is Tensor
+        type(x) is Tensor
         and x.layout is torch.strided
         and not x.is_nested
         and x.device.type in DEVICES
-        and not torch.is_autocast_enabled(x.device.type)
+        and _computed_in(x, weight, lora_a, lora_b) is weight.dtype
+        and weight.dtype in FLOATS
         and not _transformed()
     )
+
+
+def _computed_in(*tensors: Tensor) -> torch.dtype | None:
+    """The dtype in which the separate operations would be computed, or None if in several."""
+    device = tensors[0].device.type
+    dtypes = {tensor.dtype for tensor in tensors}
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) if dtypes <= {*CAST} else None
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _transformed() -> bool:
@@ -60,11 +70,13 @@ def _transformed() -> bool:
 
 class _FusedLinear(torch.autograd.Function):
     """The skinny products are written so that the short side comes first, as (rank, rows): with the long
-    side first BLAS takes up to five times as long."""
+    side first BLAS takes up to five times as long.  Gradients have the dtypes of what they are of."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, bias, lora_a, lora_b, scale, mask = inputs
+        ctx.dtypes = x.dtype, lora_a.dtype, lora_b.dtype
+        x, lora_a, lora_b = (tensor.to(weight.dtype) for tensor in (x, lora_a, lora_b))
         rows = x.reshape(-1, x.shape[-1])
         ctx.factor = scale if mask is None else scale * mask.rescale
         ctx.mask = mask
@@ -79,6 +91,7 @@ class _FusedLinear(torch.autograd.Function):
         """Can be differentiated again: with ``create_graph`` the narrow product is made anew."""
         x, weight, lora_a, lora_b, narrow = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+        of_x, of_a, of_b = ctx.dtypes
         rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, weight.shape[0])
         if torch.is_grad_enabled():
             narrow = _narrow(rows, lora_a, ctx.mask)
@@ -87,11 +100,11 @@ class _FusedLinear(torch.autograd.Function):
         grad_a = torch.zeros_like(lora_a) if need_a else None
         _add_through_a(rows, lora_a, narrow_grad, ctx.mask, (grad_x, grad_a))
         return (
-            None if grad_x is None else grad_x.view(x.shape),
+            None if grad_x is None else grad_x.view(x.shape).to(of_x),
             torch.mm(grad.t(), rows) if need_weight else None,
             grad.sum(0) if need_bias else None,
-            grad_a,
-            torch.mm(narrow, grad).mul_(ctx.factor).t().contiguous() if need_b else None,
+            None if grad_a is None else grad_a.to(of_a),
+            torch.mm(narrow, grad).mul_(ctx.factor).t().contiguous().to(of_b) if need_b else None,
             None,
             None,
         )

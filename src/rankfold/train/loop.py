@@ -163,7 +163,8 @@ class Trainer:
         for group, weight in groups:
             group_sum, group_count = self.micro_batch(group, weight)
             loss_sum, count = loss_sum + group_sum, count + group_count
-        totals = self.processes.sum(torch.tensor([loss_sum, count], dtype=torch.float64))
+        sums = torch.tensor([loss_sum, count], dtype=torch.float64, device=self.processes.device)
+        totals = self.processes.sum(sums)
         loss_sum, count = float(totals[0]), int(totals[1])
         self._sum_gradients()
         for parameter in self.trained.values():
