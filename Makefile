@@ -22,8 +22,8 @@ test-all: check
 	$(PYTEST) -m ""
 
 check: $(VENV)/.tested
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 
 $(VENV)/.installed: pyproject.toml constraints.txt

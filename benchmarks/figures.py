@@ -24,10 +24,11 @@ HEAD = """# Benchmarks
 
 Written by `make bench` and the scripts in `benchmarks/`; not edited by hand. {model_line}
 
-Each side runs in a process of its own, one after the other in turn; a figure is the median over the rounds, with the
-lowest and the highest. Tokens are those of the rows, without padding. Seconds are counted from the end of the first step,
-which warms up, to the end of the last, with everything in between. Peak memory is that of the process since the end of
-the first step. Both sides train the same rows in the same steps, with the masks that rankfold made, from the same base.
+Each side runs in a process of its own, one after the other in turn; a figure is the median over the rounds,
+with the lowest and the highest. Tokens are those of the rows, without padding. Seconds are counted from the
+end of the first step, which warms up, to the end of the last, with everything in between. Peak memory is that
+of the process since the end of the first step. Both sides train the same rows in the same steps, with the
+masks that rankfold made, from the same base; on a CPU both in float32.
 
 | figure | what is compared | ours | theirs | ratio | lowest to highest | wanted | |
 |---|---|---|---|---|---|---|---|
@@ -36,8 +37,8 @@ the first step. Both sides train the same rows in the same steps, with the masks
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One measured comparison.  ``ratios``, one a round, are of ``ours`` to ``theirs`` (medians, in ``unit``);
-    the goal is ``at_least``, ``at_most`` or ``below``.  ``failed`` says why there is none."""
+    """One measured comparison.  ``ratios``, one a round, are of ``ours`` to ``theirs`` (medians, in
+    ``unit``); the goal is ``at_least``, ``at_most`` or ``below``.  ``failed`` says why there is none."""
 
     name: str
     what: str

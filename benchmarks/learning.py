@@ -2,12 +2,12 @@
 
     python benchmarks/learning.py gsm8k_test.jsonl --minutes 10
 
-The rows are split into training and held-out rows.  Both sides train the same rows in the same order with the
-same masks, rank, alpha, targets, peak learning rate, schedule and rows a step, and stop after ``--minutes`` of
-training, one after the other.  The cosine of the learning rate ends for each side where its own speed,
-measured first over a few steps, lets it get in that time: a schedule that counted on more steps than a side
-can do would leave its rate high at the end.  Then one function judges both adapters on the
-same held-out rows (judge.py).  Prints a table; writes learning.json, results.json and docs/benchmarks.md."""
+The rows are split into training and held-out rows.  Both sides train the same rows in the same order with
+the same masks, rank, alpha, targets, peak learning rate, schedule and rows a step, and stop after
+``--minutes`` of training, one after the other.  The cosine of the learning rate ends for each side where its
+own speed, measured first over a few steps, lets it get in that time: a schedule that counted on more steps
+than a side can do would leave its rate high at the end.  Then one function judges both adapters on the same
+held-out rows (judge.py).  Prints a table; writes learning.json, results.json and docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures import HERE, Figure, command_line, machine_line, parser, record
-from sides import ChildFailed, Job, Result, run_child, seconds_per_step, write_rows
+from sides import ChildError, Job, Result, run_child, seconds_per_step, write_rows
 
 SIDES = {"rankfold": "ours", "PEFT + Trainer": "peers"}
 RESAMPLES = 2000
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--minutes", type=float, default=10, help="of training, for each side")
     made.add_argument("--rounds", type=int, default=1)
     made.add_argument(
-        "--trial-steps", type=int, default=4, help="to measure a side's speed; the first warms up"
+        "--trial-steps", type=int, default=8, help="to measure a side's speed; the first warms up"
     )
     made.add_argument("--rows", type=int, default=8, help="rows a step")
     made.add_argument("--held-out", type=int, default=200, help="rows to judge on")
@@ -154,5 +154,5 @@ def write(rounds: Sequence[dict[str, Result]], options: argparse.Namespace, devi
 if __name__ == "__main__":
     try:
         main()
-    except ChildFailed as failure:
+    except ChildError as failure:
         record([Figure(name="held_out_loss", what="held-out loss", unit="nats", failed=str(failure))])

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from figures import Figure, parser, record
-from sides import ChildFailed, run_child
+from sides import ChildError, run_child
 
 PATIENCE_S = 600
 LOOK_S = 0.01
@@ -49,7 +49,7 @@ def starts(options: argparse.Namespace, work: Path) -> list[Figure]:
     warm = _start_figure("start_warm", "from the command to the end of the first step", 20.0)
     try:
         seconds = [first_step(options, work / f"run{number}") for number in range(1 + options.starts)]
-    except ChildFailed as failure:
+    except ChildError as failure:
         return [Figure(**figure, failed=str(failure)) for figure in (cold, warm)]
     return [
         Figure(**cold, ratios=seconds[:1], ours=seconds[0]),
@@ -62,7 +62,7 @@ def _start_figure(name: str, what: str, at_most: float | None) -> dict[str, obje
 
 
 def first_step(options: argparse.Namespace, out: Path) -> float:
-    """Seconds until the first line of metrics; then the run is ended.  Raises ChildFailed."""
+    """Seconds until the first line of metrics; then the run is ended.  Raises ChildError."""
     command = [sys.executable, "-c", CALL, "train", "--model", options.model]
     command += ["--data", str(options.data), "--out", str(out)]
     metrics, log = out / "metrics.jsonl", out.with_suffix(".log")
@@ -73,7 +73,7 @@ def first_step(options: argparse.Namespace, out: Path) -> float:
             while not (metrics.exists() and metrics.read_bytes().endswith(b"\n")):
                 if child.poll() is not None or time.perf_counter() - began > PATIENCE_S:
                     lines = log.read_text().strip().splitlines() or ["nothing"]
-                    raise ChildFailed(f"rankfold train made no step; it said last: {lines[-1]}")
+                    raise ChildError(f"rankfold train made no step; it said last: {lines[-1]}")
                 time.sleep(LOOK_S)
             seconds = time.perf_counter() - began
         finally:
@@ -91,7 +91,7 @@ def saves(options: argparse.Namespace, work: Path) -> list[Figure]:
     bound = {"name": "between_steps", "what": "all that is not a step, of the same", "unit": known["unit"]}
     try:
         result = run_child("gaps", job, work)
-    except ChildFailed as failure:
+    except ChildError as failure:
         return [Figure(**figure, failed=str(failure)) for figure in (goal, bound)]
     whole = result["ends"][-1] - result["ends"][0]
     spent = [100 * gap / whole for gap in result["gaps"]]

@@ -5,6 +5,7 @@ parent imports no torch, so that nothing of it counts in a child's memory or tim
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -25,13 +26,13 @@ Job = dict[str, Any]
 Result = dict[str, Any]
 
 
-class ChildFailed(Exception):
+class ChildError(Exception):
     """A measuring process ended badly; says which, and the last line of what it wrote."""
 
 
 def run_child(script: str, job: Job, folder: Path) -> Result:
     """Run ``benchmarks/SCRIPT.py`` on ``job`` in a process of its own, which works in a new folder below
-    ``folder``, and give its result.  Raises ChildFailed."""
+    ``folder``, and give its result.  Raises ChildError."""
     place = folder / f"{len(list(folder.glob('child-*'))):03d}"
     place = place.with_name(f"child-{place.name}")
     place.mkdir(parents=True)
@@ -42,7 +43,7 @@ def run_child(script: str, job: Job, folder: Path) -> Result:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if status:
         lines = (place / "log.txt").read_text().strip().splitlines() or ["it said nothing"]
-        raise ChildFailed(f"{script} ended with status {status}: {lines[-1].strip()}")
+        raise ChildError(f"{script} ended with status {status}: {lines[-1].strip()}")
     result: Result = json.loads((place / "result.json").read_text())
     return result
 
@@ -133,10 +134,8 @@ def _forget_peak() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):  # then the peak of the whole process counts, loading included
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # then the peak of the whole process counts, loading included
 
 
 def _peak_bytes() -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from figures import Figure, parser, record
-from sides import ROW_LIMIT, ChildFailed, Job, Result, run_child, tokens_per_second, write_rows
+from sides import ROW_LIMIT, ChildError, Job, Result, run_child, tokens_per_second, write_rows
 
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 4e-4
 CURVE_STEPS = 20
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         try:
             bench = Bench(options, Path(work))
-        except ChildFailed as failure:  # no figure without rows
+        except ChildError as failure:  # no figure without rows
             names = options.only or NAMES
             return record([Figure(name=name, what="", unit="", failed=str(failure)) for name in names])
         record(bench.figures(), bench.device)
@@ -170,7 +170,7 @@ class Bench:
         started = time.monotonic()
         try:
             result = run_child(script, job, self.work)
-        except ChildFailed as failure:
+        except ChildError as failure:
             print(f"  {side:14} FAILED: {failure}", flush=True)
             return {"failed": str(failure)}
         told = f"{speed_of(result):9,.1f} tokens/s" if "tokens" in result else ""

@@ -87,7 +87,7 @@ def test_no_training_row_is_held_out(sides, tmp_path):
 
 
 def test_a_child_that_fails_says_why(sides, tmp_path):
-    with pytest.raises(sides.ChildFailed, match="roofline ended with status 1: KeyError: 'steps'"):
+    with pytest.raises(sides.ChildError, match="roofline ended with status 1: KeyError: 'steps'"):
         sides.run_child("roofline", {}, tmp_path)
 
 
