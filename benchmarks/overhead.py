@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py gsm8k_test.jsonl
 
-Start: from calling ``rankfold train --data ROWS --out RUN``, all settings at their defaults, to the line of
-the first step in ``metrics.jsonl``.  Cold: with an empty cache folder, so that the GGUF file is expanded and
+Start: from calling ``rankfold train --data ROWS --out RUN``, all settings at their defaults, to the beginning
+of the first step: the appearance of its line in ``metrics.jsonl`` less the seconds that the line says it took.
+Cold: with an empty cache folder, so that the GGUF file is expanded and
 the rows are encoded first; warm: the same again.  The GGUF file is in the system's page cache either way.
 
 Checkpoints: a default run that ends after ``--minutes`` of training.  What lies between the end of a step and
@@ -45,15 +46,18 @@ def main() -> None:
 
 def starts(options: argparse.Namespace, work: Path) -> list[Figure]:
     """The cold start is the first, as the cache folder is empty then."""
-    cold = _start_figure("start_cold", "from the command to the end of the first step, empty cache", None)
-    warm = _start_figure("start_warm", "from the command to the end of the first step", 20.0)
+    cold = _start_figure("start_cold", "from the command to the first step, empty cache", None)
+    warm = _start_figure("start_warm", "from the command to the first step", 20.0)
+    step = _start_figure("first_step", "the first step itself", None)
     try:
-        seconds = [first_step(options, work / f"run{number}") for number in range(1 + options.starts)]
+        both = [first_step(options, work / f"run{number}") for number in range(1 + options.starts)]
     except ChildError as failure:
-        return [Figure(**figure, failed=str(failure)) for figure in (cold, warm)]
+        return [Figure(**figure, failed=str(failure)) for figure in (cold, warm, step)]
+    (first, *starts), steps = ([pair[place] for pair in both] for place in range(2))
     return [
-        Figure(**cold, ratios=seconds[:1], ours=seconds[0]),
-        Figure(**warm, ratios=seconds[1:], ours=statistics.median(seconds[1:])),
+        Figure(**cold, ratios=[first], ours=first),
+        Figure(**warm, ratios=starts, ours=statistics.median(starts)),
+        Figure(**step, ratios=steps, ours=statistics.median(steps)),
     ]
 
 
@@ -61,8 +65,8 @@ def _start_figure(name: str, what: str, at_most: float | None) -> dict[str, obje
     return {"name": name, "what": what, "unit": "s", "at_most": at_most}
 
 
-def first_step(options: argparse.Namespace, out: Path) -> float:
-    """Seconds until the first line of metrics; then the run is ended.  Raises ChildError."""
+def first_step(options: argparse.Namespace, out: Path) -> tuple[float, float]:
+    """Seconds until the first step, and of it; then the run is ended.  Raises ChildError."""
     command = [sys.executable, "-c", CALL, "train", "--model", options.model]
     command += ["--data", str(options.data), "--out", str(out)]
     metrics, log = out / "metrics.jsonl", out.with_suffix(".log")
@@ -80,8 +84,8 @@ def first_step(options: argparse.Namespace, out: Path) -> float:
             child.kill()
             child.wait()
     step = json.loads(metrics.read_text().splitlines()[0])["seconds"]
-    print(f"first step after {seconds:.1f} s, {step:.1f} s of them the step itself", flush=True)
-    return seconds
+    print(f"the first step began after {seconds - step:.1f} s and took {step:.1f} s", flush=True)
+    return seconds - step, step
 
 
 def saves(options: argparse.Namespace, work: Path) -> list[Figure]:
