@@ -3,9 +3,9 @@
     python benchmarks/overhead.py gsm8k_test.jsonl
 
 Start: from calling ``rankfold train --data ROWS --out RUN``, all settings at their defaults, to the beginning
-of the first step: the appearance of its line in ``metrics.jsonl`` less the seconds that the line says it took.
-Cold: with an empty cache folder, so that the GGUF file is expanded and
-the rows are encoded first; warm: the same again.  The GGUF file is in the system's page cache either way.
+of the first step: when its line stands in ``metrics.jsonl``, less the seconds that the step took.  Cold: with
+an empty cache folder, so that the GGUF file is expanded and the rows are encoded first; warm: the same again.
+The GGUF file is in the system's page cache either way.
 
 Checkpoints: a default run that ends after ``--minutes`` of training.  What lies between the end of a step and
 the beginning of the next (the time since the last one less its own seconds) is all that is not training:
