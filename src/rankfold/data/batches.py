@@ -15,10 +15,16 @@ from torch import Tensor
 from rankfold.data.encode import IGNORE, EncodedRow
 
 MICRO_BATCH_TOKENS = 1024  # padded tokens in one forward; larger ones gain no speed on two cores
+GPU_MICRO_BATCH_TOKENS = 16384  # there, where they fit: starting a small operation takes longer than it does
 WINDOW_STEPS = 32  # rows of this many steps are sorted by length together
 LEAST_WINDOWS = 4  # in an epoch of few rows: with one, the same rows would share a step in every epoch
 
 MicroBatch = list[EncodedRow]
+
+
+def micro_batch_tokens(device: torch.device) -> int:
+    """The most tokens that a micro-batch should have on ``device``, memory aside."""
+    return MICRO_BATCH_TOKENS if device.type == "cpu" else GPU_MICRO_BATCH_TOKENS
 
 
 def epoch_steps(
@@ -52,11 +58,11 @@ def share(rows: list[EncodedRow], process: int, processes: int) -> list[EncodedR
     return rows[process::processes]
 
 
-def micro_batches(rows: Sequence[EncodedRow]) -> list[MicroBatch]:
-    """Cut ``rows`` into groups of at most MICRO_BATCH_TOKENS padded tokens, shortest rows first."""
+def micro_batches(rows: Sequence[EncodedRow], tokens: int = MICRO_BATCH_TOKENS) -> list[MicroBatch]:
+    """Cut ``rows`` into groups of at most ``tokens`` padded tokens, shortest rows first."""
     groups: list[MicroBatch] = []
     for row in sorted(rows, key=len):
-        if groups and len(row) * (len(groups[-1]) + 1) <= MICRO_BATCH_TOKENS:
+        if groups and len(row) * (len(groups[-1]) + 1) <= tokens:
             groups[-1].append(row)
         else:
             groups.append([row])

@@ -11,7 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rankfold.data.batches import MICRO_BATCH_TOKENS, MicroBatch, collate, epoch_steps, micro_batches
+from rankfold.data.batches import (
+    MICRO_BATCH_TOKENS,
+    MicroBatch,
+    collate,
+    epoch_steps,
+    micro_batch_tokens,
+    micro_batches,
+)
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.models.rows_apart import attend_rows_apart
@@ -26,20 +33,21 @@ ROUNDINGS = 8  # or so many times the rounding of the model's number format
 
 @dataclass(frozen=True)
 class Batching:
-    """How a step's rows become the batches of its forward passes, and why so."""
+    """How a step's rows become the batches of its forward passes, of at most ``tokens`` each, and why so."""
 
     kind: Kind = "padded"
     reason: str = ""
+    tokens: int = MICRO_BATCH_TOKENS
 
     def cut(self, rows: Sequence[EncodedRow]) -> list[MicroBatch]:
-        return blocks(rows) if self.kind == "packed" else micro_batches(rows)
+        return (blocks if self.kind == "packed" else micro_batches)(rows, self.tokens)
 
     def collate(self, rows: MicroBatch, pad_id: int, device: Any) -> dict[str, Tensor]:
         return collate_packed(rows, device) if self.kind == "packed" else collate(rows, pad_id, device)
 
 
-def blocks(rows: Sequence[EncodedRow]) -> list[MicroBatch]:
-    """Cut ``rows`` into blocks of at most MICRO_BATCH_TOKENS tokens; a longer row is a block of its own.
+def blocks(rows: Sequence[EncodedRow], tokens: int = MICRO_BATCH_TOKENS) -> list[MicroBatch]:
+    """Cut ``rows`` into blocks of at most ``tokens`` tokens; a longer row is a block of its own.
 
     First fit decreasing: at most 11/9 of the fewest possible blocks, and one more (Johnson 1973)."""
     packed: list[MicroBatch] = []
@@ -48,7 +56,7 @@ def blocks(rows: Sequence[EncodedRow]) -> list[MicroBatch]:
         place = next((at for at, left in enumerate(room) if len(row) <= left), None)
         if place is None:
             packed.append([row])
-            room.append(MICRO_BATCH_TOKENS - len(row))
+            room.append(tokens - len(row))
         else:
             packed[place].append(row)
             room[place] -= len(row)
@@ -77,19 +85,20 @@ def choose_batching(
     Unless padded is given, the model attends to packed rows one by one from then on, if it can.
 
     Raises ConfigError if packed is ``given`` and the model mixes the rows."""
+    most = micro_batch_tokens(model.device)
     if given == "padded":
-        return Batching("padded", "as given")
+        return Batching("padded", "as given", most)
     masked = attend_rows_apart(model)
     if mixed := why_not_packed(model, rows[0]):
         if given == "packed":
             raise ConfigError(f"rows cannot be packed: {mixed}; use --batching padded")
-        return Batching("padded", mixed)
+        return Batching("padded", mixed, most)
     if given == "packed":
-        return Batching("packed", "as given")
+        return Batching("packed", "as given", most)
     steps = list(islice(epoch_steps(rows, rows_per_step, seed), SAMPLED_STEPS))
-    padded = [(len(group), max(map(len, group))) for step in steps for group in micro_batches(step)]
+    padded = [(len(group), max(map(len, group))) for step in steps for group in micro_batches(step, most)]
     if masked:
-        packed = [(1, sum(map(len, group))) for step in steps for group in blocks(step)]
+        packed = [(1, sum(map(len, group))) for step in steps for group in blocks(step, most)]
     else:
         packed = [(1, len(row)) for step in steps for row in step]
     costs = [operations(model, shapes) for shapes in (padded, packed)]
@@ -98,7 +107,7 @@ def choose_batching(
     ratio = (
         f"{waste:.1%} of padded batches is padding, and packed blocks take {costs[1] / costs[0]:.2f} times"
     )
-    return Batching("packed" if costs[1] <= costs[0] else "padded", f"{ratio} their arithmetic")
+    return Batching("packed" if costs[1] <= costs[0] else "padded", f"{ratio} their arithmetic", most)
 
 
 def operations(model: Any, shapes: list[tuple[int, int]]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.data.batches import collate, micro_batches
+from rankfold.data.batches import collate, micro_batch_tokens, micro_batches
 from rankfold.data.encode import EncodedRow
 from rankfold.train.objectives import token_losses
 from rankfold.train.processes import Processes
@@ -68,7 +68,7 @@ def row_losses(model: Any, rows: list[EncodedRow], pad_id: int, processes: Proce
     model.eval()
     places = {id(row): place for place, row in enumerate(rows)}
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    groups = micro_batches(rows)
+    groups = micro_batches(rows, micro_batch_tokens(model.device))
     rounds = -(-len(groups) // processes.count)  # all do as many forwards: see Trainer._own_micro_batches
     for number in range(rounds):
         place = number * processes.count + processes.index

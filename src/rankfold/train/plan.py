@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import sys
-import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -31,12 +28,11 @@ from rankfold.models.parts import adapter_scope
 from rankfold.models.precision import Precision
 from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
-from rankfold.train.objectives import supervised
 from rankfold.train.processes import Processes
 from rankfold.train.recipe import Recipe
+from rankfold.train.trial import Trial
 
 NAMED_ROWS = 10  # of those that are too long
-LONGEST_ROWS = 64  # enough to fill a micro-batch with short rows
 SHOWN_ROWS = 3  # the longest, the shortest and one by chance
 
 
@@ -158,6 +154,8 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     model = get_peft_model(base.model, config)
     base.model = model
     pad_id = int(base.tokenizer.pad_token_id or base.tokenizer.eos_token_id or 0)
+    trial = Trial(model, train, pad_id, precision)
+    batching = trial.fit(batching)
     return Plan(
         recipe=recipe,
         settings=settings,
@@ -172,7 +170,7 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
         batching=batching,
         precision=precision,
         processes=processes,
-        tokens_per_second=_measure_speed(model, train, pad_id, batching, precision),
+        tokens_per_second=trial.tokens_per_second(batching),
     )
 
 
@@ -202,23 +200,3 @@ def _encode(recipe: Recipe, rows: Rows, base: Base) -> _Encoded:
     if len(over) > NAMED_ROWS:
         notes.append(f"and {len(over) - NAMED_ROWS:,} more rows that are too long")
     return _Encoded(train, held_out, lengths, notes)
-
-
-def _measure_speed(
-    model: Any, rows: Sequence[EncodedRow], pad_id: int, batching: Batching, precision: Precision
-) -> float:
-    """Tokens per second of forward and backward on the longest micro-batch, the second time it runs.
-
-    Nothing remains of it but the warm memory: the gradients are dropped."""
-    longest = heapq.nlargest(LONGEST_ROWS, rows, key=len)
-    worst = max(batching.cut(longest), key=lambda group: len(group[0]))
-    seconds = 0.0
-    with torch.random.fork_rng():
-        for _ in range(2):
-            started = time.perf_counter()
-            with precision.autocast(model.device):
-                loss, _ = supervised(model, batching.collate(worst, pad_id, model.device))
-            loss.backward()
-            model.zero_grad()
-            seconds = time.perf_counter() - started
-    return sum(map(len, worst)) / seconds
