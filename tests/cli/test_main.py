@@ -370,3 +370,10 @@ def test_the_schema_is_that_of_the_recipe(command):
     status, out, _ = command("schema")
     assert status == 0
     assert set(json.loads(out)["properties"]) == set(Recipe.model_fields)
+
+
+def test_a_setting_that_is_on_or_off_is_a_switch(tiny_folder, data, tmp_path, command):
+    words = ("--model", tiny_folder, "--data", data, "--max-steps", "1", "--samples", "0")
+    status, _, told = command("train", "--out", tmp_path / "on", *words, "--shard-base")
+    assert (status, "shard_base" in told) == (2, True)  # one process has nobody to share with
+    assert command("train", "--out", tmp_path / "off", *words, "shard_base=true", "--no-shard-base")[0] == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,3 +148,13 @@ def test_rows_longer_than_the_model_can_read_are_left_out(recipe):
     plan = plan_of(recipe(rows))
     assert max(map(len, plan.train)) <= 512
     assert sum("more than 512" in note for note in plan.notes) == 3
+
+
+@pytest.mark.parametrize(("shard_base", "told"), [(True, "a share of the base"), (False, "the whole base")])
+def test_a_plan_says_how_many_processes_have_met(recipe, shard_base, told):
+    plan = plan_of(recipe(shard_base=shard_base))
+    assert "processes" not in {name for name, _, _ in setting_rows(plan)}
+    [reason] = [
+        r for n, v, r in setting_rows(replace(plan, processes=Processes(2))) if (n, v) == ("processes", "2")
+    ]
+    assert told in reason

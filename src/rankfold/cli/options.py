@@ -29,12 +29,14 @@ def options_of(
         for name, field in reversed(settings.model_fields.items()):
             if name in arguments:
                 continue
-            shown = "" if field.default is None or field.is_required() else f" [{field.default}]"
+            shown = "" if field.default in (None, False) or field.is_required() else f" [{field.default}]"
+            flag = renamed.get(name, f"--{name.replace('_', '-')}")
+            is_switch = field.annotation is bool
             function = click.option(
-                renamed.get(name, f"--{name.replace('_', '-')}"),
+                f"{flag}/--no{flag[1:]}" if is_switch else flag,
                 name,
                 default=None,
-                metavar="VALUE",
+                metavar=None if is_switch else "VALUE",
                 help=f"{field.description}{shown}{' (required)' if field.is_required() else ''}",
             )(function)
         return function

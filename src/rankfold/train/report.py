@@ -64,6 +64,11 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows.append(
         ("targets", recipe.targets, f"{len(plan.model.targeted_module_names)} layers carry an adapter")
     )
+    if plan.processes.count > 1:
+        base = "holds a share of the base" if recipe.shard_base else "holds the whole base"
+        rows.append(
+            ("processes", str(plan.processes.count), f"each takes its share of a step's rows and {base}")
+        )
     return rows
 
 
