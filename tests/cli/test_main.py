@@ -376,4 +376,5 @@ def test_a_setting_that_is_on_or_off_is_a_switch(tiny_folder, data, tmp_path, co
     words = ("--model", tiny_folder, "--data", data, "--max-steps", "1", "--samples", "0")
     status, _, told = command("train", "--out", tmp_path / "on", *words, "--shard-base")
     assert (status, "shard_base" in told) == (2, True)  # one process has nobody to share with
+    assert not (tmp_path / "on").exists()
     assert command("train", "--out", tmp_path / "off", *words, "shard_base=true", "--no-shard-base")[0] == 0

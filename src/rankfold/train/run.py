@@ -30,7 +30,7 @@ from rankfold.train.processes import Processes, shared_precision
 from rankfold.train.recipe import Recipe
 from rankfold.train.recipe_file import changed_recipe, read_recipe, resolved_recipe
 from rankfold.train.report import render_report
-from rankfold.train.sharding import shard_base
+from rankfold.train.sharding import require_several, shard_base
 from rankfold.train.stopping import stop_requests
 from rankfold.train.trackers import Trackers, require_trackers
 
@@ -141,6 +141,8 @@ def refuse_used_folder(out: Path) -> None:
 def decide(recipe: Recipe, listener: Listener, processes: Processes | None = None) -> Plan:
     """Everything up to the first step: read, check, load, encode, choose, adapt and time.  Writes nothing."""
     processes = processes or Processes()
+    if recipe.shard_base:
+        require_several(processes)
     rows = processes.together(lambda: read_data(recipe))
     listener.on_stage("loading the model and timing a step")
     precision = shared_precision(recipe.precision, processes)

@@ -7,19 +7,23 @@ from rankfold.lora import PeftModel
 from rankfold.train.processes import Processes
 
 
+def require_several(processes: Processes) -> None:
+    """Raise ConfigError if there is nobody to share a base with."""
+    if processes.count == 1:
+        raise ConfigError(
+            "shard_base=true needs several processes: torchrun --nproc-per-node 2 -m rankfold ..."
+        )
+
+
 def shard_base(model: PeftModel, processes: Processes) -> None:
     """Leave each process its part of every frozen weight; a decoder layer is put together while it computes
     (FSDP2, Zhao et al. 2023, arXiv 2304.11277).
 
     The adapter stays whole in every process: it is small, so its gradients are summed in one exchange, and
-    it is saved as it is.  Raises ConfigError if there is one process only."""
+    it is saved as it is."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if processes.count == 1:
-        raise ConfigError(
-            "shard_base=true needs several processes: torchrun --nproc-per-node 2 -m rankfold ..."
-        )
     base = model.get_base_model()
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
