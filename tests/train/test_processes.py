@@ -74,6 +74,12 @@ def test_two_processes_make_the_same_run_as_one(options, alone, tmp_path, shard_
     assert facts[0] == facts[1]
 
 
+def test_a_base_cut_in_two_with_recomputed_activations_makes_the_same_run(options, alone, tmp_path):
+    more = {"out": tmp_path / "run", "shard_base": True, "activation_checkpointing": True}
+    assert children.run_together("fine_tune", options | more, 2) == [0, 0]
+    assert_same_run(tmp_path / "run", alone)
+
+
 def test_three_processes_with_fewer_rows_than_processes_in_a_step(options, tmp_path):
     few = options | {"rows_per_step": 2, "epochs": 1, "max_steps": 3}
     assert children.run("fine_tune", few | {"out": tmp_path / "one"}) == 0

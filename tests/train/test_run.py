@@ -106,6 +106,18 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(recipe, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recomputed_activations_change_no_bit(recipe, tmp_path, precision):
+    options = {"precision": precision, "dropout": 0.2, "max_steps": 2}
+    kept, recomputed = (
+        fine_tune(recipe(out=tmp_path / str(on), activation_checkpointing=on, **options)).out
+        for on in (False, True)
+    )
+    weights = [(out / "adapter_model.safetensors").read_bytes() for out in (kept, recomputed)]
+    assert weights[0] == weights[1]
+    assert "activation_checkpointing: true" in (recomputed / "recipe.yaml").read_text()
+
+
 def test_ctrl_c_keeps_the_steps_that_are_done(recipe):
     listener = Doing(2, interrupt)
     result = fine_tune(recipe(), listener)

@@ -1,17 +1,17 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from torch import nn
 
+import rankfold.train.trial
 from conftest import tiny_llama
 from rankfold.data.batches import GPU_MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS, micro_batch_tokens
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
 from rankfold.lora import LoraConfig, get_peft_model
 from rankfold.models.precision import Precision
-from rankfold.train.trial import Trial
+from rankfold.train.trial import MEMORY_SHARE, Trial, recompute_activations
 
 ROWS = [EncodedRow(f"rows.jsonl:{n}", [5] * n, [5] * n) for n in range(3, 40)]
 BATCHINGS = [Batching("packed"), Batching("padded"), Batching("padded", tokens=64)]
@@ -31,17 +31,44 @@ def test_a_trial_gives_a_speed_and_leaves_nothing(trial, batching):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_on_a_cpu_a_micro_batch_is_as_large_as_its_speed_asks_for(trial):
-    assert trial.fit(Batching("packed")) == Batching("packed", tokens=MICRO_BATCH_TOKENS)
+def test_what_a_forward_keeps_is_counted(trial):
+    """Of a linear layer and its adapter: the input, and the narrow product of A."""
+    layer = nn.Sequential(nn.Linear(64, 48, bias=False))
+    model = get_peft_model(layer, LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(700, 64)
+
+    class OneLayer(Trial):
+        def _run(self, rows, batching):
+            self.model(x).sum().backward()
+
+    counted = OneLayer(model, ROWS, 0, trial.precision).kept_bytes_per_token()
+    assert counted == (x.nbytes + 4 * 700 * 2) / len(ROWS[-1])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("wanted", [MICRO_BATCH_TOKENS, 1 << 40])
-def test_on_a_gpu_a_micro_batch_is_as_large_as_fits(trial, wanted):
-    trial = replace(trial, model=trial.model.to("cuda"))
-    fitted = trial.fit(Batching("padded", tokens=wanted)).tokens
-    assert MICRO_BATCH_TOKENS <= fitted <= wanted
-    assert fitted == wanted or fitted > GPU_MICRO_BATCH_TOKENS  # of so small a model
+def test_recomputed_activations_keep_far_less(trial):
+    """Two layers keep their inputs; the rest is the head's."""
+    kept = trial.kept_bytes_per_token()
+    recompute_activations(trial.model)
+    assert trial.kept_bytes_per_token() < kept / 3
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "recomputed"),
+    [(1 << 40, None, False), (1 << 20, None, True), (1 << 40, True, True), (1 << 20, False, False)],
+)
+def test_activations_are_recomputed_only_where_they_do_not_fit(trial, monkeypatch, free, wanted, recomputed):
+    monkeypatch.setattr(rankfold.train.trial, "free_memory_bytes", lambda device: free)
+    batching, activations = trial.room(Batching("packed"), wanted)
+    assert (batching, activations.recomputed) == (Batching("packed"), recomputed)
+    assert f"{free / 1e9:.1f} GB are free" in activations.reason
+
+
+@pytest.mark.parametrize(("times", "expected"), [(1, 1), (3.5, 3.5), (1e6, 16)])
+def test_a_gpus_micro_batch_is_as_large_as_fits(trial, monkeypatch, times, expected):
+    free = times * MICRO_BATCH_TOKENS * trial.kept_bytes_per_token() / MEMORY_SHARE
+    monkeypatch.setattr(rankfold.train.trial, "free_memory_bytes", lambda device: free + 1)
+    batching, activations = trial.room(Batching("padded", tokens=GPU_MICRO_BATCH_TOKENS))
+    assert (batching.tokens, activations.recomputed) == (expected * MICRO_BATCH_TOKENS, False)
 
 
 def test_micro_batches_are_larger_on_a_gpu():

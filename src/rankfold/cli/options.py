@@ -31,7 +31,7 @@ def options_of(
                 continue
             shown = "" if field.default in (None, False) or field.is_required() else f" [{field.default}]"
             flag = renamed.get(name, f"--{name.replace('_', '-')}")
-            is_switch = field.annotation is bool
+            is_switch = field.annotation in (bool, bool | None)
             function = click.option(
                 f"{flag}/--no{flag[1:]}" if is_switch else flag,
                 name,

@@ -30,7 +30,7 @@ from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
 from rankfold.train.processes import Processes
 from rankfold.train.recipe import Recipe
-from rankfold.train.trial import Trial
+from rankfold.train.trial import Activations, Trial, recompute_activations
 
 NAMED_ROWS = 10  # of those that are too long
 SHOWN_ROWS = 3  # the longest, the shortest and one by chance
@@ -62,14 +62,19 @@ class Plan:
     lengths: Lengths
     notes: list[str]
     batching: Batching
+    activations: Activations
     precision: Precision
     tokens_per_second: float
     processes: Processes
 
     @property
-    def choices(self) -> dict[str, str]:
+    def choices(self) -> dict[str, str | bool]:
         """What was chosen beside the settings, under the recipe's names."""
-        return {"batching": self.batching.kind, "precision": self.precision.name}
+        return {
+            "batching": self.batching.kind,
+            "precision": self.precision.name,
+            "activation_checkpointing": self.activations.recomputed,
+        }
 
     @property
     def pad_id(self) -> int:
@@ -155,7 +160,9 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     base.model = model
     pad_id = int(base.tokenizer.pad_token_id or base.tokenizer.eos_token_id or 0)
     trial = Trial(model, train, pad_id, precision)
-    batching = trial.fit(batching)
+    batching, activations = trial.room(batching, recipe.activation_checkpointing)
+    if activations.recomputed:
+        recompute_activations(model)
     return Plan(
         recipe=recipe,
         settings=settings,
@@ -168,6 +175,7 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
         proof=proof,
         notes=[*filter(None, [precision.cost]), *base.notes, *named, *rows.notes, *encoded.notes, *seen],
         batching=batching,
+        activations=activations,
         precision=precision,
         processes=processes,
         tokens_per_second=trial.tokens_per_second(batching),

@@ -50,6 +50,7 @@ OLD_NAMES = {
     "neftune_noise_alpha": "neftune_alpha",
     "noisy_embedding_alpha": "neftune_alpha",
     "fsdp": "shard_base",
+    "gradient_checkpointing": "activation_checkpointing",
     "report_to": "trackers",
     "dtype": "precision",
     "torch_dtype": "precision",
@@ -69,7 +70,6 @@ NOT_NEEDED = {
     "bf16": "say precision: bfloat16; without it a probe of the machine decides",
     "fp16": "say precision: float16; without it a probe of the machine decides",
     "packing": "say batching: packed or padded",
-    "gradient_checkpointing": "it is not there yet",
 }
 
 
@@ -166,6 +166,9 @@ class Recipe(CheckedSettings):
         None,
         description="hold the base's weights as gguf (a GGUF file's own blocks), int8 or bfloat16 and expand "
         "them layer by layer [all expanded]",
+    )
+    activation_checkpointing: bool | None = Field(
+        None, description="compute a layer again in the backward, to keep less [if it does not fit else]"
     )
     trackers: TrackerNames = Field(
         [], description="also log to tensorboard, wandb, mlflow, trackio or swanlab, with commas between them"

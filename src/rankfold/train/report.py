@@ -62,6 +62,9 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows.append(("precision", plan.precision.name, plan.precision.reason))
     rows.append(("batching", plan.batching.kind, plan.batching.reason))
     rows.append(
+        ("activations", "recomputed" if plan.activations.recomputed else "kept", plan.activations.reason)
+    )
+    rows.append(
         ("targets", recipe.targets, f"{len(plan.model.targeted_module_names)} layers carry an adapter")
     )
     if plan.processes.count > 1:

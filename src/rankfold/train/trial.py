@@ -1,4 +1,4 @@
-"""A micro-batch tried before the run: how large it may be, and how fast it goes."""
+"""A micro-batch tried before the run: how much memory it takes, and how fast it goes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from rankfold.data.batches import MICRO_BATCH_TOKENS, MicroBatch
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
+from rankfold.errors import ConfigError
 from rankfold.models.precision import Precision
+from rankfold.train.memory import free_memory_bytes
 from rankfold.train.objectives import supervised
 
 LONGEST_ROWS = 64  # enough to fill a micro-batch with short rows
-MEMORY_SHARE = 0.6  # of a GPU's free memory; the rest is for the optimiser, and for what grows faster
+PROBE_TOKENS = 256
+MEMORY_SHARE = 0.6  # of the free memory; the rest is for the backward, the optimiser and other programs
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Whether what a layer computes is computed again in the backward instead of being kept, and why."""
+
+    recomputed: bool
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -30,38 +44,76 @@ class Trial:
     pad_id: int
     precision: Precision
 
-    def fit(self, batching: Batching) -> Batching:
-        """``batching`` with as many tokens as fit into the memory of the GPU, going by what a small
-        micro-batch takes; as it is on a CPU."""
-        device = self.model.device
-        if device.type != "cuda":
-            return batching
-        small = self._longest(replace(batching, tokens=MICRO_BATCH_TOKENS))
-        self._run(small, batching)  # so that what the libraries keep for themselves is there
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        self._run(small, batching)
-        taken = torch.cuda.max_memory_allocated(device) - before
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - before
-        fits = int(MEMORY_SHARE * free / taken * sum(map(len, small)))
-        return replace(batching, tokens=max(MICRO_BATCH_TOKENS, min(fits, batching.tokens)))
+    def room(self, batching: Batching, recompute: bool | None = None) -> tuple[Batching, Activations]:
+        """``batching`` with as many tokens as fit into the free memory, and whether activations are
+        recomputed: only if those of one small micro-batch do not fit, or as given by ``recompute``."""
+        per_token, free = self.kept_bytes_per_token(), free_memory_bytes(self.model.device)
+        fits = int(MEMORY_SHARE * free / per_token)
+        least = max(MICRO_BATCH_TOKENS, *map(len, heapq.nlargest(1, self.rows, key=len)))
+        reason = f"keeping them takes {per_token * least / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        if recompute is None:
+            recompute = fits < least and can_recompute(self.model)
+        most = MICRO_BATCH_TOKENS if recompute else max(MICRO_BATCH_TOKENS, fits)
+        return replace(batching, tokens=min(batching.tokens, most)), Activations(recompute, reason)
+
+    def kept_bytes_per_token(self) -> float:
+        """What a forward keeps for the backward, beside parameters and buffers."""
+        longest = max(self.rows, key=len)
+        ids = longest.input_ids[:PROBE_TOKENS]
+        known = {
+            t.untyped_storage().data_ptr()
+            for t in chain(self.model.parameters(), self.model.buffers())
+            if _is_plain(t)
+        }
+        kept: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            if _is_plain(tensor):
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            self._run([EncodedRow(longest.origin, ids, ids)], Batching())
+        return sum(size for place, size in kept.items() if place not in known) / len(ids)
 
     def tokens_per_second(self, batching: Batching) -> float:
         """Of the longest micro-batch, the second time it runs."""
-        longest = self._longest(batching)
+        rows = heapq.nlargest(LONGEST_ROWS, self.rows, key=len)
+        longest = max(batching.cut(rows), key=lambda group: len(group[0]))
         self._run(longest, batching)
         started = time.perf_counter()
         self._run(longest, batching)
         return sum(map(len, longest)) / (time.perf_counter() - started)
 
-    def _longest(self, batching: Batching) -> MicroBatch:
-        longest = heapq.nlargest(LONGEST_ROWS, self.rows, key=len)
-        return max(batching.cut(longest), key=lambda group: len(group[0]))
-
     def _run(self, rows: MicroBatch, batching: Batching) -> None:
+        was_training = self.model.training
+        self.model.train()
         with torch.random.fork_rng():
+            batch = batching.collate(rows, self.pad_id, self.model.device)
             with self.precision.autocast(self.model.device):
-                losses, _ = supervised(self.model, batching.collate(rows, self.pad_id, self.model.device))
+                losses, _ = supervised(self.model, batch)
             losses.backward()
             self.model.zero_grad()
             losses.item()  # a GPU works on after the call
+        self.model.train(was_training)
+
+
+def can_recompute(model: Any) -> bool:
+    return bool(getattr(model.get_base_model(), "supports_gradient_checkpointing", False))
+
+
+def recompute_activations(model: Any) -> None:
+    """Let each decoder layer of ``model`` keep its input only, and compute the rest again in the backward
+    (Chen et al. 2016, arXiv 1604.06174).  Raises ConfigError if the model cannot."""
+    base = model.get_base_model()
+    if not can_recompute(model):
+        raise ConfigError(f"activation_checkpointing: {type(base).__name__} has no layers that can do it")
+    # transformers before 5.23 knows the old name only.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    base.disable_input_require_grads()  # which only the reentrant kind needs, and a backward pays for
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
