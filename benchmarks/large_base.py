@@ -2,12 +2,12 @@
 SmolLM2 held as its GGUF file's blocks beside float32.
 
     python benchmarks/large_base.py                     both
-    python benchmarks/large_base.py --only large --layers 4 --vocabulary 32000
+    python benchmarks/large_base.py --only large --keep-activations
 
 The 8B model has Llama 3's shapes (32 layers of 4096 x 14336, 32 and 8 heads) and random Q4_0 blocks; one step
-is 256 tokens, rank 16 on all linear layers, AdamW, in a child process whose peak memory is read from the
-system.  SmolLM2's figure is the median over pairs of steps in one process, so that a slow moment of the
-machine meets both; the seconds are no more than hints."""
+is 256 tokens, rank 16 on all linear layers, AdamW, with activations recomputed, in a child process whose peak
+memory is read from the system.  SmolLM2's figure is the median over pairs of steps in one process, so that a
+slow moment of the machine meets both."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 import torch
+from figures import Figure, record
 from torch import nn
 
 from rankfold import LoraConfig, get_peft_model
@@ -29,6 +30,7 @@ from rankfold.models.load import load_base
 from rankfold.storage.forms import FORMS
 from rankfold.storage.layers import can_hold, hold
 from rankfold.train.objectives import token_losses
+from rankfold.train.trial import recompute_activations
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KILOBYTE, GIGABYTE = 1024, 1e9
@@ -80,27 +82,42 @@ def adapted(base: Any, rank: int) -> tuple[Any, torch.optim.Optimizer]:
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
 
-def large(layers: int, vocabulary: int, tokens: int, checkpointing: bool) -> dict[str, float]:
+def large(layers: int, vocabulary: int, tokens: int, recompute: bool) -> dict[str, float]:
     torch.manual_seed(0)
-    base = random_base(layers, vocabulary)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
-    if checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    model, optimiser = adapted(base, rank=16)
+    model, optimiser = adapted(random_base(layers, vocabulary), rank=16)
+    if recompute:
+        recompute_activations(model)
     ids = torch.randint(0, vocabulary, (1, tokens))
     seconds = step(model, optimiser, ids)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
     trainable, total = model.get_nb_trainable_parameters()
-    return {
-        "weights": total - trainable,
-        "trainable": trainable,
-        "loaded_gb": loaded / GIGABYTE,
-        "peak_gb": peak / GIGABYTE,
-        "seconds": seconds,
-    }
+    return {"weights": total - trainable, "trainable": trainable, "peak": peak / GIGABYTE, "seconds": seconds}
 
 
-def small(pairs: int, tokens: int) -> dict[str, float]:
+def large_figure(given: argparse.Namespace) -> Figure:
+    kept = ["--keep-activations"] if given.keep_activations else []
+    words = [
+        f"--layers={given.layers}",
+        f"--vocabulary={given.vocabulary}",
+        f"--tokens={given.tokens}",
+        *kept,
+    ]
+    command = [sys.executable, __file__, "--child", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Figure(
+        name="large_base_memory",
+        what=f"a step of 1 x {given.tokens} tokens at rank 16 on {found['weights'] / 1e9:.1f}B weights in "
+        f"Q4_0 blocks, activations {'kept' if kept else 'recomputed'}",
+        unit="GB at the peak",
+        ratios=[found["peak"]],
+        ours=found["peak"],
+        at_most=9.0,
+        more={"seconds": found["seconds"]},
+    )
+
+
+def small_figure(pairs: int, tokens: int) -> Figure:
     """The speed of a step on SmolLM2 held as blocks, as a share of its speed in float32."""
     torch.manual_seed(0)
     ids = torch.randint(0, 40000, (4, tokens // 4))
@@ -108,20 +125,16 @@ def small(pairs: int, tokens: int) -> dict[str, float]:
     for side in sides:
         step(*side, ids)
     taken = [[step(*side, ids) for side in sides] for _ in range(pairs)]
-    ratios = sorted(plain / held for plain, held in taken)
-    return {
-        "speed": statistics.median(ratios),
-        "low": ratios[len(ratios) // 4],
-        "high": ratios[-1 - len(ratios) // 4],
-        "float32_seconds": statistics.median(plain for plain, _ in taken),
-        "gguf_seconds": statistics.median(held for _, held in taken),
-    }
-
-
-def in_child(arguments: list[str]) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    plain, held = (tokens / statistics.median(side) for side in zip(*taken, strict=True))
+    return Figure(
+        name="held_gguf_speed",
+        what="training on the base held as its GGUF file's blocks, beside float32",
+        unit="tokens/s",
+        ratios=[plain / held for plain, held in taken],
+        ours=held,
+        theirs=plain,
+        at_least=0.9,
+    )
 
 
 def main() -> None:
@@ -130,19 +143,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=128_256)
     parser.add_argument("--tokens", type=int, default=256, help="of the step on the large model")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument("--keep-activations", action="store_true", help="instead of recomputing them")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(large(given.layers, given.vocabulary, given.tokens, given.checkpointing)))
+        print(json.dumps(large(given.layers, given.vocabulary, given.tokens, not given.keep_activations)))
         return
-    if given.only != "small":
-        options = ["--layers", str(given.layers), "--vocabulary", str(given.vocabulary)]
-        options += ["--tokens", str(given.tokens), *(["--checkpointing"] if given.checkpointing else [])]
-        print(json.dumps({"name": "large_base_step", **in_child(options)}))
     if given.only != "large":
-        print(json.dumps({"name": "held_small_step", **small(given.pairs, tokens=1600)}))
+        record([small_figure(given.pairs, tokens=1600)])
+    if given.only != "small":
+        record([large_figure(given)])
 
 
 if __name__ == "__main__":
