@@ -35,3 +35,8 @@ class CheckedSettings(BaseModel):
             return f"{name} is missing: {cls.model_fields[name].description}"
         message = problem["msg"]
         return f"{name}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def split_at_commas(value: object) -> object:
+    """``"a, b"`` as the list of its words; anything else as it is.  For a setting that is a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value

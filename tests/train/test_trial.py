@@ -41,15 +41,15 @@ def test_what_a_forward_keeps_is_counted(trial):
         def _run(self, rows, batching):
             self.model(x).sum().backward()
 
-    counted = OneLayer(model, ROWS, 0, trial.precision).kept_bytes_per_token()
+    counted = OneLayer(model, ROWS, 0, trial.precision).kept_bytes_per_token(Batching())
     assert counted == (x.nbytes + 4 * 700 * 2) / len(ROWS[-1])
 
 
 def test_recomputed_activations_keep_far_less(trial):
     """Two layers keep their inputs; the rest is the head's."""
-    kept = trial.kept_bytes_per_token()
+    kept = trial.kept_bytes_per_token(Batching())
     recompute_activations(trial.model)
-    assert trial.kept_bytes_per_token() < kept / 3
+    assert trial.kept_bytes_per_token(Batching()) < kept / 3
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_activations_are_recomputed_only_where_they_do_not_fit(trial, monkeypatc
 
 @pytest.mark.parametrize(("times", "expected"), [(1, 1), (3.5, 3.5), (1e6, 16)])
 def test_a_gpus_micro_batch_is_as_large_as_fits(trial, monkeypatch, times, expected):
-    free = times * MICRO_BATCH_TOKENS * trial.kept_bytes_per_token() / MEMORY_SHARE
+    free = times * MICRO_BATCH_TOKENS * trial.kept_bytes_per_token(Batching()) / MEMORY_SHARE
     monkeypatch.setattr(rankfold.train.trial, "free_memory_bytes", lambda device: free + 1)
     batching, activations = trial.room(Batching("padded", tokens=GPU_MICRO_BATCH_TOKENS))
     assert (batching.tokens, activations.recomputed) == (expected * MICRO_BATCH_TOKENS, False)

@@ -20,7 +20,9 @@ from rankfold.data.batches import (
     micro_batches,
 )
 from rankfold.data.encode import IGNORE, EncodedRow
+from rankfold.data.image_batches import collate_images
 from rankfold.errors import ConfigError
+from rankfold.models.images import ImageReader
 from rankfold.models.rows_apart import attend_rows_apart
 
 Kind = Literal["packed", "padded"]
@@ -33,16 +35,20 @@ ROUNDINGS = 8  # or so many times the rounding of the model's number format
 
 @dataclass(frozen=True)
 class Batching:
-    """How a step's rows become the batches of its forward passes, of at most ``tokens`` each, and why so."""
+    """How a step's rows become the batches of its forward passes, of at most ``tokens`` each, and why so;
+    ``reader`` is there if rows may have images, which are never packed."""
 
     kind: Kind = "padded"
     reason: str = ""
     tokens: int = MICRO_BATCH_TOKENS
+    reader: ImageReader | None = None
 
     def cut(self, rows: Sequence[EncodedRow]) -> list[MicroBatch]:
         return (blocks if self.kind == "packed" else micro_batches)(rows, self.tokens)
 
     def collate(self, rows: MicroBatch, pad_id: int, device: Any) -> dict[str, Tensor]:
+        if self.reader is not None:
+            return collate_images(rows, pad_id, device, self.reader)
         return collate_packed(rows, device) if self.kind == "packed" else collate(rows, pad_id, device)
 
 
@@ -75,6 +81,13 @@ def collate_packed(rows: MicroBatch, device: Any) -> dict[str, Tensor]:
         "labels": [label for row in rows for label in (IGNORE, *row.labels[1:])],
     }
     return {name: torch.tensor([values], device=device) for name, values in packed.items()}
+
+
+def batching_of_images(reader: ImageReader, device: torch.device, given: Kind | None = None) -> Batching:
+    """Rows with images side by side.  Raises ConfigError if packed is ``given``."""
+    if given == "packed":
+        raise ConfigError("rows with images cannot be packed; use --batching padded")
+    return Batching("padded", "rows with images are padded", micro_batch_tokens(device), reader)
 
 
 def choose_batching(

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from pydantic import BeforeValidator
 from torch import nn
 
 from rankfold.errors import ConfigError, TargetError, bullet_list, nearest
 from rankfold.lora import LoraConfig
 from rankfold.lora.layers import base_modules
 from rankfold.lora.targets import find_targets, module_names, shortest_list
+from rankfold.settings import split_at_commas
 
 Part = Literal["language", "projector", "vision"]
 PARTS: tuple[Part, ...] = get_args(Part)
+PartNames = Annotated[list[Part], BeforeValidator(split_at_commas)]  # a list, or words and commas
 IN_WORDS = {"language": "language model", "projector": "projector", "vision": "vision tower"}
 MERGER = "merger"  # what a projector inside a vision tower is called (Qwen-VL)
 
@@ -90,7 +93,7 @@ def adapter_scope(
     saved = [name for part in PARTS if part in train and part in whole for name in getattr(parts, part)]
     adapted = [part for part in PARTS if part in train and part not in whole]
     if not adapted:
-        raise ConfigError(f"train: {', '.join(train)} leaves no part for LoRA; add language, or vision")
+        raise ConfigError(f"parts: {', '.join(train)} leaves no part for LoRA; add language, or vision")
     config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
     everywhere = find_targets(model, config)
     found = [name for name in everywhere if parts.part_of(name) in adapted and not _inside(name, saved)]
@@ -135,7 +138,7 @@ def _nothing_there(
     where = " and ".join(IN_WORDS[part] for part in adapted)
     return (
         f"target_modules matched nothing in the {where}: {entries}; "
-        f"found in the {' and '.join(sorted(places))}, which must stand under train to be adapted"
+        f"found in the {' and '.join(sorted(places))}, which must stand under parts to be adapted"
     )
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.data.batches import collate, micro_batch_tokens, micro_batches
+from rankfold.data.batches import micro_batch_tokens
 from rankfold.data.encode import EncodedRow
+from rankfold.data.pack import Batching
+from rankfold.models.images import ImageReader
 from rankfold.train.objectives import token_losses
 from rankfold.train.processes import Processes
 
@@ -60,20 +62,27 @@ class Comparison:
 
 
 @torch.no_grad()
-def row_losses(model: Any, rows: list[EncodedRow], pad_id: int, processes: Processes | None = None) -> Tensor:
+def row_losses(
+    model: Any,
+    rows: list[EncodedRow],
+    pad_id: int,
+    processes: Processes | None = None,
+    reader: ImageReader | None = None,
+) -> Tensor:
     """The summed loss of each row in nats, float64, in the order of ``rows``; each of the ``processes`` works
-    on its share, and all get the result."""
+    on its share, and all get the result.  ``reader`` is needed if rows have images."""
     processes = processes or Processes()
+    batching = Batching("padded", tokens=micro_batch_tokens(model.device), reader=reader)
     was_training = model.training
     model.eval()
     places = {id(row): place for place, row in enumerate(rows)}
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    groups = micro_batches(rows, micro_batch_tokens(model.device))
+    groups = batching.cut(rows)
     rounds = -(-len(groups) // processes.count)  # all do as many forwards: see Trainer._own_micro_batches
     for number in range(rounds):
         place = number * processes.count + processes.index
         group = groups[min(place, len(groups) - 1)]
-        losses = token_losses(model, collate(group, pad_id, model.device)).sum(dim=1)
+        losses = token_losses(model, batching.collate(group, pad_id, model.device)).sum(dim=1)
         if place < len(groups):
             sums[[places[id(row)] for row in group]] = losses.double().cpu()
     model.train(was_training)

@@ -14,6 +14,7 @@ import torch
 
 from rankfold.data.encode import EncodedRow
 from rankfold.errors import CheckpointError, bullet_list
+from rankfold.lora import PeftModel
 from rankfold.lora.fingerprint import fingerprint
 from rankfold.train.plan import Plan
 
@@ -26,7 +27,7 @@ def identity_of(plan: Plan) -> dict[str, Any]:
     return {
         "train_rows": rows_hash(plan.train),
         "held_out_rows": rows_hash(plan.held_out),
-        "base": asdict(fingerprint(plan.model.get_base_model())),
+        "base": asdict(fingerprint(plan.model.get_base_model(), trained_whole(plan.model))),
         "computed_by": {
             **{name: version(name) for name in VERSIONS_OF},
             "threads": torch.get_num_threads(),
@@ -36,12 +37,19 @@ def identity_of(plan: Plan) -> dict[str, Any]:
     }
 
 
+def trained_whole(model: PeftModel) -> list[str]:
+    """The modules that an adapter replaces as they are; they are no part of the base that it belongs to."""
+    return [name for config in model.peft_config.values() for name in config.modules_to_save or ()]
+
+
 def rows_hash(rows: Sequence[EncodedRow]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(len(row).to_bytes(8, "little"))
         digest.update(array("q", row.input_ids).tobytes())
         digest.update(array("q", row.labels).tobytes())
+        for image in row.images:  # their pixels are read in every epoch; here their size must do
+            digest.update(f"{image.width} {image.height} {image.path.stat().st_size}".encode())
     return digest.hexdigest()
 
 

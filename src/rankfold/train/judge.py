@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,16 @@ from rankfold.train.loop import Trainer
 from rankfold.train.plan import Plan
 
 SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
+
+
+def asked(example: Example) -> str:
+    """The last turn of the prompt in words, with the names of its images."""
+    content = example.prompt[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(
+        part["text"] if part["type"] == "text" else f"<{Path(part['path']).name}>" for part in content
+    )
 
 
 class Judge:
@@ -44,8 +55,7 @@ class Judge:
         """The greedy answer to each of the sampled prompts."""
         with self.trainer.counting(), self.plan.precision.autocast(self.plan.model.device):
             return {
-                example.prompt[-1]["content"]: reply(self.plan.base, example.prompt, SAMPLING)
-                for example in self.sampled()
+                asked(example): reply(self.plan.base, example.prompt, SAMPLING) for example in self.sampled()
             }
 
     def sampled(self) -> list[Example]:
@@ -74,7 +84,7 @@ class Judge:
             base_losses, base_answers = self._row_losses(), self.answers()
         assert self.best.losses is not None
         comparison = compare(self.plan.held_out, base_losses, self.best.losses, self.plan.recipe.seed)
-        written = {example.prompt[-1]["content"]: example.answer for example in self.sampled()}
+        written = {asked(example): example.answer for example in self.sampled()}
         return comparison, [
             Sample(prompt=prompt, written=written[prompt], base=base_answers[prompt], tuned=tuned)
             for prompt, tuned in answers.items()
@@ -89,4 +99,4 @@ class Judge:
     def _row_losses(self) -> Tensor:
         plan = self.plan
         with plan.precision.autocast(plan.model.device):
-            return row_losses(plan.model, plan.held_out, plan.pad_id, plan.processes)
+            return row_losses(plan.model, plan.held_out, plan.pad_id, plan.processes, plan.batching.reader)

@@ -18,7 +18,7 @@ from rankfold.models.head import output_head
 Batch = dict[str, Tensor]
 Objective = Callable[[Any, Batch], tuple[Tensor, int]]
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def supervised(model: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
@@ -39,8 +39,8 @@ def token_losses(model: Any, batch: Batch, label_smoothing: float = 0.0) -> Tens
     itself (``output_head`` says why), the columns that some row trains reach it, all at once."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     columns = (targets != IGNORE).any(dim=0).nonzero().squeeze(1)
-    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-    head = output_head(model, inputs)
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    head = output_head(model, {name: inputs[name] for name in TEXT_INPUTS if name in inputs})
     if isinstance(head, str):
         logits = _logits(model, inputs, columns)
         return _cross_entropy(logits, targets[:, columns], label_smoothing)

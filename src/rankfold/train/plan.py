@@ -16,16 +16,18 @@ from rankfold.data.cache import encode_cached, encoding_marks
 from rankfold.data.encode import EncodedRow, encode_all, too_long
 from rankfold.data.example import Example
 from rankfold.data.formats import refuse_untrainable
-from rankfold.data.pack import Batching, choose_batching
+from rankfold.data.pack import Batching, batching_of_images, choose_batching
 from rankfold.data.proof import MaskProof, prove_mask
 from rankfold.data.sources import Mixture, read_examples, sources_of
 from rankfold.data.split import near_leaks, split_held_out, without_leaks
-from rankfold.errors import bullet_list
+from rankfold.errors import ConfigError, bullet_list
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.models.facts import PromptStyle
-from rankfold.models.load import Base, load_base
+from rankfold.models.images import ImageReader, image_reader
+from rankfold.models.load import Base, load_base, load_processor
 from rankfold.models.parts import adapter_scope
 from rankfold.models.precision import Precision
+from rankfold.models.processors import set_most_tiles
 from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
 from rankfold.train.processes import Processes
@@ -92,7 +94,7 @@ class Plan:
 def read_data(recipe: Recipe) -> Rows:
     """Read and split the rows; raises DataError."""
     data = read_examples(sources_of(recipe.data, recipe.shape), recipe.seed, recipe.skip_bad)
-    refuse_untrainable(data.examples)
+    _refuse_untrainable(data.examples, recipe)
     notes = _left_out(data)
     if recipe.held_out is None:
         train, held_out = split_held_out(data.examples)
@@ -101,7 +103,7 @@ def read_data(recipe: Recipe) -> Rows:
             notes.append(f"{dropped} training rows left out: copies or near copies of held-out rows")
     else:
         other = read_examples(sources_of(recipe.held_out, recipe.shape), recipe.seed, recipe.skip_bad)
-        refuse_untrainable(other.examples)
+        _refuse_untrainable(other.examples, recipe)
         notes += _left_out(other)
         held_out = other.examples
         train, leaked = without_leaks(data.examples, held_out)
@@ -125,6 +127,15 @@ def read_data(recipe: Recipe) -> Rows:
     )
 
 
+def _has_images(examples: Sequence[Example]) -> bool:
+    return any(message.images for example in examples for message in example.messages)
+
+
+def _refuse_untrainable(examples: Sequence[Example], recipe: Recipe) -> None:
+    sees_images = _has_images(examples) and load_processor(recipe.model) is not None
+    refuse_untrainable(examples, sees_images=sees_images)
+
+
 def _left_out(data: Mixture) -> list[str]:
     """A note on the bad rows that the recipe allows for, naming the first few."""
     if not data.bad:
@@ -139,14 +150,18 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     Raises ModelError, DataError, TargetError or ConfigError."""
     base = load_base(recipe.model, precision, recipe.stored)
     base.prompt_style = rows.prompt_style
-    encoded = _encode(recipe, rows, base)
+    reader = _reader(recipe, rows, base)
+    encoded = _encode(recipe, rows, base, reader)
     train = encoded.train
     proof = prove_mask(train, base.tokenizer, SHOWN_ROWS, recipe.seed)
     template = template_of(base.tokenizer)[0] if rows.prompt_style == "chat" else ""
     named = [f"the model has no chat template; messages are written in {template}"] if template else []
     settings = settle(recipe, len(train), base.model.num_parameters())
-    batching = choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching)
-    scope = adapter_scope(base.model, recipe.targets)
+    if reader is not None:
+        batching = batching_of_images(reader, base.model.device, recipe.batching)
+    else:
+        batching = choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching)
+    scope = adapter_scope(base.model, recipe.targets, recipe.parts)
     seen = scope.told if base.processor is not None else []
     torch.manual_seed(recipe.seed)
     config = LoraConfig(
@@ -190,14 +205,27 @@ class _Encoded:
     notes: list[str]
 
 
-def _encode(recipe: Recipe, rows: Rows, base: Base) -> _Encoded:
+def _reader(recipe: Recipe, rows: Rows, base: Base) -> ImageReader | None:
+    """What reads the images of the rows, if any has some.  Raises ConfigError or ModelError for
+    ``image_tiles`` of a model that does not count in them."""
+    if recipe.image_tiles is not None and base.processor is None:
+        raise ConfigError(f"image_tiles: {recipe.model} does not see images")
+    if recipe.image_tiles is not None:
+        set_most_tiles(base.processor, recipe.image_tiles)
+    return image_reader(base.processor) if _has_images([*rows.train, *rows.held_out]) else None
+
+
+def _encode(recipe: Recipe, rows: Rows, base: Base, reader: ImageReader | None) -> _Encoded:
     """Training and held-out rows as tokens, without those that are too long for the model or for
     ``recipe``; where it is silent, training rows are cut off as ``rankfold check`` would."""
     longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     most, train_on = recipe.max_length or longest or sys.maxsize, recipe.train_on
-    encode = partial(encode_all, tokenizer=base.tokenizer, max_length=most, train_on=train_on)
-    marks = encoding_marks(base.tokenizer, max_length=most, train_on=train_on)
-    train, over_train = encode_cached(partial(encode, rows.train), rows.train, marks)
+    encode = partial(encode_all, tokenizer=base.tokenizer, max_length=most, train_on=train_on, reader=reader)
+    if reader is None:
+        marks = encoding_marks(base.tokenizer, max_length=most, train_on=train_on)
+        train, over_train = encode_cached(partial(encode, rows.train), rows.train, marks)
+    else:
+        train, over_train = encode(rows.train)
     held_out, over_held_out = encode(rows.held_out)
     lengths = summarise(array("I", map(len, train)), "tokens", longest, recipe.max_length)
     over = [*over_train, *over_held_out]

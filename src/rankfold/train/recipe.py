@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rankfold.data.mask import TrainOn
 from rankfold.data.sources import Source
 from rankfold.models.find import DEFAULT_MODEL
 from rankfold.models.held import Stored
+from rankfold.models.parts import PartNames
 from rankfold.models.precision import PrecisionName
-from rankfold.settings import CheckedSettings
+from rankfold.settings import CheckedSettings, split_at_commas
 from rankfold.train.schedule import Schedule
 from rankfold.train.trackers import TrackerNames
 
@@ -73,6 +75,19 @@ NOT_NEEDED = {
 }
 
 
+MODULE_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
+
+
+def _targets(value: object) -> object:
+    """``"q_proj, v_proj"`` as a list of names; anything but names is a pattern for whole dotted names."""
+    return split_at_commas(value) if isinstance(value, str) and MODULE_NAMES.fullmatch(value) else value
+
+
+Targets = Annotated[
+    Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)], BeforeValidator(_targets)
+]
+
+
 class Recipe(CheckedSettings):
     """What to train on what.  A setting left at None is chosen from the data and the model, with the
     reason printed.  Build it with ``Recipe.of`` to get rankfold's errors instead of pydantic's."""
@@ -91,7 +106,17 @@ class Recipe(CheckedSettings):
     held_out: str | Path | list[Source] | None = Field(
         None, description="rows to judge on [5 % of the data, at most 200 rows]"
     )
-    targets: str = Field("all-linear", min_length=1, description="modules to adapt: all-linear or a pattern")
+    targets: Targets = Field(
+        "all-linear", description="modules to adapt: all-linear, names with commas between them, or a pattern"
+    )
+    parts: PartNames = Field(
+        ["language"],
+        description="what to train of a model that sees images: language, vision, projector (the projector "
+        "whole), with commas between them",
+    )
+    image_tiles: int | None = Field(
+        None, ge=1, le=64, description="tiles an image is cut into at most [as the model's processor does]"
+    )
     rank: int | None = Field(None, ge=1, le=4096, description="rank of the update [16; 32 above 10,000 rows]")
     alpha: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="scale = alpha / rank [2 x rank]"

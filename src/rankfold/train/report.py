@@ -65,7 +65,11 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("activations", "recomputed" if plan.activations.recomputed else "kept", plan.activations.reason)
     )
     rows.append(
-        ("targets", recipe.targets, f"{len(plan.model.targeted_module_names)} layers carry an adapter")
+        (
+            "targets",
+            _listed(recipe.targets),
+            f"{len(plan.model.targeted_module_names)} layers carry an adapter",
+        )
     )
     if plan.processes.count > 1:
         base = "holds a share of the base" if recipe.shard_base else "holds the whole base"
@@ -73,6 +77,10 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
             ("processes", str(plan.processes.count), f"each takes its share of a step's rows and {base}")
         )
     return rows
+
+
+def _listed(targets: str | list[str]) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets)
 
 
 def loss_curve(records: list[StepRecord]) -> str:

@@ -293,6 +293,8 @@ class Run:
             "tokenizer": tokenizer_marks(tokenizer),
             "base": BaseFingerprint(**self.identity["base"]),
         }
+        if self.plan.batching.reader is not None:
+            facts["image_tiles"] = self.plan.batching.reader.tiles
         with self.trainer.counting():
             self.plan.model.save_pretrained(self.folder.path, facts=facts)
         if not result.interrupted:
@@ -316,7 +318,7 @@ def run_record(plan: Plan, result: RunResult) -> dict[str, Any]:
     return {
         "status": "interrupted" if result.interrupted else "finished",
         "settings": asdict(plan.settings),
-        "batching": asdict(plan.batching),
+        "batching": {name: getattr(plan.batching, name) for name in ("kind", "reason", "tokens")},
         "base": plan.base.source.description,
         "rows": {"train": len(plan.train), "held_out": len(plan.held_out), "shape": plan.rows.shape},
         "notes": plan.notes,

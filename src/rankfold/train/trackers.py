@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from rankfold.errors import ConfigError, bullet_list, nearest
 from rankfold.files import write_whole
+from rankfold.settings import split_at_commas
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]
 Status = Literal["finished", "interrupted", "failed"]
@@ -32,7 +33,7 @@ MARKS_NAME = "marks.json"
 
 def _names(value: object) -> object:
     """``"wandb, mlflow"`` or a list of names as a list, each once; what is neither is left to pydantic."""
-    names = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    names = split_at_commas(value)
     if not isinstance(names, list | tuple):
         return names
     unknown = [f"{name!r}{nearest(str(name), KNOWN)}" for name in names if name not in KNOWN]

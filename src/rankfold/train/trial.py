@@ -47,7 +47,7 @@ class Trial:
     def room(self, batching: Batching, recompute: bool | None = None) -> tuple[Batching, Activations]:
         """``batching`` with as many tokens as fit into the free memory, and whether activations are
         recomputed: only if those of one small micro-batch do not fit, or as given by ``recompute``."""
-        per_token, free = self.kept_bytes_per_token(), free_memory_bytes(self.model.device)
+        per_token, free = self.kept_bytes_per_token(batching), free_memory_bytes(self.model.device)
         fits = int(MEMORY_SHARE * free / per_token)
         least = max(MICRO_BATCH_TOKENS, *map(len, heapq.nlargest(1, self.rows, key=len)))
         reason = f"keeping them takes {per_token * least / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -56,10 +56,12 @@ class Trial:
         most = MICRO_BATCH_TOKENS if recompute else max(MICRO_BATCH_TOKENS, fits)
         return replace(batching, tokens=min(batching.tokens, most)), Activations(recompute, reason)
 
-    def kept_bytes_per_token(self) -> float:
+    def kept_bytes_per_token(self, batching: Batching) -> float:
         """What a forward keeps for the backward, beside parameters and buffers."""
         longest = max(self.rows, key=len)
-        ids = longest.input_ids[:PROBE_TOKENS]
+        if not longest.images:
+            ids = longest.input_ids[:PROBE_TOKENS]
+            longest = EncodedRow(longest.origin, ids, ids)
         known = {
             t.untyped_storage().data_ptr()
             for t in chain(self.model.parameters(), self.model.buffers())
@@ -74,8 +76,8 @@ class Trial:
             return tensor
 
         with saved_tensors_hooks(count, lambda tensor: tensor):
-            self._run([EncodedRow(longest.origin, ids, ids)], Batching())
-        return sum(size for place, size in kept.items() if place not in known) / len(ids)
+            self._run([longest], replace(batching, kind="padded"))
+        return sum(size for place, size in kept.items() if place not in known) / len(longest)
 
     def tokens_per_second(self, batching: Batching) -> float:
         """Of the longest micro-batch, the second time it runs."""

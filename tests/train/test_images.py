@@ -1,0 +1,167 @@
+"""Runs on rows with images, on tiny models of several families."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from image_bases import noise, write_original
+from image_models import tiny_image_model
+from rankfold import Recipe, fine_tune, load_tuned
+from rankfold.data.image_batches import collate_images
+from rankfold.errors import ConfigError, DataError
+from rankfold.models.generate import reply
+from rankfold.models.images import image_reader
+from rankfold.models.sampling import Sampling
+from rankfold.train.listener import Listener
+from rankfold.train.run import decide, resume
+
+FAMILIES = ("internvl", "qwen2_5_vl", "llava", "gemma3", "idefics3")
+ROWS = 7
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model folder of each family, made when it is asked for."""
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family) / "base"
+            if family == "internvl":
+                write_original(made[family])
+            else:
+                model, processor = tiny_image_model(family)
+                model.save_pretrained(made[family])
+                processor.save_pretrained(made[family])
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """LLaVA's rows; the images are wide, small and square in turn, and two rows have none."""
+    folder = tmp_path_factory.mktemp("rows")
+    lines = []
+    for n in range(ROWS):
+        width, height = ((60, 30), (24, 20), (33, 33))[n % 3]
+        noise(folder / f"{n}.png", width, height, seed=n)
+        mark, image = ("<image>\n", {"image": f"{n}.png"}) if n not in {2, 5} else ("", {})
+        turns = [{"from": "human", "value": f"{mark}What is {n}?"}, {"from": "gpt", "value": f"It is {n}!"}]
+        lines.append(json.dumps({"id": str(n), "conversations": turns, **image}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture
+def recipe(folders, rows, tmp_path):
+    def make(family="internvl", **options):
+        settings = {"model": str(folders(family)), "data": rows, "out": tmp_path / "run", "rank": 2}
+        settings |= {"epochs": 2, "rows_per_step": 3, "samples": 1, "learning_rate": 1e-2}
+        return Recipe.of(settings | {"precision": "float32"} | options)
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_on_images_starts_at_the_models_own_loss_and_lowers_it(recipe, family):
+    """Beside transformers' forward on the whole batch, without our head, masks or micro-batches."""
+    plan = decide(recipe(family), Listener())
+    reader = image_reader(plan.base.processor)
+    assert {len(row.images) for row in plan.train} == {0, 1}
+    batch = collate_images(list(plan.train), plan.pad_id, "cpu", reader)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = plan.model.eval()(**batch, use_cache=False).logits
+    own = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    result = fine_tune(recipe(family, rows_per_step=len(plan.train), epochs=6))
+    assert result.steps[0].loss == pytest.approx(float(own), rel=1e-4)
+    assert result.steps[-1].loss < result.steps[0].loss - 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_language_model_is_trained_and_the_adapter_answers_with_an_image(recipe, family, rows):
+    out = fine_tune(recipe(family)).out
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert isinstance(config["target_modules"], list)
+    tuned = load_tuned(out)
+    parts = [{"type": "image", "path": str(rows.parent / "0.png")}, {"type": "text", "text": "What is 0?"}]
+    sampling = Sampling(max_new_tokens=4, temperature=0.0)
+    assert isinstance(reply(tuned, [{"role": "user", "content": parts}], sampling), str)
+
+
+def test_the_adapter_knows_into_how_many_tiles_images_were_cut(recipe):
+    out = fine_tune(recipe(image_tiles=2)).out
+    assert json.loads((out / "rankfold.json").read_text())["image_tiles"] == 2
+    assert load_tuned(out).processor.image_processor.max_patches == 2
+
+
+def test_fewer_tiles_are_fewer_tokens(recipe):
+    tokens = [sum(map(len, decide(recipe(image_tiles=tiles), Listener()).train)) for tiles in (1, 4)]
+    assert tokens[0] < tokens[1]
+
+
+def test_the_projector_is_trained_whole_where_it_is_named(recipe):
+    plan = decide(recipe(parts="language, projector"), Listener())
+    trained = {name for name, p in plan.model.named_parameters() if p.requires_grad}
+    assert any("projector" in name for name in trained)
+    assert not any("vision_tower" in name for name in trained)
+    before = [p.detach().clone() for name, p in plan.model.named_parameters() if "projector" in name]
+    out = fine_tune(recipe(parts="language, projector")).out
+    tuned = load_tuned(out).model
+    after = [p for name, p in tuned.named_parameters() if "projector" in name]
+    assert after
+    assert any(not any(map(p.equal, before)) for p in after)
+
+
+def test_a_run_on_images_goes_on_to_the_same_bits(recipe, tmp_path):
+    import os
+    import signal
+
+    class Interrupting(Listener):
+        def on_step(self, record):
+            if record.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = fine_tune(recipe(out=tmp_path / "whole", dropout=0.1)).out
+    assert fine_tune(recipe(out=tmp_path / "cut", dropout=0.1), Interrupting()).interrupted
+    resume(tmp_path / "cut")
+    files = [(folder / "adapter_model.safetensors").read_bytes() for folder in (whole, tmp_path / "cut")]
+    assert files[0] == files[1]
+
+
+def test_rows_with_images_need_a_model_that_sees_them(recipe, tiny_folder, write_rows, joke_rows, tmp_path):
+    with pytest.raises(DataError, match=r"rows.jsonl:\d+: the row has pictures"):
+        fine_tune(recipe(model=str(tiny_folder)))
+    with pytest.raises(ConfigError, match="image_tiles: .* does not see images"):
+        fine_tune(recipe(model=str(tiny_folder), data=write_rows(joke_rows), image_tiles=2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"batching": "packed"}, "rows with images cannot be packed"),
+        ({"parts": "language, tower"}, "parts"),
+        ({"parts": "projector"}, "parts: projector leaves no part for LoRA"),
+    ],
+)
+def test_what_images_do_not_allow_is_told(recipe, options, told):
+    with pytest.raises(ConfigError, match=told):
+        fine_tune(recipe(**options))
+
+
+def test_an_image_that_changes_under_a_run_names_its_row(recipe, rows, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for file in rows.parent.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    plan = decide(recipe(data=folder / "rows.jsonl"), Listener())
+    row = next(row for row in plan.train if row.images)
+    noise(row.images[0].path, 50, 50)
+    with pytest.raises(DataError, match=f"{row.origin}: .* has changed"):
+        plan.batching.collate([row], plan.pad_id, "cpu")
