@@ -29,7 +29,7 @@ def options_of(
         for name, field in reversed(settings.model_fields.items()):
             if name in arguments:
                 continue
-            shown = "" if field.default in (None, False) or field.is_required() else f" [{field.default}]"
+            shown = "" if field.is_required() else _shown(field.default)
             flag = renamed.get(name, f"--{name.replace('_', '-')}")
             is_switch = field.annotation in (bool, bool | None)
             function = click.option(
@@ -42,6 +42,12 @@ def options_of(
         return function
 
     return decorate
+
+
+def _shown(default: object) -> str:
+    """A default as help tells it: not at all if it says that something is left out."""
+    told = ", ".join(map(str, default)) if isinstance(default, list) else default
+    return "" if told is None or told is False or told == "" else f" [{told}]"
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
