@@ -11,9 +11,11 @@ from rankfold import Recipe
 from rankfold.data import cache
 from rankfold.errors import ConfigError, DataError
 from rankfold.models.precision import Precision
+from rankfold.train.listener import Listener
 from rankfold.train.plan import make_plan, read_data
 from rankfold.train.processes import Processes
 from rankfold.train.report import setting_rows
+from rankfold.train.run import decide
 
 
 @pytest.fixture
@@ -148,6 +150,21 @@ def test_rows_longer_than_the_model_can_read_are_left_out(recipe):
     plan = plan_of(recipe(rows))
     assert max(map(len, plan.train)) <= 512
     assert sum("more than 512" in note for note in plan.notes) == 3
+
+
+@pytest.mark.parametrize("elsewhere", [0, 1])
+def test_activations_are_recomputed_if_they_do_not_fit_in_another_process(recipe, elsewhere):
+    class OneOfTwo(Processes):
+        def highest(self, number):
+            return max(number, elsewhere)
+
+    plan = decide(recipe(), Listener(), OneOfTwo())
+    layers = plan.model.get_base_model().model.layers
+    assert (
+        {layer.gradient_checkpointing for layer in layers}
+        == {plan.activations.recomputed}
+        == {bool(elsewhere)}
+    )
 
 
 @pytest.mark.parametrize(("shard_base", "told"), [(True, "a share of the base"), (False, "the whole base")])

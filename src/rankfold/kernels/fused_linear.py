@@ -26,8 +26,9 @@ def fused_linear(
     """``x W^T + bias + scale * drop(x) A^T B^T`` (..., out), computed in the dtype of W.
 
     Shapes: x (..., in), base W (out, in) and bias (out), factors A (rank, in) and B (out, rank).  For
-    backward it keeps x, W, A, B, which exist anyway, and the narrow product (rank, rows); a mask is
-    expanded again.  Every wide sum is made in place, and what has no gradient is not computed.
+    backward it keeps x, W, A, B, which exist anyway (under autocast what is not in W's dtype is kept as it
+    is cast), and the narrow product (rank, rows); a mask is expanded again.  Every wide sum is made in
+    place, and what has no gradient is not computed.
     Ask ``can_fuse`` first.  Hu et al. 2021 (arXiv 2106.09685), section 4.1, and its derivatives."""
     out = _FusedLinear.apply(x, *base, *factors, scale, mask)  # type: ignore[no-untyped-call]
     return cast(Tensor, out)

@@ -33,6 +33,7 @@ from rankfold.train.report import render_report
 from rankfold.train.sharding import require_several, shard_base
 from rankfold.train.stopping import stop_requests
 from rankfold.train.trackers import Trackers, require_trackers
+from rankfold.train.trial import Activations, recompute_activations
 
 OUTPUT_BYTES = 200_000_000  # adapter, report and room to spare
 SAME_EVERYWHERE = ("train_rows", "held_out_rows", "base")
@@ -147,8 +148,19 @@ def decide(recipe: Recipe, listener: Listener, processes: Processes | None = Non
     listener.on_stage("loading the model and timing a step")
     precision = shared_precision(recipe.precision, processes)
     plan = processes.together(lambda: make_plan(recipe, rows, precision, processes))
+    plan = recomputed_in_all(plan)
     listener.on_plan(plan)
     return plan
+
+
+def recomputed_in_all(plan: Plan) -> Plan:
+    """``plan`` with activations recomputed if they do not fit in one of its processes: those that share a
+    base wait for each other in every layer, so they must do the same."""
+    somewhere = plan.processes.highest(int(plan.activations.recomputed))
+    if plan.activations.recomputed or not somewhere:
+        return plan
+    recompute_activations(plan.model)
+    return replace(plan, activations=Activations(True, "they do not fit in another process"))
 
 
 class Run:

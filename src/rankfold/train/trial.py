@@ -49,7 +49,7 @@ class Trial:
         recomputed: only if those of one small micro-batch do not fit, or as given by ``recompute``."""
         per_token, free = self.kept_bytes_per_token(batching), free_memory_bytes(self.model.device)
         fits = int(MEMORY_SHARE * free / per_token)
-        least = max(MICRO_BATCH_TOKENS, *map(len, heapq.nlargest(1, self.rows, key=len)))
+        least = max(MICRO_BATCH_TOKENS, *map(len, self.rows))
         reason = f"keeping them takes {per_token * least / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         if recompute is None:
             recompute = fits < least and can_recompute(self.model)
