@@ -47,7 +47,7 @@ def can_fuse(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
         and x.device.type in DEVICES
         and _computed_in(x, weight, lora_a, lora_b) is weight.dtype
         and weight.dtype in FLOATS
-        and not _transformed()
+        and not looked_into()
     )
 
 
@@ -60,7 +60,8 @@ def _computed_in(*tensors: Tensor) -> torch.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def _transformed() -> bool:
+def looked_into() -> bool:
+    """Whether something is at work that must see, or could not pass, the inside of an autograd function."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankfold.kernels.causal_attention import LONGEST, causal_attention
+from rankfold.kernels.fused_linear import looked_into
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -50,17 +53,38 @@ def attention_of_rows(
 
     Shapes: query (1, heads, tokens, width), key and value (1, groups, tokens, width), heads a multiple of
     groups -> (1, tokens, heads, width)."""
-    options = {"dropout_p": dropout, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
     found = [
-        F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            **options,  # type: ignore[arg-type]
-        ).transpose(1, 2)
+        attention_of_row(q, k, v, mask, scale, dropout).transpose(1, 2)
         for q, k, v, mask in zip(*parts, rows.masks, strict=True)
     ]
     return torch.cat(found, dim=1)
+
+
+def attention_of_row(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout: float
+) -> Tensor:
+    """Scaled dot-product attention of one row, causal without a ``mask``, by what is fastest for it."""
+    if mask is None and not dropout and _as_products(query, key, value):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return causal_attention(query[0], key[0], value[0], scale).unsqueeze(0)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _as_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and query.shape[2] <= LONGEST
+        and query.shape[3] == value.shape[3]
+        and not looked_into()
+    )
