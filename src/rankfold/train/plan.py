@@ -30,6 +30,7 @@ from rankfold.models.precision import Precision
 from rankfold.models.processors import set_most_tiles
 from rankfold.models.template import template_of
 from rankfold.train.advise import Settings, settle
+from rankfold.train.compiling import compile_layers
 from rankfold.train.processes import Processes
 from rankfold.train.recipe import Recipe
 from rankfold.train.trial import Activations, Trial, recompute_activations
@@ -178,6 +179,8 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     batching, activations = trial.room(batching, recipe.activation_checkpointing)
     if activations.recomputed:
         recompute_activations(model)
+    if recipe.compile:
+        compile_layers(model)
     return Plan(
         recipe=recipe,
         settings=settings,

@@ -52,6 +52,7 @@ OLD_NAMES = {
     "neftune_noise_alpha": "neftune_alpha",
     "noisy_embedding_alpha": "neftune_alpha",
     "fsdp": "shard_base",
+    "torch_compile": "compile",
     "gradient_checkpointing": "activation_checkpointing",
     "report_to": "trackers",
     "dtype": "precision",
@@ -194,6 +195,9 @@ class Recipe(CheckedSettings):
     )
     activation_checkpointing: bool | None = Field(
         None, description="compute a layer again in the backward, to keep less [if it does not fit else]"
+    )
+    compile: bool = Field(
+        False, description="compile the decoder layers by torch.compile, which takes a minute or more"
     )
     trackers: TrackerNames = Field(
         [], description="also log to tensorboard, wandb, mlflow, trackio or swanlab, with commas between them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rankfold.errors import ConfigError
 from rankfold.lora import PeftModel
+from rankfold.train.compiling import decoder_layers
 from rankfold.train.processes import Processes
 
 
@@ -27,7 +28,5 @@ def shard_base(model: PeftModel, processes: Processes) -> None:
     base = model.get_base_model()
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    kinds = set(getattr(base, "_no_split_modules", None) or ())
-    layers = [module for module in base.modules() if type(module).__name__ in kinds]
-    for part in [*layers, base]:
+    for part in [*decoder_layers(model), base]:
         fully_shard(part, mesh=mesh, ignored_params=whole)
