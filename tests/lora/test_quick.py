@@ -41,6 +41,14 @@ def test_the_quick_way_is_taken_and_gives_what_the_long_way_gives():
     torch.testing.assert_close(layer(x).detach(), by_formula(layer, x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(12,), (1, 12), (2, 1, 12), (2, 3, 4, 12), (0, 12), (2, 0, 12)], ids=str)
+def test_inputs_of_any_shape_take_it(shape, monkeypatch):
+    layer = adapted()
+    check(layer)
+    monkeypatch.setattr(LoraLinear, "updated", None)  # the long way
+    check(layer, *shape)
+
+
 @pytest.mark.parametrize("alpha", [4, 7.5])
 def test_the_scale_is_read_at_each_call(alpha):
     layer = adapted()

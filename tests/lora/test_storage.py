@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+import rankfold.lora.linear
 from conftest import randomise, tiny_llama
 from held import FORM_NAMES, hold_all
 from rankfold import LoraConfig, PeftModel, dequantise, get_peft_model
 from rankfold.errors import AdapterError, ConfigError, MergeError, TargetError
 from rankfold.lora.fingerprint import compare, fingerprint
+from rankfold.lora.storage import LoraHeldLinear
 from rankfold.storage.forms import INT8
 from rankfold.storage.layers import HeldLinear, held_layers, hold
 
@@ -169,3 +171,44 @@ def test_half_precision_bases_get_float32_factors():
     model = get_peft_model(net("Q8_0").to(torch.bfloat16), LoraConfig(**CONFIG))
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
     assert model(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+
+
+@EVERY
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_large_input_goes_the_fused_way_with_the_same_result(name, dropout, autocast, monkeypatch):
+    """As layers on the expanded weights go it: the same mask, the same products."""
+    calls, real = [], rankfold.lora.linear.fused_linear
+    monkeypatch.setattr(rankfold.lora.linear, "fused_linear", lambda *a: calls.append(a) or real(*a))
+    held, upstream = net(name)[1], torch.randn(160, 6)
+    plain = nn.Linear(256, 6)
+    plain.weight, plain.bias = nn.Parameter(held.expanded_weight(), requires_grad=False), held.bias
+    results = []
+    for layer in (held, plain):
+        options = {"target_modules": ["0"], "lora_dropout": dropout}
+        model = adapted(nn.Sequential(layer), **options)
+        torch.manual_seed(1)
+        x = torch.randn(160, 256, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if autocast and layer is plain:
+                model.get_base_model()[0].weight.data = layer.weight.data.bfloat16()
+            out = model(x)
+        out.backward(upstream.to(out.dtype))
+        results.append([out.detach(), x.grad, *(p.grad for n, p in model.named_parameters() if "lora_" in n)])
+    assert [type(a[1][0]) for a in calls] == [LoraHeldLinear, nn.Parameter]
+    for ours, other in zip(*results, strict=True):
+        assert ours.dtype == other.dtype
+        size = float(other.abs().max())
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=(2e-2 if autocast else 1e-5) * size)
+
+
+def test_the_fused_way_can_be_differentiated_twice():
+    model = adapted(nn.Sequential(net("Q4_1")[1]), target_modules=["0"])
+    x = torch.randn(160, 256, requires_grad=True)
+    twice = []
+    for threshold in (0, 1 << 30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rankfold.lora.linear, "FUSED_FROM", threshold)
+            (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+            twice.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*twice, rtol=1e-4, atol=1e-4 * float(twice[1].abs().max()))

@@ -13,7 +13,6 @@ from rankfold.models.rows_apart import attend_rows_apart
 from rankfold.train.compiling import compile_layers, decoder_layers
 from rankfold.train.objectives import supervised
 
-
 # What torch's compiler does to itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),

@@ -23,7 +23,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     Shapes: query (heads, tokens, width), key and value (groups, tokens, width), heads a multiple of groups
     -> (heads, tokens, width).  Keeps its inputs only; the backward makes the weights anew, a block of
     queries at a time.  Scores, and the sums for key and value, are made in float32.
-    Vaswani et al. 2017 (arXiv 1706.03762), equation 1; grouped as by Ainslie et al. 2023 (arXiv 2305.13245)."""
+    Vaswani et al. 2017 (arXiv 1706.03762), eq. 1; groups: Ainslie et al. 2023 (arXiv 2305.13245)."""
     return cast(Tensor, _CausalAttention.apply(query, key, value, scale))  # type: ignore[no-untyped-call]
 
 

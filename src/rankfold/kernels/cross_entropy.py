@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +13,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rankfold.kernels.frozen import FrozenMatrix, product, transposed_product
+
 IGNORE = -100  # the target of a token that is not trained, as in F.cross_entropy
 CHUNK_LOGITS = 6 << 20  # of one chunk: 24 MB of float32, 128 tokens of a vocabulary of 49,152
 
 Head = Callable[[Tensor], Tensor]
-
-
-class FrozenMatrix(Protocol):
-    """A frozen W (rows, columns) that is there as numbers for its products only."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def product(self, x: Tensor) -> Tensor:
-        """``x W^T``: x (tokens, columns) -> (tokens, rows)."""
-
-    def transposed_product(self, grad: Tensor) -> Tensor:
-        """``grad W``: grad (tokens, rows) -> (tokens, columns)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ def linear_cross_entropy(
     After Hsu et al. 2024 (arXiv 2410.10989), section 3.2, who fix the weighting in the forward."""
     tokens = chunk_tokens or max(1, CHUNK_LOGITS // weight.shape[0])
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (weight, bias)):
-        return head_cross_entropy(hidden, partial(_output, weight=weight, bias=bias), targets, form, tokens)
+        return head_cross_entropy(hidden, partial(product, weight=weight, bias=bias), targets, form, tokens)
 
     def losses(some: Tensor, wanted: Tensor) -> Tensor:
         apply: Any = _FrozenHead.apply
@@ -125,19 +114,6 @@ def _chunks(tensor: Tensor, tokens: int) -> tuple[Tensor, ...]:
     return tensor.chunk(max(1, -(-len(tensor) // tokens)))
 
 
-def _output(x: Tensor, weight: Tensor | FrozenMatrix, bias: Tensor | None) -> Tensor:
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
-    out = weight.product(x)
-    return out if bias is None else out + bias.to(out.dtype)
-
-
-def _back(by_output: Tensor, weight: Tensor | FrozenMatrix, dtype: torch.dtype) -> Tensor:
-    if isinstance(weight, Tensor):
-        return torch.mm(by_output.to(weight.dtype), weight)
-    return weight.transposed_product(by_output.to(dtype))
-
-
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -153,10 +129,11 @@ class _FrozenHead(torch.autograd.Function):
         start = 0
         for targets in chunks:
             place = slice(start, start + len(targets))
-            logits = form.logits(_output(hidden[place], weight, bias))
+            logits = form.logits(product(hidden[place], weight, bias))
             losses[place], by_output = _losses(logits, targets, form, with_gradient=gradient is not None)
             if gradient is not None:
-                gradient[place] = _back(by_output, weight, hidden.dtype)
+                narrow = by_output if isinstance(weight, Tensor) else by_output.to(hidden.dtype)
+                gradient[place] = transposed_product(narrow, weight)
             start = place.stop
         if gradient is not None:
             ctx.save_for_backward(gradient)

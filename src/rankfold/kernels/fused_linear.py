@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
 from rankfold.kernels.dropout import DropMask
+from rankfold.kernels.frozen import FrozenMatrix, product, transposed_product
 
 DEVICES = ("cpu", "cuda")
 CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast makes its own dtype
@@ -18,15 +18,16 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def fused_linear(
     x: Tensor,
-    base: tuple[Tensor, Tensor | None],
+    base: tuple[Tensor | FrozenMatrix, Tensor | None],
     factors: tuple[Tensor, Tensor],
     scale: float,
     mask: DropMask | None = None,
 ) -> Tensor:
-    """``x W^T + bias + scale * drop(x) A^T B^T`` (..., out), computed in the dtype of W.
+    """``x W^T + bias + scale * drop(x) A^T B^T`` (..., out), in the dtype of W, or where W is no tensor, in
+    that of x or of autocast.
 
     Shapes: x (..., in), base W (out, in) and bias (out), factors A (rank, in) and B (out, rank).  For
-    backward it keeps x, W, A, B, which exist anyway (under autocast what is not in W's dtype is kept as it
+    backward it keeps x, W, A, B, which exist anyway (under autocast what is not in that dtype is kept as it
     is cast), and the narrow product (rank, rows); a mask is expanded again.  Every wide sum is made in
     place, and what has no gradient is not computed.
     Ask ``can_fuse`` first.  Hu et al. 2021 (arXiv 2106.09685), section 4.1, and its derivatives."""
@@ -34,7 +35,7 @@ def fused_linear(
     return cast(Tensor, out)
 
 
-def can_fuse(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+def can_fuse(x: Tensor, weight: Tensor | FrozenMatrix, lora_a: Tensor, lora_b: Tensor) -> bool:
     """Whether ``fused_linear`` may stand in for the separate operations.
 
     Not for tensors of other kinds, for several dtypes unless autocast would make them W's, and in what looks
@@ -45,15 +46,21 @@ def can_fuse(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
         and x.layout is torch.strided
         and not x.is_nested
         and x.device.type in DEVICES
-        and _computed_in(x, weight, lora_a, lora_b) is weight.dtype
-        and weight.dtype in FLOATS
+        and _computed_in(x, weight, lora_a, lora_b) in _possible(weight)
         and not looked_into()
     )
 
 
-def _computed_in(*tensors: Tensor) -> torch.dtype | None:
+def _possible(weight: Tensor | FrozenMatrix) -> tuple[torch.dtype, ...]:
+    if not isinstance(weight, Tensor):
+        return FLOATS
+    return (weight.dtype,) if weight.dtype in FLOATS else ()
+
+
+def _computed_in(x: Tensor, weight: Tensor | FrozenMatrix, *factors: Tensor) -> torch.dtype | None:
     """The dtype in which the separate operations would be computed, or None if in several."""
-    device = tensors[0].device.type
+    device = x.device.type
+    tensors = [x, *factors, *([weight] if isinstance(weight, Tensor) else [])]
     dtypes = {tensor.dtype for tensor in tensors}
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) if dtypes <= {*CAST} else None
@@ -78,27 +85,30 @@ class _FusedLinear(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, bias, lora_a, lora_b, scale, mask = inputs
         ctx.dtypes = x.dtype, lora_a.dtype, lora_b.dtype
-        x, lora_a, lora_b = (tensor.to(weight.dtype) for tensor in (x, lora_a, lora_b))
+        ctx.weight = None if isinstance(weight, Tensor) else weight
+        dtype = _computed_in(x, weight, lora_a, lora_b)
+        x, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, lora_a, lora_b))
         rows = x.reshape(-1, x.shape[-1])
         ctx.factor = scale if mask is None else scale * mask.rescale
         ctx.mask = mask
-        out = F.linear(rows, weight, bias)
+        out = product(rows, weight, bias)
         narrow = _narrow(rows, lora_a, mask)
         out.addmm_(narrow.t(), lora_b.t(), alpha=ctx.factor)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, narrow)
+        ctx.save_for_backward(x, weight if ctx.weight is None else None, lora_a, lora_b, narrow)
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Can be differentiated again: with ``create_graph`` the narrow product is made anew."""
         x, weight, lora_a, lora_b, narrow = ctx.saved_tensors
+        weight = ctx.weight if weight is None else weight
         need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         of_x, of_a, of_b = ctx.dtypes
         rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, weight.shape[0])
         if torch.is_grad_enabled():
             narrow = _narrow(rows, lora_a, ctx.mask)
         narrow_grad = torch.mm(lora_b.t(), grad.t()).mul_(ctx.factor)
-        grad_x = torch.mm(grad, weight) if need_x else None
+        grad_x = transposed_product(grad, weight) if need_x else None
         grad_a = torch.zeros_like(lora_a) if need_a else None
         _add_through_a(rows, lora_a, narrow_grad, ctx.mask, (grad_x, grad_a))
         return (

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rankfold.errors import MergeError
 from rankfold.kernels.dropout import DropMask
+from rankfold.kernels.frozen import FrozenMatrix
 from rankfold.kernels.fused_linear import can_fuse, fused_linear
 from rankfold.kernels.low_rank import add_low_rank_update, low_rank_delta
 from rankfold.lora.config import changes_base
@@ -68,16 +69,66 @@ class LinearUpdates(LoraLayer):
         return low_rank_delta(*self.factors(name), self.scaling[name])
 
 
-class LoraLinear(LinearUpdates, nn.Linear):
+class FusedUpdates(LinearUpdates):
+    """The update of one plain adapter made together with the layer's own product."""
+
+    added: ClassVar[tuple[str, ...]] = ("_quick", *LinearUpdates.added)
+
+    _quick: QuickUpdate | None
+
+    def fused_base(self) -> tuple[Tensor | FrozenMatrix, Tensor | None] | None:
+        """The weight and the bias as ``fused_linear`` takes them, if it can."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._quick is None or torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)
+        out = self.fused(x)
+        return super().forward(x, *args, **kwargs) if out is None else out
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The output as one autograd function; None for a small input and where there cannot be one."""
+        if type(x) is not Tensor or x.numel() < FUSED_FROM:
+            return None
+        quick, base = self.quick(), self.fused_base()
+        if quick is None or base is None:
+            return None
+        factors, mask = self.factors(quick.name), None
+        if not can_fuse(x, base[0], *factors):
+            return None
+        if quick.drops and self.training:
+            dropout = self.lora_dropout[quick.name]
+            if x.device.type != "cpu" or type(dropout) is not nn.Dropout or not 0 < dropout.p < 1:
+                return None  # torch's own there
+            mask = DropMask.draw(dropout.p) if dropout.training else None
+        return fused_linear(x, base, factors, self.scaling[quick.name], mask)
+
+    def quick(self) -> QuickUpdate | None:
+        """The one plain adapter that is applied, as it is now."""
+        if self._quick is not None and not self._quick.is_current():
+            self.__dict__["_quick"] = self._look_for_quick()
+        return self._quick
+
+    def refresh(self) -> None:
+        super().refresh()
+        self.__dict__["_quick"] = LOOK
+
+    def _look_for_quick(self) -> QuickUpdate | None:
+        if type(self) not in FUSED_CLASSES or len(self.applied) != 1:
+            return None
+        name, config = self.applied[0], self.specs[self.applied[0]].config
+        if config.lora_bias or config.use_dora:
+            return None
+        return quick_update(name, self.lora_A[name], self.lora_B[name], config.lora_dropout > 0)
+
+
+class LoraLinear(FusedUpdates, nn.Linear):
     """``nn.Linear`` plus the low-rank updates of its active adapters.
 
     Adds the state dict keys ``lora_A.<adapter>.weight`` (rank, in) and ``lora_B.<adapter>.weight``
     (out, rank); ``weight`` and ``bias`` keep their names."""
 
     plain_class = nn.Linear
-    added: ClassVar[tuple[str, ...]] = ("_quick", *LinearUpdates.added)
-
-    _quick: QuickUpdate | None
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -89,60 +140,37 @@ class LoraLinear(LinearUpdates, nn.Linear):
             )
         return found
 
+    def fused_base(self) -> tuple[Tensor | FrozenMatrix, Tensor | None] | None:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        return (weight, bias) if type(weight) is nn.Parameter else None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         quick = self._quick
-        if quick is None or torch.compiler.is_compiling():
+        if (
+            quick is None
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or type(x) is not Tensor
+            or x.numel() >= FUSED_FROM
+        ):
             return super().forward(x, *args, **kwargs)
-        if torch.is_grad_enabled() or x.dim() != MATRIX:
-            out = self._fused(x)
-            return super().forward(x, *args, **kwargs) if out is None else out
         if not quick.is_current():
-            quick = self.__dict__["_quick"] = self._look_for_quick()
+            quick = self.quick()
         if quick is None or x.dtype is not quick.dtype or (quick.drops and self.training):
             return super().forward(x, *args, **kwargs)
+        rows = x if x.dim() == MATRIX else x.reshape(-1, x.shape[-1])
         own = self._parameters
-        out = F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
+        out = F.linear(rows, own["weight"], own["bias"])  # type: ignore[arg-type]
         if out.dtype is not quick.dtype:  # under autocast
-            return self.updated(quick.name, x, out)
-        return quick.add(out, x, self.scaling[quick.name])
-
-    def _fused(self, x: Tensor) -> Tensor | None:
-        """The output as one autograd function; None for a small input and where there cannot be one."""
-        quick = self._quick
-        if quick is None or type(x) is not Tensor or x.numel() < FUSED_FROM:
-            return None
-        if not quick.is_current():
-            quick = self.__dict__["_quick"] = self._look_for_quick()
-        if quick is None:
-            return None
-        base, factors, mask = self._parameters, self.factors(quick.name), None
-        weight = base["weight"]
-        if type(weight) is not nn.Parameter or not can_fuse(x, weight, *factors):
-            return None
-        if quick.drops and self.training:
-            dropout = self.lora_dropout[quick.name]
-            if x.device.type != "cpu" or type(dropout) is not nn.Dropout or not 0 < dropout.p < 1:
-                return None  # torch's own there
-            mask = DropMask.draw(dropout.p) if dropout.training else None
-        return fused_linear(x, (weight, base["bias"]), factors, self.scaling[quick.name], mask)
+            return self.updated(quick.name, x, out.view(*x.shape[:-1], -1))
+        quick.add(out, rows, self.scaling[quick.name])
+        return out if x.dim() == MATRIX else out.view(*x.shape[:-1], out.shape[-1])
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
         if is_torchao(self.weight):
             kind = type(self.weight).__name__
             raise MergeError(f"its weight is a torchao {kind}, which holds no sum; dequantise(model) first")
         return super().merged_values(names)
-
-    def refresh(self) -> None:
-        super().refresh()
-        self.__dict__["_quick"] = LOOK
-
-    def _look_for_quick(self) -> QuickUpdate | None:
-        if type(self) is not LoraLinear or len(self.applied) != 1:
-            return None
-        name, config = self.applied[0], self.specs[self.applied[0]].config
-        if config.lora_bias or config.use_dora:
-            return None
-        return quick_update(name, self.lora_A[name], self.lora_B[name], config.lora_dropout > 0)
 
 
 class LoraConv1D(LinearUpdates):
@@ -166,6 +194,8 @@ def is_torchao(weight: object) -> bool:
     """Whether a weight is one of torchao's quantised tensors: the layer around it stays an ``nn.Linear``."""
     return type(weight).__module__.partition(".")[0] == "torchao"
 
+
+FUSED_CLASSES: set[type[nn.Module]] = {LoraLinear}  # not their subclasses, which may compute otherwise
 
 register_layer(nn.Linear, LoraLinear)
 register_layer("transformers.pytorch_utils.Conv1D", LoraConv1D)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
+from rankfold.kernels.frozen import FrozenMatrix
 from rankfold.lora.embedding import LoraEmbedding
 from rankfold.lora.factors import LoraLayer
 from rankfold.lora.layers import AdapterSpec, become, register_layer
-from rankfold.lora.linear import LinearUpdates, LoraLinear
+from rankfold.lora.linear import FUSED_CLASSES, FusedUpdates, LoraLinear
 from rankfold.storage.layers import HeldEmbedding, HeldLayer, HeldLinear, held_layers, release
 
 
@@ -42,10 +43,13 @@ class HeldUpdates(HeldLayer, LoraLayer):
         )
 
 
-class LoraHeldLinear(HeldUpdates, LinearUpdates, HeldLinear):  # type: ignore[misc] # forward
+class LoraHeldLinear(HeldUpdates, FusedUpdates, HeldLinear):  # type: ignore[misc] # forward
     """``HeldLinear`` plus the low-rank updates of its active adapters."""
 
     plain_class = HeldLinear
+
+    def fused_base(self) -> tuple[Tensor | FrozenMatrix, Tensor | None]:
+        return self, self._parameters.get("bias")
 
 
 class LoraHeldEmbedding(HeldUpdates, LoraEmbedding, HeldEmbedding):
@@ -85,5 +89,6 @@ def numbers_not_shown(model: nn.Module) -> int:
     return sum(rows * columns - size for (rows, columns), size in shapes.values())
 
 
+FUSED_CLASSES.add(LoraHeldLinear)
 register_layer(HeldLinear, LoraHeldLinear)
 register_layer(HeldEmbedding, LoraHeldEmbedding)

@@ -42,7 +42,7 @@ def attend_rows_apart(model: Any) -> str:
     return "" if model.config._attn_implementation == NAME else "the model's attention cannot be replaced"
 
 
-@torch.compiler.disable  # the rows differ in every block, so there is no one program of it
+@torch.compiler.disable  # type: ignore[untyped-decorator] # the rows differ in every block, so there is no one program of it
 def rows_apart_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:

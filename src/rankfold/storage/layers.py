@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rankfold.errors import ModelError
 from rankfold.storage.forms import Form, expanded, numbers_at
-from rankfold.storage.product import held_linear, multiply, multiply_transposed
+from rankfold.storage.product import held_linear, held_transposed
 
 
 class HeldLayer(nn.Module):
@@ -58,15 +58,15 @@ class HeldLinear(HeldLayer, nn.Linear):
         return self.in_features
 
     def product(self, x: Tensor) -> Tensor:
-        """``x W^T`` without autograd: x (..., columns) -> (..., rows)."""
-        return multiply(_for_products(x), self.held, self.form)
+        """``x W^T``: x (..., columns) -> (..., rows)."""
+        return held_linear(_for_products(x), self.held, self.form)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
-        """``grad W``, without autograd: grad (..., rows) -> (..., columns)."""
-        return multiply_transposed(grad, self.held, self.form, self.columns)
+        """``grad W``: grad (..., rows) -> (..., columns)."""
+        return held_transposed(grad, self.held, self.form, self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = held_linear(_for_products(x), self.held, self.form)
+        out = self.product(x)
         bias = self._parameters.get("bias")
         return out if bias is None else out + bias.to(out.dtype)
 

@@ -29,6 +29,11 @@ def held_linear(x: Tensor, held: Tensor, form: Form) -> Tensor:
     return _HeldLinear.apply(x, held, form)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def held_transposed(grad: Tensor, held: Tensor, form: Form, columns: int) -> Tensor:
+    """``grad W``, with a gradient for ``grad``: grad (..., rows) -> (..., columns), in its dtype."""
+    return _HeldTransposed.apply(grad, held, form, columns)  # type: ignore[no-any-return,no-untyped-call]
+
+
 class _HeldLinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, held: Tensor, form: Form) -> Tensor:
@@ -43,7 +48,7 @@ class _HeldLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (held,) = ctx.saved_tensors
-        return _HeldTransposed.apply(grad, held, ctx.form, ctx.columns), None, None  # type: ignore[no-untyped-call]
+        return held_transposed(grad, held, ctx.form, ctx.columns), None, None
 
 
 class _HeldTransposed(torch.autograd.Function):
@@ -72,7 +77,7 @@ def multiply(x: Tensor, held: Tensor, form: Form) -> Tensor:
     out = flat.new_empty(len(flat), len(held))
     for rows, weight in _slices(held, form, x):
         torch.mm(flat, weight.t(), out=out[:, rows])
-    return out.view(*x.shape[:-1], len(held))
+    return _shaped(out, x)
 
 
 @torch.no_grad()
@@ -82,7 +87,12 @@ def multiply_transposed(grad: Tensor, held: Tensor, form: Form, columns: int) ->
     out = flat.new_zeros(len(flat), columns)
     for rows, weight in _slices(held, form, out):
         out.addmm_(flat[:, rows], weight)
-    return out.view(*grad.shape[:-1], columns)
+    return _shaped(out, grad)
+
+
+def _shaped(out: Tensor, like: Tensor) -> Tensor:
+    """``out`` with the leading dimensions of ``like``; no view if it is a matrix, as those are added to."""
+    return out if like.dim() == out.dim() else out.view(*like.shape[:-1], out.shape[-1])
 
 
 def _slices(held: Tensor, form: Form, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
