@@ -94,7 +94,7 @@ def test_a_row_takes_it_in_bfloat16_only(dtype, monkeypatch):
     taken = []
     apply = module._CausalAttention.apply
     monkeypatch.setattr(module._CausalAttention, "apply", lambda *t: taken.append(t) or apply(*t))
-    row = [t[None] for t in inputs(20, dtype=dtype)]
+    row = inputs(20, dtype=dtype)
     attention_of_row(*row, None, None, 0.0)
     assert len(taken) == (dtype == torch.bfloat16)
     attention_of_row(*row, torch.ones(20, 20, dtype=torch.bool), None, 0.0)

@@ -82,3 +82,18 @@ def test_nothing_is_seen_between_the_rows_of_any_mask(tokens, data):
             assert not mask[start:end, end:].any()
         start = end
     assert start == tokens
+
+
+def test_keys_and_values_shared_by_heads_are_kept_once():
+    query, key, value = (torch.randn(1, n, 50, 8, requires_grad=True) for n in (6, 2, 2))
+    kept = {}
+
+    def count(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        attention_of_rows(query, key, value, rows_of(packed([20, 30])))
+    given = sum(t.untyped_storage().nbytes() for t in (query, key, value))
+    outputs, sums = query.nbytes, 6 * 50 * 4
+    assert sum(kept.values()) == given + outputs + sums

@@ -53,38 +53,38 @@ def attention_of_rows(
 
     Shapes: query (1, heads, tokens, width), key and value (1, groups, tokens, width), heads a multiple of
     groups -> (1, tokens, heads, width)."""
-    parts = (tensor.split(rows.lengths, dim=2) for tensor in (query, key, value))
+    parts = (tensor[0].split(rows.lengths, dim=1) for tensor in (query, key, value))
     found = [
-        attention_of_row(q, k, v, mask, scale, dropout).transpose(1, 2)
+        attention_of_row(q, k, v, mask, scale, dropout)
         for q, k, v, mask in zip(*parts, rows.masks, strict=True)
     ]
-    return torch.cat(found, dim=1)
+    return torch.cat(found).flatten(1, 2).unsqueeze(0)
 
 
 def attention_of_row(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout: float
 ) -> Tensor:
-    """Scaled dot-product attention of one row, causal without a ``mask``, by what is fastest for it."""
+    """Scaled dot-product attention of one row, causal without a ``mask``, by what is fastest for it.
+
+    Shapes: query (heads, tokens, width), key and value (groups, tokens, width) -> (tokens, groups, heads of
+    a group, width)."""
+    groups = key.shape[0]
     if mask is None and not dropout and _as_products(query, key, value):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return causal_attention(query[0], key[0], value[0], scale).unsqueeze(0)
+        return causal_attention(query, key, value, scale).unflatten(0, (groups, -1)).permute(2, 0, 1, 3)
+    query = query.unflatten(0, (groups, -1))
+    # Views: with enable_gqa torch would make copies of key and value, and autograd would keep them.
+    key, value = (tensor.unsqueeze(1).expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+        query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale
+    ).permute(2, 0, 1, 3)
 
 
 def _as_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.bfloat16
-        and query.shape[2] <= LONGEST
-        and query.shape[3] == value.shape[3]
+        and query.shape[1] <= LONGEST
+        and query.shape[2] == value.shape[2]
         and not looked_into()
     )
