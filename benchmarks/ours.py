@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
-from sides import NO_SAVES, Job, Meter, Result, be_child
+from sides import NO_SAVES, Job, Meter, Result, be_child, on_both
 
 from rankfold import Recipe, fine_tune
 from rankfold.train.listener import Listener
@@ -27,10 +27,9 @@ def train(job: Job) -> Result:
     out = Path(job["folder"]) / "run"
     names = ("model", "data", "held_out", "rank", "alpha", "dropout", "learning_rate", "schedule")
     names += ("rows_per_step", "max_steps", "max_minutes", "epochs", "max_length", "seed")
-    settings = {name: job[name] for name in names if name in job}
-    settings |= {
-        "precision": "bfloat16" if torch.cuda.is_available() else "float32"
-    }  # as peers.py computes in
+    settings: dict[str, Any] = {name: job[name] for name in names if name in job}
+    settings["precision"] = job.get("precision") or on_both()
+    settings["compile"] = job.get("compile", False)
     settings |= {"samples": 0, "save_every_steps": NO_SAVES, "evaluate_every_steps": 0}
     fine_tune(Recipe.of(settings | {"out": out}), listener)
     return listener.meter.result(adapter=str(out), trainable=_trainable(out))

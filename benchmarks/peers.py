@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from sides import ROW_LIMIT, Job, Meter, Result, be_child, rate_factor
+from sides import ROW_LIMIT, Job, Meter, Result, be_child, on_both, rate_factor
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
@@ -88,8 +88,7 @@ def train(job: Job) -> Result:
 
 def adapted(job: Job) -> Any:
     """The base with a fresh adapter, drawn from the seed after the base is loaded, as rankfold does."""
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = getattr(torch, job.get("precision") or on_both())
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
     torch.manual_seed(job["seed"])
     config = LoraConfig(
@@ -116,6 +115,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "seed": job["seed"],
+        "bf16": job.get("precision") == "bfloat16",
     }
 
 

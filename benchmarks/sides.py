@@ -19,6 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROW_LIMIT = 512  # tokens; the length that padding="max_length" pads to, and no row of speed.py is longer
+ROW_CHARACTERS = 5 * ROW_LIMIT // 2  # of a line: none of these was longer than ROW_LIMIT tokens
 NO_SAVES = 1_000_000  # steps between checkpoints: neither side of a speed comparison writes any
 WARMUP_SHARE = 0.05
 
@@ -56,9 +57,10 @@ def be_child(work: Callable[[Job], Result]) -> None:
 
 
 def write_rows(data: Path, folder: Path, train: int, held_out: int, seed: int) -> tuple[Path, Path]:
-    """Shuffle the lines of ``data`` and write the first ``held_out`` and the next ``train`` of them to two
+    """Shuffle the lines of ``data``, without very long ones, and write the first ``held_out`` and the next ``train`` of them to two
     files: (training rows, held-out rows)."""
     lines = [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in lines if len(line) <= ROW_CHARACTERS]
     if train + held_out > len(lines):
         raise SystemExit(f"{data.name} has {len(lines)} rows, {train + held_out} are wanted")
     random.Random(seed).shuffle(lines)
@@ -119,6 +121,13 @@ def seconds_per_step(result: Result) -> float:
     """As above; not a number after one step only."""
     ends = result["ends"]
     return float((ends[-1] - ends[0]) / (len(ends) - 1)) if len(ends) > 1 else math.nan
+
+
+def on_both() -> str:
+    """The number format that both sides compute in where nothing else is said."""
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
 
 
 def _synchronise() -> None:

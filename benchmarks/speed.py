@@ -14,58 +14,27 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from figures import Figure, parser, record
+from goals import GOALS, LONG, SHORT, UNITS, Goal
 from sides import ROW_LIMIT, ChildError, Job, Result, run_child, tokens_per_second, write_rows
 
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 4e-4
 CURVE_STEPS = 20
-SHORT, LONG = 256, 2048  # tokens of a row
 ADAPTER_PAIRS = 5
 TRL_CHOICES = ("packed", "padding_free", "padded")
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A figure to measure: two sides, and what the ratio of their ``measure`` should be."""
-
-    name: str
-    what: str
-    ours: str
-    theirs: str
-    measure: str = "speed"
-    at_least: float | None = None
-    at_most: float | None = None
-
-
-AGAINST = [
-    ("peft_trainer_dropout_0", "PEFT + Trainer, padded to the longest row", "ours", "peft", 3.0, 1 / 3),
-    ("peft_trainer_dropout_0.1", "the same with dropout 0.1", "ours dropout", "peft dropout", 3.5, 1 / 3),
-    ("max_length", f"PEFT + Trainer, padded to {ROW_LIMIT} tokens", "ours", "max_length", 6.0, 1 / 5),
-    ("trl_best", "TRL's SFTTrainer, its fastest setting", "ours", "trl", 4.0, 1 / 3),
-]
-GOALS = [
-    *[Goal(name, what, ours, theirs, at_least=faster) for name, what, ours, theirs, faster, _ in AGAINST],
-    Goal("roofline", "the step's matrix products alone", "ours", "roofline", at_least=0.75),
-    *[
-        Goal(f"{name}_memory", what, ours, theirs, "memory", at_most=share)
-        for name, what, ours, theirs, _, share in AGAINST
-    ],
-    Goal("rank_64", "rank 64 to rank 8", "ours rank 64", "ours", "time", at_most=1.25),
-    Goal(
-        f"row_{LONG}",
-        f"rows of {LONG} to rows of {SHORT} tokens",
-        "ours long",
-        "ours short",
-        "time",
-        at_most=1.6,
-    ),
-]
 ONCE = ("loss_curve", "adapters_8")
 NAMES = [*(goal.name for goal in GOALS), *ONCE]
-UNITS = {"speed": "tokens/s", "memory": "GB at the peak", "time": "ms a token"}
+SAME_ROWS = [
+    ("ours", "peft"),
+    ("ours", "max_length"),
+    ("ours dropout", "peft dropout"),
+    ("ours bfloat16", "peft bfloat16"),
+]
 
 
 def main() -> None:
@@ -100,7 +69,8 @@ def tell() -> None:
     """On a GPU both sides compute in bfloat16 and the memory is the GPU's; all else is the same."""
     print(f"{'figure':34} {'unit':16} {'wanted':>16}  ours against theirs")
     for goal in GOALS:
-        wanted = f">= {goal.at_least:.3g}" if goal.at_least else f"<= {goal.at_most:.3g}"
+        wanted = f">= {goal.at_least:.3g}" if goal.at_least else ""
+        wanted = f"<= {goal.at_most:.3g}" if goal.at_most else wanted
         print(
             f"{goal.name:34} {UNITS[goal.measure]:16} {wanted:>16}  {goal.ours} / {goal.theirs}: {goal.what}"
         )
@@ -161,6 +131,9 @@ class Bench:
             "ours rank 64": ("ours", job | {"rank": 64, "alpha": 8 * ALPHA}),
             "ours dropout": ("ours", job | {"dropout": 0.1}),
             "peft dropout": ("peers", job | {"dropout": 0.1}),
+            "ours bfloat16": ("ours", job | {"precision": "bfloat16"}),
+            "peft bfloat16": ("peers", job | {"precision": "bfloat16"}),
+            "ours compile": ("ours", job | {"compile": True}),
             "ours short": ("ours", text | {"data": str(folder / f"{SHORT}.jsonl")}),
             "ours long": ("ours", text | {"data": str(folder / f"{LONG}.jsonl"), "rows_per_step": long_rows}),
         }
@@ -259,7 +232,7 @@ def failure_of(results: Iterable[Result]) -> str:
 
 def refuse_other_rows(results: dict[str, Result]) -> None:
     """Mark a peer as failed that did not train the rows of our steps, or not as many weights."""
-    for ours, peer in (("ours", "peft"), ("ours", "max_length"), ("ours dropout", "peft dropout")):
+    for ours, peer in SAME_ROWS:
         pair = [results.get(ours, {}), results.get(peer, {})]
         if not all("tokens" in result for result in pair):
             continue
