@@ -57,8 +57,8 @@ def be_child(work: Callable[[Job], Result]) -> None:
 
 
 def write_rows(data: Path, folder: Path, train: int, held_out: int, seed: int) -> tuple[Path, Path]:
-    """Shuffle the lines of ``data``, without very long ones, and write the first ``held_out`` and the next ``train`` of them to two
-    files: (training rows, held-out rows)."""
+    """Shuffle the lines of ``data``, without very long ones, and write the first ``held_out`` and the next
+    ``train`` of them to two files: (training rows, held-out rows)."""
     lines = [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
     lines = [line for line in lines if len(line) <= ROW_CHARACTERS]
     if train + held_out > len(lines):
