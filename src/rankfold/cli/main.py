@@ -19,6 +19,7 @@ INTERRUPTED = 130
 VERBS = {
     "demo": "fine-tune a small model on cold jokes, from start to finish",
     "check": "look at your rows before a run does",
+    "plan": "tell what a run would take, from the config alone",
     "train": "fine-tune a model on your rows",
     "resume": "go on with a run that was stopped or killed",
     "selftest": "try rankfold's arithmetic on this installation",
