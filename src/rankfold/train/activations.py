@@ -44,7 +44,7 @@ def kept_by_forward(model: Any, shape: Shape, dtypes: Collection[torch.dtype]) -
     """What a forward of ``shape`` through ``model``, a PeftModel on the meta device, keeps in each of
     ``dtypes``.  Tower and projector count where something of them is trained.  The model is used up."""
     try:
-        _attend_as_on_a_processor(model.get_base_model())
+        _ask_for_no_numbers(model.get_base_model())
         everything = _in_each(model, shape, dtypes)
         if not can_recompute(model):
             return {dtype: Kept(size, size) for dtype, size in everything.items()}
@@ -101,10 +101,14 @@ def _sees_trained(base: Any) -> bool:
     return any(p.requires_grad and id(p) not in language for p in base.parameters())
 
 
-def _attend_as_on_a_processor(base: Any) -> None:
-    """Let attention keep what torch's fused kernels keep: not the products of all pairs."""
+def _ask_for_no_numbers(base: Any) -> None:
+    """Let attention keep what torch's fused kernels keep, not the products of all pairs, and positions turn
+    by the usual angles: others are chosen by looking at the positions."""
     from transformers import AttentionInterface
 
+    for module in base.modules():
+        if isinstance(getattr(module, "rope_type", None), str):
+            module.rope_type = "default"
     if getattr(base.config, "_attn_implementation", None) == "sdpa":
         AttentionInterface.register(NAME, _attention)
         base.set_attn_implementation(NAME)
