@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,10 +32,11 @@ from rankfold.train.footprint import (
 )
 from rankfold.train.lengths import RowLengths, TileSize, row_lengths, tile_size
 from rankfold.train.machine import Machine, planned_machine
-from rankfold.train.peak import Peak, Tower
+from rankfold.train.peak import FRAGMENTED, Peak, Tower
 from rankfold.train.plan import read_data
 from rankfold.train.recipe import Recipe
 
+ROOM = 0.9  # of the memory: what a run may take of it to be said to fit
 Fits = Literal["yes", "recomputed", "no"]
 
 
@@ -117,7 +119,7 @@ def forecast(request: ForecastRequest) -> Forecast:
     adapter, work, model = _adapt(request, base, settings)
     machine = planned_machine(request.precision, request.tflops, request.memory_gb)
     longest = max(lengths.train)
-    shape = Shape(max(1, MICRO_BATCH_TOKENS // longest), longest, _pixels(bare, lengths))
+    shape = Shape(math.ceil(MICRO_BATCH_TOKENS / longest), longest, _pixels(bare, lengths))
     kept = kept_by_forward(model, shape, machine.operations_per_s)
     peak = Peak(
         weights=weights,
@@ -175,7 +177,7 @@ class _Run:
         )
 
     def _fits(self, keeping: int, recomputing: int) -> Fits:
-        room = self.machine.memory_bytes
+        room = ROOM * self.machine.memory_bytes
         if keeping <= room and self.recompute is not True:
             return "yes"
         return "recomputed" if recomputing <= room and self.recompute is not False else "no"
@@ -244,6 +246,7 @@ def _assumptions(shape: Shape, kept: dict[torch.dtype, Kept], request: Recipe) -
         f"a micro-batch of {shape.rows} x {shape.length:,} tokens, the longest row's; what its forward keeps is "
         f"counted {how}",
         "a trained number takes 20 bytes: itself, its gradient, AdamW's two moments, and the best so far",
+        f"a peak is {FRAGMENTED:g} times what is in use, as measured runs had; {ROOM:.0%} of the memory must hold it",
         "a token takes 2 operations a frozen weight forward and 2 backward, 6 a trained one; attention is "
         "quadratic in a row's length; trained tokens alone reach the head",
     ]
