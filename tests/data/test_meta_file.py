@@ -38,11 +38,19 @@ def write_meta(folder: Path, **entries) -> Path:
 
 
 def entry(rows: str, **more) -> dict:
-    return {"root": "pictures", "annotation": rows, "data_augment": False, "repeat_time": 1, "length": 1} | more
+    return {
+        "root": "pictures",
+        "annotation": rows,
+        "data_augment": False,
+        "repeat_time": 1,
+        "length": 1,
+    } | more
 
 
 def test_a_meta_file_is_its_data_sets(files):
-    meta = write_meta(files, cats=entry("cats.jsonl", repeat_time=3), talk=entry("talk.jsonl", repeat_time=0.5))
+    meta = write_meta(
+        files, cats=entry("cats.jsonl", repeat_time=3), talk=entry("talk.jsonl", repeat_time=0.5)
+    )
     mixture = read_examples(sources_of(meta))
     images = [m.images[0].path for e in mixture.examples for m in e.messages if m.images]
     assert images == [Path("pictures/cat.png")] * 3
@@ -65,7 +73,9 @@ def test_a_weight_counts_for_all_of_it(files):
 
 def test_what_is_not_done_here_is_told(files):
     meta = write_meta(files, cats=entry("cats.jsonl", data_augment=True, max_dynamic_patch=6))
-    told = "not done: data_augment (images are read as they are), max_dynamic_patch 6 (say image_tiles, for all"
+    told = (
+        "not done: data_augment (images are read as they are), max_dynamic_patch 6 (say image_tiles, for all"
+    )
     assert told in read_examples(sources_of(meta)).description
     assert any(told in note for note in check(CheckRequest.of({"data": str(meta)})).notes)
 
@@ -77,7 +87,10 @@ def test_what_is_not_done_here_is_told(files):
         ({"annotation": "cats.jsonl", "root": 1}, "cats: root must be the path of the images' folder, got 1"),
         ({"annotation": "cats.jsonl", "repeat_time": 0}, "cats: repeat_time must be a number above 0, got 0"),
         ({"annotation": "cats.jsonl", "repeat_time": True}, "got True"),
-        ({"annotation": "cats.jsonl", "repeat_times": 2}, "unknown key 'repeat_times' .did you mean 'repeat_time'"),
+        (
+            {"annotation": "cats.jsonl", "repeat_times": 2},
+            "unknown key 'repeat_times' .did you mean 'repeat_time'",
+        ),
     ],
 )
 def test_mistakes_in_a_meta_file_are_told_with_their_data_set(files, values, message):

@@ -69,7 +69,11 @@ def test_names_lead_to_where_the_value_stands(read):
     values = read("lr = 1e-4\nmodel = dict(\n    lr=lr,\n    twice=lr * 2)\n").values
     model = values["model"].value
     assert model["lr"] is values["lr"]
-    assert (model["lr"].place, model["twice"].place, model["twice"].plain) == ("config.py:1", "config.py:4", 2e-4)
+    assert (model["lr"].place, model["twice"].place, model["twice"].plain) == (
+        "config.py:1",
+        "config.py:4",
+        2e-4,
+    )
 
 
 def test_what_is_imported_is_known_by_its_whole_name(read):
@@ -79,7 +83,9 @@ def test_what_is_imported_is_known_by_its_whole_name(read):
 
 
 def test_a_later_value_counts_and_a_branch_that_can_be_decided_is_taken(read):
-    text = "a = 1\na = 2\nb = []\nif a == 1:\n    b = [1]\nc = True\nif c:\n    b += [3]\nelse:\n    b = [4]\n"
+    text = (
+        "a = 1\na = 2\nb = []\nif a == 1:\n    b = [1]\nc = True\nif c:\n    b += [3]\nelse:\n    b = [4]\n"
+    )
     found = read(text)
     assert (found.values["a"].plain, found.values["b"].plain) == (2, [3])
     assert found.passed_over == [("config.py:4", "if a == 1:", "whether this holds cannot be read")]
@@ -103,7 +109,9 @@ def test_configs_that_lead_back_to_themselves_end(read):
     assert found.passed_over[0][2] == "it leads back to itself"
 
 
-@pytest.mark.parametrize("text", ["for x in y: pass", "def f(): pass", "a.b = 1", "a, b = 1, 2", "del a", "print(1)"])
+@pytest.mark.parametrize(
+    "text", ["for x in y: pass", "def f(): pass", "a.b = 1", "a, b = 1, 2", "del a", "print(1)"]
+)
 def test_other_statements_are_told(read, text):
     [(place, told, why)] = read(f"\n{text}\n").passed_over
     assert (place, bool(told), bool(why)) == ("config.py:2", True, True)

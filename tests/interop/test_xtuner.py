@@ -67,7 +67,9 @@ def test_every_value_has_a_line_and_a_reason(imported, text):
     lines = imported(text).lines
     assert all(line.setting or line.why for line in lines)
     assert not [line for line in lines if line.why == UNKNOWN]
-    assigned = [line.split("=")[0].strip() for line in text.splitlines() if line[:1].isalpha() and " = " in line]
+    assigned = [
+        line.split("=")[0].strip() for line in text.splitlines() if line[:1].isalpha() and " = " in line
+    ]
     told = {line.name.split(".")[0] for line in lines}
     aliases = {"train_dataloader"}  # whose values all stand in variables
     assert {*assigned} - told <= aliases
@@ -142,7 +144,10 @@ def test_a_run_counted_in_iterations(imported):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([("model = dict", "mode = dict")], r"no config of xtuner 0.1: wanted model = dict\(...\), it assigns"),
+        (
+            [("model = dict", "mode = dict")],
+            r"no config of xtuner 0.1: wanted model = dict\(...\), it assigns",
+        ),
         ([("type=InternVL_V1_5,", "type=DPO,")], "config.py:34: cannot import a model of type DPO"),
         ([("llm_lora=dict", "other=dict")], "no model.llm_lora, so whole weights would be trained"),
         ([("path = 'OpenGVLab/InternVL2_5-8B'", "path = find()")], "config.py:16: wanted the model's name"),

@@ -33,12 +33,16 @@ def _facts(told: Forecast) -> Table:
     table.add_row("trained", f"{adapter.trained:,}", _adapter_bytes(told))
     lengths = told.lengths
     mean = sum(lengths.train) / len(lengths.train)
-    table.add_row("rows", f"{len(lengths.train):,}", f"{mean:,.0f} tokens on average, {max(lengths.train):,} at most")
+    table.add_row(
+        "rows", f"{len(lengths.train):,}", f"{mean:,.0f} tokens on average, {max(lengths.train):,} at most"
+    )
     table.add_row("tokens", f"{sum(lengths.train):,}", f"{lengths.trained:,} of them trained; {lengths.how}")
     if told.tile is not None:
         most = told.tile.most * told.tile.tokens
         images = f"an image at most {told.tile.most} tiles, {most:,} tokens"
-        table.add_row("a tile", f"{told.tile.tokens} tokens", f"{images}; the rows have {lengths.images:,} images")
+        table.add_row(
+            "a tile", f"{told.tile.tokens} tokens", f"{images}; the rows have {lengths.images:,} images"
+        )
     epochs = f"{settings.rows_per_step} rows a step, {settings.epochs} epochs"
     table.add_row("steps", f"{settings.steps:,}", epochs)
     table.add_row("operations", f"{told.operations:.2e}", "of the whole run, held-out rows among them")

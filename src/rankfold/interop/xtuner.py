@@ -68,12 +68,13 @@ def _kind(told: Translation, path: Path) -> str:
     if kind not in LORA_OF:
         known = " and ".join(LORA_OF)
         raise ConfigError(
-            f"{model.place}: cannot import a model of type {kind or told.plain('model.type')}; known are {known}"
+            f"{model.place}: cannot import a model of type {kind or told.plain('model.type')}; "
+            f"known are {known}"
         )
     if not isinstance(told.plain(LORA_OF[kind]), dict):
         raise ConfigError(
-            f"{model.place}: there is no {LORA_OF[kind]}, so whole weights would be trained, and rankfold trains "
-            "adapters; give the config a LoRA, or write the recipe by hand"
+            f"{model.place}: there is no {LORA_OF[kind]}, so whole weights would be trained, and rankfold "
+            "trains adapters; give the config a LoRA, or write the recipe by hand"
         )
     return kind
 
@@ -132,16 +133,20 @@ def _data(told: Translation) -> None:
     paths = [f"{DATASET}.datasets.{place}" for place in range(count)] or [DATASET]
     sources = [source for path in paths for source in _sources(told, path)]
     if not sources:
-        place = (told.at(DATASET) or told.at("train_dataloader") or told.at("model")).place  # type: ignore[union-attr]
+        near = told.at(DATASET) or told.at("train_dataloader") or told.at("model")
+        place = "" if near is None else near.place
         raise ConfigError(
-            f"{place}: no data can be read from {DATASET}: wanted data_paths, or dataset with data_files or path"
+            f"{place}: no data can be read from {DATASET}: wanted data_paths, or dataset with data_files or "
+            "path"
         )
     alone = len(sources) == 1 and [*sources[0]] == ["path"]
     told.settings["data"] = sources[0]["path"] if alone else sources
     lengths = {path: length for path in paths if (length := told.number(f"{path}.max_length")) is not None}
     if lengths:
         why = "longer rows are cut there; here they are left out and named"
-        told.set("max_length", int(max(lengths.values())), *(f"{path}.max_length" for path in lengths), why=why)
+        told.set(
+            "max_length", int(max(lengths.values())), *(f"{path}.max_length" for path in lengths), why=why
+        )
     tiles = f"{paths[0]}.max_dynamic_patch"
     if (most := told.number(tiles)) is not None:
         told.set("image_tiles", int(most), tiles)
@@ -179,7 +184,7 @@ def _accumulated(told: Translation) -> int:
 
 def _steps(told: Translation) -> None:
     if told.plain(f"{DATASET}.pack_to_max_length") is True:
-        why = "it counts packs of max_length tokens, each of many rows; rows_per_step counts rows, so it is chosen"
+        why = "it counts packs of max_length tokens, and rows_per_step counts rows, so that is chosen anew"
         told.explain(BATCH, why)
         told.explain(ACCUMULATED, why)
     elif (rows := told.number(BATCH)) is not None:

@@ -20,7 +20,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 
 def load_outline(name: str, tokenizer_from: str | None = None) -> Base:
-    """The model that ``name`` (see ``find_base``, or a ``config.json``) describes, without memory for a weight.
+    """The model that ``name`` (see ``find_base``, or a ``config.json``) describes, without its weights.
 
     Its tokenizer, and its processor if it sees images, come from beside the config or from
     ``tokenizer_from``; they are None where there is none.  Raises ModelError."""

@@ -66,7 +66,7 @@ def _tile_forward(base: Any) -> float:
         for names in (parts.vision, parts.projector)
     )
     attention = 4.0 * vision.num_hidden_layers * vision.hidden_size * tokens**2
-    return 2.0 * tower * tokens + attention + 2.0 * projector * base.config.image_seq_length
+    return float(2 * tower * tokens + attention + 2 * projector * base.config.image_seq_length)
 
 
 def patches(base: Any) -> int:

@@ -227,7 +227,9 @@ def _tower(base: Base, lengths: RowLengths) -> Tower:
         return Tower(numbers=0, pixels=0)
     features = 2 * vision.intermediate_size + 4 * vision.hidden_size  # type: ignore[union-attr]
     pixels = _pixels(base.model, lengths)
-    return Tower(numbers=lengths.most_tiles * tokens * features, pixels=0 if pixels is None else pixels.numel())
+    return Tower(
+        numbers=lengths.most_tiles * tokens * features, pixels=0 if pixels is None else pixels.numel()
+    )
 
 
 def _pixels(model: Any, lengths: RowLengths) -> Tensor | None:
@@ -243,10 +245,11 @@ def _assumptions(shape: Shape, kept: dict[torch.dtype, Kept], request: Recipe) -
     counted = next(iter(kept.values())).guess
     how = f"by rule of thumb ({counted})" if counted else "by running its code without numbers"
     return [
-        f"a micro-batch of {shape.rows} x {shape.length:,} tokens, the longest row's; what its forward keeps is "
-        f"counted {how}",
+        f"a micro-batch of {shape.rows} x {shape.length:,} tokens, the longest row's; what its forward "
+        f"keeps is counted {how}",
         "a trained number takes 20 bytes: itself, its gradient, AdamW's two moments, and the best so far",
-        f"a peak is {FRAGMENTED:g} times what is in use, as measured runs had; {ROOM:.0%} of the memory must hold it",
+        f"a peak is {FRAGMENTED:g} times what is in use, as measured runs had; it fits if {ROOM:.0%} of the "
+        "memory hold it",
         "a token takes 2 operations a frozen weight forward and 2 backward, 6 a trained one; attention is "
         "quadratic in a row's length; trained tokens alone reach the head",
     ]

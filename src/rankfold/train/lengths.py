@@ -28,7 +28,7 @@ ESTIMATE = (
 @dataclass(frozen=True, kw_only=True)
 class RowLengths:
     """Tokens of each training row and of all held-out rows; ``trained``, ``images`` and ``tiles`` are those
-    of the training rows, ``most_tiles`` of one of them.  ``how`` says whether they were counted or estimated."""
+    of the training rows, ``most_tiles`` of one of them.  ``how`` says how they were found."""
 
     train: list[int]
     held_out: int

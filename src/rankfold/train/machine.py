@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from rankfold.models.precision import Precision, PrecisionName, choose_precision, default_device, product_speed
+from rankfold.models.precision import (
+    Precision,
+    PrecisionName,
+    choose_precision,
+    default_device,
+    product_speed,
+)
 from rankfold.train.memory import free_memory_bytes
 
 SPEED_SHARE = 0.7  # of its products' speed that a whole step reaches: 0.74 on 2 cores (docs/benchmarks.md)
@@ -56,7 +62,7 @@ def planned_machine(
         program_bytes=own,
         told=[
             speed_told,
-            f"{memory / GB:.1f} GB of memory, {where}; {own / GB:.1f} GB are the program itself, as it is now",
+            f"{memory / GB:.1f} GB of memory, {where}; {own / GB:.1f} GB are the program itself",
         ],
     )
 

@@ -130,7 +130,11 @@ class Recipe(CheckedSettings):
         "cosine", description="how the learning rate falls: cosine, linear, constant, wsd"
     )
     warmup_share: float = Field(
-        0.05, ge=0, lt=1, allow_inf_nan=False, description="share of the steps in which the learning rate rises"
+        0.05,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="share of the steps in which the learning rate rises",
     )
     b_rate_factor: float = Field(
         1.0, gt=0, le=1000, allow_inf_nan=False, description="how much faster lora_B learns; LoRA+ takes 16"
