@@ -32,11 +32,10 @@ from rankfold.train.footprint import (
 )
 from rankfold.train.lengths import RowLengths, TileSize, row_lengths, tile_size
 from rankfold.train.machine import Machine, planned_machine
-from rankfold.train.peak import FRAGMENTED, Peak, Tower
+from rankfold.train.peak import HELD_WASTE, MARGIN, WASTE, Peak, Tower
 from rankfold.train.plan import read_data
 from rankfold.train.recipe import Recipe
 
-ROOM = 0.9  # of the memory: what a run may take of it to be said to fit
 Fits = Literal["yes", "recomputed", "no"]
 
 
@@ -145,7 +144,7 @@ def forecast(request: ForecastRequest) -> Forecast:
         operations=operations[0],
         memory_bytes=machine.memory_bytes,
         forms=[run.forecast(form) for form in FORMS_TO_PLAN],
-        assumptions=[*machine.told, *_assumptions(shape, kept, request)],
+        assumptions=[*machine.told, *_assumptions(shape, kept)],
         notes=[*base.notes, *rows.notes, *lengths.notes],
     )
 
@@ -177,7 +176,7 @@ class _Run:
         )
 
     def _fits(self, keeping: int, recomputing: int) -> Fits:
-        room = ROOM * self.machine.memory_bytes
+        room = self.machine.memory_bytes / MARGIN
         if keeping <= room and self.recompute is not True:
             return "yes"
         return "recomputed" if recomputing <= room and self.recompute is not False else "no"
@@ -241,15 +240,16 @@ def _pixels(model: Any, lengths: RowLengths) -> Tensor | None:
     return torch.empty(lengths.most_tiles, 3, height, width, device="meta")
 
 
-def _assumptions(shape: Shape, kept: dict[torch.dtype, Kept], request: Recipe) -> list[str]:
+def _assumptions(shape: Shape, kept: dict[torch.dtype, Kept]) -> list[str]:
     counted = next(iter(kept.values())).guess
     how = f"by rule of thumb ({counted})" if counted else "by running its code without numbers"
     return [
         f"a micro-batch of {shape.rows} x {shape.length:,} tokens, the longest row's; what its forward "
         f"keeps is counted {how}",
         "a trained number takes 20 bytes: itself, its gradient, AdamW's two moments, and the best so far",
-        f"a peak is {FRAGMENTED:g} times what is in use, as measured runs had; it fits if {ROOM:.0%} of the "
-        "memory hold it",
+        f"of what is in use beside the weights, {WASTE - 1:.0%} more is held ({HELD_WASTE - 1:.0%} where "
+        f"weights are expanded for each product), as in measured runs; what fits has room for {MARGIN:g} "
+        "times its peak",
         "a token takes 2 operations a frozen weight forward and 2 backward, 6 a trained one; attention is "
         "quadratic in a row's length; trained tokens alone reach the head",
     ]

@@ -12,9 +12,11 @@ from rankfold.train.footprint import BEST_BYTES, AdapterSize, StorageForm, Weigh
 
 WIDE_TENSORS = 3  # of the widest layer's output, which a backward has at a time
 LOGIT_TENSORS = 3  # of a chunk: logits, shares, and what one is made into the other by
-# What a run has beside the program is so many times the sum of what is in use: memory that was freed among
-# small things that stay is not used again.  Measured on CPUs, see tests/train/test_peak.py.
-FRAGMENTED = 1.2
+# A process has more than what is in use: memory freed among small things that stay is not used again.
+# Fitted to the measured runs of tests/train/test_peak.py, on CPUs; a base whose weights are expanded for each
+# product wastes more.
+WASTE, HELD_WASTE, HELD_WEIGHTS_WASTE = 1.25, 1.4, 1.1
+MARGIN = 1.15  # by which those runs took more at most than is said here
 HIDDEN_BYTES = 8  # of each feature of the last hidden states, and of their gradient
 
 
@@ -43,15 +45,14 @@ class Peak:
 
     def of(self, form: StorageForm, dtype: torch.dtype, *, recomputed: bool) -> int:
         """Bytes of a run on weights in ``form`` that computes in ``dtype``."""
+        weights = stored_bytes(self.weights, form, dtype.itemsize)
         kept = self.kept[dtype]
-        in_use = (
-            stored_bytes(self.weights, form, dtype.itemsize)
-            + self.adapter.training_bytes
-            + self.adapter.trained * BEST_BYTES
-            + (kept.recomputed if recomputed else kept.all)
-            + max(self._backward(dtype), self._images(dtype))
-        )
-        return self.program_bytes + round(FRAGMENTED * in_use)
+        used = self.adapter.training_bytes + self.adapter.trained * BEST_BYTES
+        used += kept.recomputed if recomputed else kept.all
+        used += max(self._backward(dtype), self._images(dtype))
+        if form.is_exact:
+            return self.program_bytes + weights + round(WASTE * used)
+        return self.program_bytes + round(HELD_WEIGHTS_WASTE * weights + HELD_WASTE * used)
 
     def _backward(self, dtype: torch.dtype) -> int:
         wide = WIDE_TENSORS * self.tokens * self.widest * dtype.itemsize
