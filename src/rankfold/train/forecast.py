@@ -118,7 +118,8 @@ def forecast(request: ForecastRequest) -> Forecast:
     adapter, work, model = _adapt(request, base, settings)
     machine = planned_machine(request.precision, request.tflops, request.memory_gb)
     longest = max(lengths.train)
-    shape = Shape(math.ceil(MICRO_BATCH_TOKENS / longest), longest, _pixels(bare, lengths))
+    count = min(math.ceil(MICRO_BATCH_TOKENS / longest), len(lengths.train))
+    shape = Shape(count, longest, _pixels(bare, lengths))
     kept = kept_by_forward(model, shape, machine.operations_per_s)
     peak = Peak(
         weights=weights,
