@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conftest import rankfold_command, tiny_llama
-from image_bases import INTERNVL_WORDS, byte_tokenizer, noise, write_original
+from image_bases import noise, write_original
 from internvl_8b import PARAMETERS, write_config_8b
 from rankfold.errors import ConfigError, DataError, ModelError, TargetError
 from rankfold.models.find import DEFAULT_MODEL
@@ -135,9 +135,9 @@ def test_images_count_by_their_tiles(ask, internvl, tmp_path):
     assert told.lengths.most_tiles == 4
     assert max(told.lengths.train) > 4 * 256
     assert told.lengths.tiles == sum(4 if length > 1000 else 1 for length in told.lengths.train)
-    byte_tokenizer(INTERNVL_WORDS).save_pretrained(tmp_path / "tokens")
     assert ask(internvl, rows, image_tiles=1).lengths.most_tiles == 1
     tiny = write_original(tmp_path / "tiny")
+    noise(tmp_path / "wide.png", 90, 30)  # whose tiles have 28 pixels a side
     counted = ask(tiny, rows)
     assert counted.lengths.most_tiles == told.lengths.most_tiles
     assert "counted" in counted.lengths.how

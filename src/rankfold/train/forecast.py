@@ -113,26 +113,21 @@ def forecast(request: ForecastRequest) -> Forecast:
     weights = weights_of(base.model)
     parameters = parameters_by_part(weights)
     settings = settle(request, len(lengths.train), sum(parameters.values()))
-    bare = base.model
-    tower = _tower(base, lengths)
+    shape, tower = _micro_batch(base.model, lengths), _tower(base.model, lengths)
     adapter, work, model = _adapt(request, base, settings)
     machine = planned_machine(request.precision, request.tflops, request.memory_gb)
-    longest = max(lengths.train)
-    count = min(math.ceil(MICRO_BATCH_TOKENS / longest), len(lengths.train))
-    shape = Shape(count, longest, _pixels(bare, lengths))
-    kept = kept_by_forward(model, shape, machine.operations_per_s)
     peak = Peak(
         weights=weights,
         adapter=adapter,
         tokens=shape.rows * shape.length,
-        hidden=bare.config.get_text_config().hidden_size,
+        hidden=model.config.get_text_config().hidden_size,
         widest=max(w.numbers // w.columns for w in weights if w.part == "language"),
-        kept=kept,
+        kept=kept_by_forward(model, shape, machine.operations_per_s),
         tower=tower,
         program_bytes=machine.program_bytes,
     )
-    operations = [_operations(work, settings, lengths, recomputed=again) for again in (False, True)]
-    run = _Run(peak, machine, request.activation_checkpointing, (operations[0], operations[1]), sees)
+    once, again = (_operations(work, settings, lengths, recomputed=more) for more in (False, True))
+    run = _Run(peak, machine, request.activation_checkpointing, (once, again), sees)
     return Forecast(
         model=request.model,
         source=base.source.description,
@@ -142,10 +137,10 @@ def forecast(request: ForecastRequest) -> Forecast:
         lengths=lengths,
         tile=tile,
         micro_batch=(shape.rows, shape.length),
-        operations=operations[0],
+        operations=once,
         memory_bytes=machine.memory_bytes,
         forms=[run.forecast(form) for form in FORMS_TO_PLAN],
-        assumptions=[*machine.told, *_assumptions(shape, kept)],
+        assumptions=[*machine.told, *_assumptions(shape, peak.kept)],
         notes=[*base.notes, *rows.notes, *lengths.notes],
     )
 
@@ -221,12 +216,19 @@ def _operations(work: Work, settings: Settings, lengths: RowLengths, *, recomput
     return steps + (2 + looks) * work.forward(1) * lengths.held_out
 
 
-def _tower(base: Base, lengths: RowLengths) -> Tower:
-    tokens, vision = patches(base.model), getattr(base.model.config, "vision_config", None)
+def _micro_batch(model: Any, lengths: RowLengths) -> Shape:
+    """The longest rows, as many as a micro-batch on a CPU holds."""
+    longest = max(lengths.train)
+    rows = min(math.ceil(MICRO_BATCH_TOKENS / longest), len(lengths.train))
+    return Shape(rows, longest, _pixels(model, lengths))
+
+
+def _tower(model: Any, lengths: RowLengths) -> Tower:
+    tokens, vision = patches(model), getattr(model.config, "vision_config", None)
     if not (lengths.tiles and tokens):
         return Tower(numbers=0, pixels=0)
     features = 2 * vision.intermediate_size + 4 * vision.hidden_size  # type: ignore[union-attr]
-    pixels = _pixels(base.model, lengths)
+    pixels = _pixels(model, lengths)
     return Tower(
         numbers=lengths.most_tiles * tokens * features, pixels=0 if pixels is None else pixels.numel()
     )
