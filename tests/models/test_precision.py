@@ -24,6 +24,7 @@ from rankfold.models.precision import (
     decide,
     hold_in,
     measure_speeds,
+    product_speed,
 )
 from rankfold.train.objectives import token_losses
 
@@ -220,3 +221,9 @@ def test_gradients_too_small_for_float16_survive_where_the_loss_is_scaled_up(tin
 
     assert distance(lost) > 0.5
     assert distance({n: g / scale for n, g in kept.items()}) < 0.02
+
+
+def test_the_speed_of_products_is_measured_and_no_random_number_is_drawn():
+    state = torch.get_rng_state()
+    assert product_speed(torch.device("cpu"), torch.float32) > 1e8
+    assert torch.equal(torch.get_rng_state(), state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import sys
 
@@ -19,12 +20,14 @@ INTERRUPTED = 130
 VERBS = {
     "demo": "fine-tune a small model on cold jokes, from start to finish",
     "check": "look at your rows before a run does",
+    "plan": "tell what a run would take, from the config alone",
     "train": "fine-tune a model on your rows",
     "resume": "go on with a run that was stopped or killed",
     "selftest": "try rankfold's arithmetic on this installation",
     "schema": "print the JSON schema of a recipe",
     "chat": "talk to a model",
     "generate": "answer one prompt",
+    "import": "turn another program's config into a recipe",
     "convert": "write an adapter in another program's layout",
     "explain": "show with an SVD why a low rank can be enough",
 }
@@ -39,7 +42,8 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command = importlib.import_module(f"rankfold.cli.{cmd_name}").command
+        module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command = importlib.import_module(f"rankfold.cli.{module}").command
         return command if isinstance(command, click.Command) else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

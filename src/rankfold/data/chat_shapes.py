@@ -17,13 +17,17 @@ BESIDE: Names = {"system": ("system",), "tools": ("tools",), "images": IMAGE_NAM
 
 
 def from_turns(row: Row, columns: Columns) -> Example:
-    """A list of turns: role and content, from and value, or xtuner's system, input and output."""
+    """A list of turns: role and content, from and value, or xtuner's system, input and output.
+
+    xtuner writes running text as the output of one exchange without a word of input."""
     key = columns["messages"]
     turns = objects_of(row.values, key)
     if not turns:
         raise ValueError(f"{key!r} holds no messages")
     if any("output" in turn and "role" not in turn and "from" not in turn for turn in turns):
         messages = _from_exchanges(turns)
+        if [message.text.strip() == "" for message in messages] == [True, False]:
+            return Example(row.origin, text=messages[1].text)
     else:
         messages = messages_of(turns, row.folder)
     return chat(row, columns, messages)

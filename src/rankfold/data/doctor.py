@@ -248,6 +248,7 @@ def _notes(request: CheckRequest, examination: Examination, sources: list[Source
             f"a run without --held-out holds out {100 * HELD_OUT_SHARE:g} % of the rows, at most "
             f"{HELD_OUT_MOST}, and never puts copies or near copies on both sides"
         )
+    notes += [f"{source.path}: not done: {source.left_out}" for source in sources if source.left_out]
     if any(source.weight != 1 for source in sources):
         notes.append("every row was looked at once, whatever the weight of its source")
     return notes

@@ -104,7 +104,7 @@ class Examination:
         """Look at every row of ``source``.  Raises DataError if it holds none."""
         shape = named_shape(source.shape) if source.shape else None
         start = len(self.ledger)
-        for item in stream_rows(source.path):
+        for item in stream_rows(source.path, source.images):
             self._add(item, shape)
             if len(self.ledger) % PROGRESS_ROWS == 0:
                 on_rows(len(self.ledger))
@@ -115,7 +115,7 @@ class Examination:
     def read_held_out(self, source: Source) -> None:
         """The rows that are judged on, not trained on.  They come before the first row."""
         shape = named_shape(source.shape) if source.shape else None
-        for item in stream_rows(source.path):
+        for item in stream_rows(source.path, source.images):
             problem = item.problem if isinstance(item, BadRow) else ""
             if isinstance(item, Row):
                 example, problems, _ = interpret(item, shape)

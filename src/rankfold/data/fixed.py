@@ -68,7 +68,7 @@ def write_fixed(sources: list[Source], out: Path, examination: Examination) -> F
 def _items_of(sources: list[Source]) -> Iterator[tuple[Row | BadRow, Shape | None]]:
     for source in sources:
         shape = named_shape(source.shape) if source.shape else None
-        for item in stream_rows(source.path):
+        for item in stream_rows(source.path, source.images):
             yield item, shape
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rankfold.data.arrow_rows import arrow_rows, is_saved_dataset, parquet_rows, saved_dataset_rows
@@ -73,8 +74,9 @@ def check_bad_share(bad: list[BadRow], total: int, allowed: float, what: str) ->
         raise DataError(bullet_list(f"{headline}:", problems))
 
 
-def stream_rows(source: str | Path) -> Iterator[Row | BadRow]:
-    """The records of ``source``, one after another, without holding more than a few of them:
+def stream_rows(source: str | Path, images: str | Path | None = None) -> Iterator[Row | BadRow]:
+    """The records of ``source``, one after another, without holding more than a few of them; relative paths
+    of images start in the folder ``images``, by default where the records are:
 
     * a file of JSON (lines, or an array), csv, tsv, parquet, arrow, xlsx, txt or md, also .gz or .zst
     * a folder of such files, in the order of their names; its text files only if there are no others
@@ -82,6 +84,16 @@ def stream_rows(source: str | Path) -> Iterator[Row | BadRow]:
     * ``organisation/name`` of a hub data set if there is no such path; ``:split`` or ``:config:split``
 
     Raises DataError at once if there is nothing to read there, and later if reading cannot go on."""
+    rows = _rows(source)
+    if images is None:
+        return rows
+    folder = Path(images).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"no such folder of images: {images}, for the rows of {source}")
+    return (replace(row, folder=str(folder)) if isinstance(row, Row) else row for row in rows)
+
+
+def _rows(source: str | Path) -> Iterator[Row | BadRow]:
     name = str(source)
     path = Path(os.path.expanduser(name))
     if name.strip() and os.path.lexists(path):

@@ -7,11 +7,12 @@ import os
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rankfold.data.example import Example
 from rankfold.data.formats import Converted, convert, prompt_style
+from rankfold.data.meta_file import meta_entries
 from rankfold.data.row import BadRow, Row
 from rankfold.data.rows import check_bad_share, stream_rows
 from rankfold.errors import DataError
@@ -24,11 +25,15 @@ WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?|\.\d+)")
 class Source:
     """Where rows are (see ``rows.stream_rows``), how often each counts, and their shape if not detected.
 
-    ``weight`` 2 uses every example twice an epoch, 0.5 one half of them, 1.5 all and one half again."""
+    ``weight`` 2 uses every example twice an epoch, 0.5 one half of them, 1.5 all and one half again.
+    ``images``: the folder in which relative paths of images start, that of the rows' file if it is None.
+    ``left_out`` says what another program would have done with these rows and this one does not."""
 
     path: str | Path
     weight: float = 1.0
     shape: str | None = None
+    images: str | Path | None = None
+    left_out: str = ""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -53,21 +58,33 @@ class Mixture:
 
 def sources_of(data: str | Path | Iterable[Source], shape: str | None = None) -> list[Source]:
     """The sources that ``data`` names: one, or several with weights as in ``a.jsonl:2,b.parquet:1``.
-    What exists as a path is one source, whatever commas and colons are in its name.
+    What exists as a path is one source, whatever commas and colons are in its name; a meta file of InternVL
+    stands for the sources that it names.
 
     ``shape`` is for the sources that give none of their own."""
     if not isinstance(data, str | Path):
-        return [Source(source.path, source.weight, source.shape or shape) for source in data]
+        return [part for source in data for part in _parts(replace(source, shape=source.shape or shape))]
     if _is_there(str(data)):
-        return [Source(data, shape=shape)]
+        return _parts(Source(data, shape=shape))
     sources = []
     for part in map(str.strip, str(data).split(",")):
         if not part:
             raise DataError(f"a source without a name in {str(data)!r}")
         weighted = None if _is_there(part) else WEIGHT.fullmatch(part)
         path, weight = (weighted[1], float(weighted[2])) if weighted else (part, 1.0)
-        sources.append(Source(path, weight, shape))
+        sources += _parts(Source(path, weight, shape))
     return sources
+
+
+def _parts(source: Source) -> list[Source]:
+    """The sources that ``source`` names if it is a meta file of InternVL, else itself."""
+    entries = meta_entries(Path(os.path.expanduser(source.path)))
+    if entries is None:
+        return [source]
+    return [
+        Source(entry.rows, source.weight * entry.weight, source.shape, entry.images, entry.left_out)
+        for entry in entries
+    ]
 
 
 def _is_there(name: str) -> bool:
@@ -93,7 +110,8 @@ def read_examples(sources: Iterable[Source], seed: int = 0, skip_bad: float = 0.
         styles[prompt_style(converted)] = source.path
         examples += drawn
         times = "" if source.weight == 1 else f", {source.weight:g} times: {len(drawn):,} examples"
-        described.append((source, converted.description + times))
+        left_out = f"; not done: {source.left_out}" if source.left_out else ""
+        described.append((source, converted.description + times + left_out))
     if not examples:
         raise DataError("no source of data was named")
     if len(styles) > 1:
@@ -120,7 +138,7 @@ def _converted(source: Source, skip_bad: float) -> Converted:
 
     def readable() -> Iterable[Row]:
         nonlocal rows
-        for rows, row in enumerate(stream_rows(source.path), start=1):  # noqa: B007 - the count is used
+        for rows, row in enumerate(stream_rows(source.path, source.images), start=1):  # noqa: B007 - the count is used
             if isinstance(row, Row):
                 yield row
             else:

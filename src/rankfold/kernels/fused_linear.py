@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from rankfold.kernels.dropout import DropMask
 from rankfold.kernels.frozen import FrozenMatrix, product, transposed_product
 
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "meta")  # the last to count what a forward keeps
 CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast makes its own dtype
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,20 @@ import torch
 
 from rankfold.models.find import BaseSource, cannot_load
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
-from rankfold.models.internvl.config import NATIVE_TYPE, is_original
-from rankfold.models.internvl.loading import load_original, load_original_processor, native_config_of
+from rankfold.models.internvl.config import NATIVE_TYPE, is_original, native_config
+from rankfold.models.internvl.loading import (
+    image_processor_of,
+    load_original,
+    load_original_processor,
+    native_config_of,
+)
 from rankfold.models.processors import load_processor, sees_images
 from rankfold.models.quiet import quiet_transformers
 
 # What a model of the original layout needs of a hub repository: none of its Python files.
 ORIGINAL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 ORIGINAL_TEXT_FILES = ("*.json", "*.model", "*.txt")
+NATIVE_TILES = {"dynamic_image_size": True, "max_dynamic_patch": 12}  # where only a native config is there
 
 
 def image_text_config(source: BaseSource) -> Any:
@@ -42,6 +49,24 @@ def original_config_of(source: BaseSource) -> dict[str, Any] | None:
     return dict(described) if is_original(described) else None
 
 
+def config_without_files(original: Mapping[str, Any]) -> Any:
+    """The native config of an original ``config.json`` alone.  The number of the image token, which only
+    the tokenizer knows, is the vocabulary's last.  Raises ModelError (see ``native_config``)."""
+    from transformers import InternVLConfig
+
+    vocabulary = (original.get("llm_config") or {}).get("vocab_size", 1)
+    return InternVLConfig(**native_config(original, vocabulary - 1))
+
+
+def processor_with(source: BaseSource, config: Any, location: str | Path) -> Any:
+    """The processor of a model, its tokenizer (of another layout than the original's: all of it) read from
+    ``location``."""
+    if original_config_of(source) is None:
+        return _processor(location, config)
+    folder = _folder(source, ORIGINAL_TEXT_FILES)
+    return load_original_processor(folder, config, location if isinstance(location, Path) else None)
+
+
 def load_image_text(source: BaseSource, config: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model in ``dtype``, and its processor.  Raises ModelError."""
     with quiet_transformers():
@@ -53,7 +78,7 @@ def load_image_text(source: BaseSource, config: Any, dtype: torch.dtype) -> tupl
             model = AutoModelForImageTextToText.from_pretrained(
                 source.location, dtype=dtype, use_safetensors=True
             )
-            return model, _processor(source, config)
+            return model, _processor(source.location, config)
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise cannot_load(source.location, source.name, error) from error
 
@@ -64,9 +89,24 @@ def load_processor_of(source: BaseSource, config: Any) -> Any:
         try:
             if original_config_of(source) is not None:
                 return load_original_processor(_folder(source, ORIGINAL_TEXT_FILES), config)
-            return _processor(source, config)
+            return _processor(source.location, config)
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise cannot_load(source.location, source.name, error) from error
+
+
+def image_cutter(source: BaseSource, config: Any, processor: Any = None) -> Any:
+    """What cuts images into tiles for an InternVL: its processor's, or as its config says; None for a model
+    of another kind."""
+    if config.model_type != NATIVE_TYPE:
+        return None
+    if processor is not None:
+        return processor.image_processor
+    return image_processor_of(original_config_of(source) or NATIVE_TILES, config)
+
+
+def has_system_prompt(source: BaseSource) -> bool:
+    """Whether the template is known to begin with InternVL's system prompt: in its original layout."""
+    return source.gguf_file is None and original_config_of(source) is not None
 
 
 def is_internvl(model: Any) -> bool:
@@ -83,9 +123,9 @@ def prompt_notes(config: Any, tokenizer: Any) -> list[str]:
     ]
 
 
-def _processor(source: BaseSource, config: Any) -> Any:
+def _processor(location: str | Path, config: Any) -> Any:
     """The processor, whose tokenizer speaks in the template that knows of images."""
-    processor = load_processor(source.location, config)
+    processor = load_processor(location, config)
     if processor.chat_template:
         processor.tokenizer.chat_template = processor.chat_template
     return processor

@@ -62,8 +62,7 @@ class ImageReader:
 
     def look(self, path: Path) -> SizedImage:
         """Decode the image at ``path`` once.  Raises DataError if it is missing, broken or enormous."""
-        with _decoded(path) as picture:
-            return SizedImage(path, picture.width, picture.height)
+        return SizedImage(path, *size_of(path))
 
     def expansion(self, image: SizedImage) -> str:
         """The text that stands for an image in a prompt: a function of its size alone.
@@ -142,6 +141,12 @@ def image_reader(processor: Any) -> ImageReader:
     if known is None or known.tiles != most_tiles(processor):
         known = _READERS[processor] = ImageReader(processor)
     return known
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of the image at ``path``, as ``look`` gives them.  Raises DataError."""
+    with _decoded(path) as picture:
+        return picture.width, picture.height
 
 
 def image_paths(messages: Sequence[TemplateMessage]) -> list[Path]:

@@ -93,7 +93,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     source = find_base(name)
     if source.gguf_file is None and (seeing := image_text_config(source)) is not None:
         return load_processor_of(source, seeing).tokenizer, longest_input(seeing)
-    location, options = _described(source)
+    location, options = described(source)
     with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
@@ -235,7 +235,7 @@ def _load_gguf(file: Path, dtype: torch.dtype, notes: list[str]) -> tuple[Any, A
 
 
 def _load_held(source: BaseSource, stored: Stored, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
-    location, options = _described(source)
+    location, options = described(source)
     with quiet_transformers():
         from transformers import AutoConfig, AutoTokenizer
 
@@ -253,7 +253,7 @@ def _load_held(source: BaseSource, stored: Stored, dtype: torch.dtype, notes: li
     return model, tokenizer
 
 
-def _described(source: BaseSource) -> tuple[str | Path, dict[str, str]]:
+def described(source: BaseSource) -> tuple[str | Path, dict[str, str]]:
     """From where config and tokenizer are read, of a GGUF file the fastest way, and with what options."""
     file = source.gguf_file
     if file is None:

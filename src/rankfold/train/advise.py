@@ -13,7 +13,6 @@ SMALL_MODEL_PARAMETERS = 2_000_000_000
 HUGE_MODEL_PARAMETERS = 30_000_000_000
 SHORT_RUN_STEPS = 100
 SHORT_RUN_FACTOR = 1.5
-WARMUP_SHARE = 0.05
 
 T = TypeVar("T")
 
@@ -57,7 +56,7 @@ def settle(recipe: Recipe, rows: int, model_parameters: int) -> Settings:
         epochs=epochs,
         rows_per_step=rows_per_step,
         steps=steps,
-        warmup_steps=max(1, round(WARMUP_SHARE * steps)),
+        warmup_steps=max(1, round(recipe.warmup_share * steps)),
         evaluate_every_steps=evaluate,
         reasons=reasons,
     )

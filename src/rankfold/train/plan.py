@@ -92,10 +92,12 @@ class Plan:
         return tokens / self.tokens_per_second / self.processes.count / 60
 
 
-def read_data(recipe: Recipe) -> Rows:
-    """Read and split the rows; raises DataError."""
+def read_data(recipe: Recipe, sees_images: bool | None = None) -> Rows:
+    """Read and split the rows; whether the model ``sees_images`` is found out if it is not given.
+
+    Raises DataError."""
     data = read_examples(sources_of(recipe.data, recipe.shape), recipe.seed, recipe.skip_bad)
-    _refuse_untrainable(data.examples, recipe)
+    _refuse_untrainable(data.examples, recipe, sees_images)
     notes = _left_out(data)
     if recipe.held_out is None:
         train, held_out = split_held_out(data.examples)
@@ -104,7 +106,7 @@ def read_data(recipe: Recipe) -> Rows:
             notes.append(f"{dropped} training rows left out: copies or near copies of held-out rows")
     else:
         other = read_examples(sources_of(recipe.held_out, recipe.shape), recipe.seed, recipe.skip_bad)
-        _refuse_untrainable(other.examples, recipe)
+        _refuse_untrainable(other.examples, recipe, sees_images)
         notes += _left_out(other)
         held_out = other.examples
         train, leaked = without_leaks(data.examples, held_out)
@@ -128,12 +130,13 @@ def read_data(recipe: Recipe) -> Rows:
     )
 
 
-def _has_images(examples: Sequence[Example]) -> bool:
+def has_images(examples: Sequence[Example]) -> bool:
     return any(message.images for example in examples for message in example.messages)
 
 
-def _refuse_untrainable(examples: Sequence[Example], recipe: Recipe) -> None:
-    sees_images = _has_images(examples) and load_processor(recipe.model) is not None
+def _refuse_untrainable(examples: Sequence[Example], recipe: Recipe, sees_images: bool | None) -> None:
+    if sees_images is None:
+        sees_images = has_images(examples) and load_processor(recipe.model) is not None
     refuse_untrainable(examples, sees_images=sees_images)
 
 
@@ -151,8 +154,8 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     Raises ModelError, DataError, TargetError or ConfigError."""
     base = load_base(recipe.model, precision, recipe.stored)
     base.prompt_style = rows.prompt_style
-    reader = _reader(recipe, rows, base)
-    encoded = _encode(recipe, rows, base, reader)
+    reader = reader_of(recipe, rows, base)
+    encoded = encode_rows(recipe, rows, base, reader)
     train = encoded.train
     proof = prove_mask(train, base.tokenizer, SHOWN_ROWS, recipe.seed)
     template = template_of(base.tokenizer)[0] if rows.prompt_style == "chat" else ""
@@ -201,24 +204,24 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoded:
     train: Sequence[EncodedRow]
     held_out: list[EncodedRow]
     cut: Lengths
     notes: list[str]
 
 
-def _reader(recipe: Recipe, rows: Rows, base: Base) -> ImageReader | None:
+def reader_of(recipe: Recipe, rows: Rows, base: Base) -> ImageReader | None:
     """What reads the images of the rows, if any has some.  Raises ConfigError or ModelError for
     ``image_tiles`` of a model that does not count in them."""
     if recipe.image_tiles is not None and base.processor is None:
         raise ConfigError(f"image_tiles: {recipe.model} does not see images")
     if recipe.image_tiles is not None:
         set_most_tiles(base.processor, recipe.image_tiles)
-    return image_reader(base.processor) if _has_images([*rows.train, *rows.held_out]) else None
+    return image_reader(base.processor) if has_images([*rows.train, *rows.held_out]) else None
 
 
-def _encode(recipe: Recipe, rows: Rows, base: Base, reader: ImageReader | None) -> _Encoded:
+def encode_rows(recipe: Recipe, rows: Rows, base: Base, reader: ImageReader | None) -> Encoded:
     """Training and held-out rows as tokens, without those that are too long for the model or for
     ``recipe``; where it is silent, training rows are cut off as ``rankfold check`` would."""
     longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
@@ -238,4 +241,4 @@ def _encode(recipe: Recipe, rows: Rows, base: Base, reader: ImageReader | None) 
     notes = [f"left out, too long: {row}" for row in over[:NAMED_ROWS]]
     if len(over) > NAMED_ROWS:
         notes.append(f"and {len(over) - NAMED_ROWS:,} more rows that are too long")
-    return _Encoded(train, held_out, lengths, notes)
+    return Encoded(train, held_out, lengths, notes)

@@ -36,6 +36,7 @@ OLD_NAMES = {
     "lora_dropout": "dropout",
     "lr": "learning_rate",
     "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup_share",
     "loraplus_lr_ratio": "b_rate_factor",
     "num_train_epochs": "epochs",
     "num_epochs": "epochs",
@@ -128,6 +129,13 @@ class Recipe(CheckedSettings):
     )
     schedule: Schedule = Field(
         "cosine", description="how the learning rate falls: cosine, linear, constant, wsd"
+    )
+    warmup_share: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="share of the steps in which the learning rate rises",
     )
     b_rate_factor: float = Field(
         1.0, gt=0, le=1000, allow_inf_nan=False, description="how much faster lora_B learns; LoRA+ takes 16"

@@ -67,7 +67,12 @@ def _absolute_data(data: str | Path | list[Source]) -> Any:
     sources = sources_of(data)
     if len(sources) == 1 and not isinstance(data, list):
         return _absolute(data)
-    return [asdict(source) | {"path": _absolute(source.path)} for source in sources]
+    return [_absolute_source(source) for source in sources]
+
+
+def _absolute_source(source: Source) -> dict[str, Any]:
+    told = {name: value for name, value in asdict(source).items() if value not in (None, "")}
+    return told | {name: _absolute(told[name]) for name in ("path", "images") if name in told}
 
 
 def changed_recipe(saved: Mapping[str, Any], changes: Mapping[str, Any], out: Path) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,27 @@ def native_config_of(folder: Path) -> Any:
     return InternVLConfig(**native_config(original, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
 
 
-def load_original_processor(folder: Path, config: Any) -> Any:
-    """The native processor of a folder of the original layout; it cuts images as the original config says."""
+def load_original_processor(folder: Path, config: Any, tokenizer_folder: Path | None = None) -> Any:
+    """The native processor of a folder of the original layout; it cuts images as the original config says.
+    The tokenizer may lie in another folder."""
     from transformers import InternVLProcessor
+
+    images = image_processor_of(read_config(folder), config)
+    tokenizer = load_original_tokenizer(tokenizer_folder or folder)
+    kind = without_video(InternVLProcessor)
+    processor = kind(image_processor=images, tokenizer=tokenizer, image_seq_length=config.image_seq_length)
+    processor.chat_template = tokenizer.chat_template
+    return processor
+
+
+def image_processor_of(original: Mapping[str, Any], config: Any) -> Any:
+    """What cuts images into tiles as the original config says, ``config`` being its native one."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    chat = {**CHAT_DEFAULTS, **read_config(folder)}
+    chat = {**CHAT_DEFAULTS, **original}
     side = chat["force_image_size"] or config.vision_config.image_size[0]
     tiles = (chat["min_dynamic_patch"], chat["max_dynamic_patch"]) if chat["dynamic_image_size"] else (1, 1)
-    images = GotOcr2ImageProcessorPil(
+    return GotOcr2ImageProcessorPil(
         size={"height": side, "width": side},
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
@@ -80,11 +92,6 @@ def load_original_processor(folder: Path, config: Any) -> Any:
         min_patches=tiles[0],
         max_patches=tiles[1],
     )
-    tokenizer = load_original_tokenizer(folder)
-    kind = without_video(InternVLProcessor)
-    processor = kind(image_processor=images, tokenizer=tokenizer, image_seq_length=config.image_seq_length)
-    processor.chat_template = tokenizer.chat_template
-    return processor
 
 
 def load_original_tokenizer(folder: Path) -> Any:

@@ -1,0 +1,62 @@
+"""What a run has in memory when it has most, for each form of the base's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rankfold.kernels.cross_entropy import CHUNK_LOGITS
+from rankfold.train.activations import Kept
+from rankfold.train.footprint import BEST_BYTES, AdapterSize, StorageForm, Weight, stored_bytes
+
+WIDE_TENSORS = 3  # of the widest layer's output, which a backward has at a time
+LOGIT_TENSORS = 3  # of a chunk: logits, shares, and what one is made into the other by
+# A process has more than what is in use: memory freed among small things that stay is not used again.
+# Fitted to the measured runs of tests/train/test_peak.py, on CPUs; a base whose weights are expanded for each
+# product wastes more.
+WASTE, HELD_WASTE, HELD_WEIGHTS_WASTE = 1.25, 1.4, 1.1
+MARGIN = 1.15  # by which those runs took more at most than is said here
+HIDDEN_BYTES = 8  # of each feature of the last hidden states, and of their gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """What a frozen vision tower has in memory while it reads a micro-batch: ``numbers`` of its widest
+    layer's input and output, and ``pixels``."""
+
+    numbers: int
+    pixels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The parts of a run's memory that are the same in every form.  ``tokens`` of a micro-batch, ``hidden``
+    and ``widest`` features of the language model, ``kept`` by a forward in each dtype."""
+
+    weights: list[Weight]
+    adapter: AdapterSize
+    tokens: int
+    hidden: int
+    widest: int
+    kept: dict[torch.dtype, Kept]
+    tower: Tower
+    program_bytes: int
+
+    def of(self, form: StorageForm, dtype: torch.dtype, *, recomputed: bool) -> int:
+        """Bytes of a run on weights in ``form`` that computes in ``dtype``."""
+        weights = stored_bytes(self.weights, form, dtype.itemsize)
+        kept = self.kept[dtype]
+        used = self.adapter.training_bytes + self.adapter.trained * BEST_BYTES
+        used += kept.recomputed if recomputed else kept.all
+        used += max(self._backward(dtype), self._images(dtype))
+        if form.is_exact:
+            return self.program_bytes + weights + round(WASTE * used)
+        return self.program_bytes + round(HELD_WEIGHTS_WASTE * weights + HELD_WASTE * used)
+
+    def _backward(self, dtype: torch.dtype) -> int:
+        wide = WIDE_TENSORS * self.tokens * self.widest * dtype.itemsize
+        return wide + LOGIT_TENSORS * CHUNK_LOGITS * 4 + HIDDEN_BYTES * self.tokens * self.hidden
+
+    def _images(self, dtype: torch.dtype) -> int:
+        return self.tower.numbers * dtype.itemsize + self.tower.pixels * 4
