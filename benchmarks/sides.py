@@ -56,11 +56,13 @@ def be_child(work: Callable[[Job], Result]) -> None:
     (place / "result.json").write_text(json.dumps(result))
 
 
-def write_rows(data: Path, folder: Path, train: int, held_out: int, seed: int) -> tuple[Path, Path]:
-    """Shuffle the lines of ``data``, without very long ones, and write the first ``held_out`` and the next
-    ``train`` of them to two files: (training rows, held-out rows)."""
+def write_rows(
+    data: Path, folder: Path, train: int, held_out: int, seed: int, *, short: bool = False
+) -> tuple[Path, Path]:
+    """Shuffle the lines of ``data``, if ``short`` those without more than ROW_CHARACTERS, and write the first
+    ``held_out`` and the next ``train`` of them to two files: (training rows, held-out rows)."""
     lines = [line for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
-    lines = [line for line in lines if len(line) <= ROW_CHARACTERS]
+    lines = [line for line in lines if len(line) <= ROW_CHARACTERS or not short]
     if train + held_out > len(lines):
         raise SystemExit(f"{data.name} has {len(lines)} rows, {train + held_out} are wanted")
     random.Random(seed).shuffle(lines)

@@ -105,7 +105,9 @@ class Bench:
         """Data for ``steps`` steps: the files for rankfold, and the same rows as tokens for the others."""
         folder = self.work / name
         folder.mkdir()
-        data, held_out = write_rows(self.options.data, folder, rows_per_step * steps, 1, self.options.seed)
+        data, held_out = write_rows(
+            self.options.data, folder, rows_per_step * steps, 1, self.options.seed, short=True
+        )
         job = {"data": str(data), "held_out": str(held_out), "rows_per_step": rows_per_step}
         asked = {"model": self.options.model, "base": self.base, "steps": steps, "seed": self.options.seed}
         asked["max_length"] = ROW_LIMIT

@@ -75,9 +75,10 @@ def attention_of_row(
     query = query.unflatten(0, (groups, -1))
     # Views: with enable_gqa torch would make copies of key and value, and autograd would keep them.
     key, value = (tensor.unsqueeze(1).expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
-    return F.scaled_dot_product_attention(
+    found = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale
-    ).permute(2, 0, 1, 3)
+    )
+    return found.permute(2, 0, 1, 3)
 
 
 def _as_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
