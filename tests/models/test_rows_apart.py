@@ -115,3 +115,14 @@ def test_gradient_checkpointing_sees_the_same_rows():
     wanted, found = (gradients(model, packed_logits(model)) for model in (plain, saving))
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+def test_one_row_that_fills_a_block_takes_the_same_way(monkeypatch):
+    plain, apart = (tiny_llama().bfloat16() for _ in range(2))
+    attend_rows_apart(apart)
+    taken, real = [], rows_apart.attention_of_rows
+    monkeypatch.setattr(rows_apart, "attention_of_rows", lambda *a: taken.append(a[3].lengths) or real(*a))
+    ids = torch.randint(3, 60, (1, 21), generator=torch.Generator().manual_seed(0))
+    found = apart(input_ids=ids, use_cache=False).logits
+    assert taken == [[21]] * 2
+    torch.testing.assert_close(found, plain(input_ids=ids, use_cache=False).logits, rtol=0.05, atol=0.05)

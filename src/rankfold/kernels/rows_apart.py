@@ -71,8 +71,10 @@ def attention_of_row(
     groups = key.shape[0]
     if mask is None and not dropout and _as_products(query, key, value):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return causal_attention(query, key, value, scale).unflatten(0, (groups, -1)).permute(2, 0, 1, 3)
-    query = query.unflatten(0, (groups, -1))
+        return (
+            causal_attention(query, key, value, scale).view(groups, -1, *query.shape[1:]).permute(2, 0, 1, 3)
+        )
+    query = query.reshape(groups, -1, *query.shape[1:])
     # Views: with enable_gqa torch would make copies of key and value, and autograd would keep them.
     key, value = (tensor.unsqueeze(1).expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
     found = F.scaled_dot_product_attention(

@@ -47,7 +47,7 @@ def rows_apart_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """transformers' sdpa attention, row by row where ``attention_mask`` holds several rows apart."""
-    rows = _several_rows(query, key, attention_mask, options)
+    rows = _rows_of(module, query, key, attention_mask, options)
     if rows is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -59,14 +59,20 @@ def rows_apart_attention(
     return attention_of_rows(query, key, value, rows, scaling, dropout), None
 
 
-def _several_rows(query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Rows | None:
-    """The rows of a packed block, or None for anything else."""
+def _rows_of(
+    module: Any, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Rows | None:
+    """The rows of a packed block, or the one row that is there without a mask; None for anything else."""
     tokens = query.shape[2]
-    if mask is None or mask.dtype != torch.bool or mask.shape != (1, 1, tokens, tokens):
-        return None
     if len(query) != 1 or key.shape[2] != tokens:
         return None
     if any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux", "cache")):
+        return None
+    if mask is None:
+        given = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if given is None else given
+        return Rows([tokens], [None]) if causal and tokens > 1 else None
+    if mask.dtype != torch.bool or mask.shape != (1, 1, tokens, tokens):
         return None
     if mask not in _rows:
         _rows[mask] = rows_of(mask[0, 0])
