@@ -191,6 +191,12 @@ def _told(translated: Translated, layout: str, common_rank: int | None) -> list[
         return [*told, "queries, keys and values share their A; exact"]
     for rank, count in sorted(translated.joined.items()):
         told.append(f"{count} fused matrices of rank {rank}")
+    ranks = {*translated.config.rank_pattern.values(), translated.config.r}
+    if len(ranks) > 1:
+        told.append(
+            f"ranks from {min(ranks)} to {max(ranks)}; lmdeploy knows one only: --common-rank {max(ranks)} "
+            "fills the others up, exactly"
+        )
     if not translated.errors:
         return [*told, "exact"]
     worst = max(translated.errors, key=lambda name: translated.errors[name])
