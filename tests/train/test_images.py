@@ -112,6 +112,13 @@ def test_a_run_on_a_held_language_model_learns_and_the_adapter_fits_the_plain_ba
     assert load_tuned(result.out).processor is not None
 
 
+def test_the_plan_tells_which_layers_of_which_part_were_meant(recipe):
+    notes = decide(recipe(targets="q_proj, v_proj"), Listener()).notes
+    assert "language model (model.language_model): LoRA on 2 q_proj, 2 v_proj" in notes
+    assert "vision tower (model.vision_tower): frozen" in notes
+    assert "projector (model.multi_modal_projector): frozen" in notes
+
+
 def test_fewer_tiles_are_fewer_tokens(recipe):
     tokens = [sum(map(len, decide(recipe(image_tiles=tiles), Listener()).train)) for tiles in (1, 4)]
     assert tokens[0] < tokens[1]

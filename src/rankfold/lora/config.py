@@ -184,7 +184,14 @@ class LoraConfig:
         ``from_pretrained`` does."""
         if options.get("peft_type") != "LORA":
             got = options.get("peft_type")
-            raise AdapterError(f"{where} does not describe a LoRA adapter: peft_type is {got!r}, not 'LORA'")
+            mlx = (
+                "; it is mlx's: rankfold convert ADAPTER OUT --layout hf"
+                if "lora_parameters" in options
+                else ""
+            )
+            raise AdapterError(
+                f"{where} does not describe a LoRA adapter: peft_type is {got!r}, not 'LORA'{mlx}"
+            )
         options.pop("runtime_config", None)
         try:
             check_carried(options)

@@ -358,6 +358,13 @@ def test_embeddings_of_a_model_that_sees_images_are_refused(internvl, tmp_path):
         convert_adapter(tmp_path / "hf", tmp_path / "mlx", "mlx", model=str(base))
 
 
+def test_an_adapter_in_mlxs_layout_is_not_loaded_as_it_is_and_the_way_is_told(folders, tmp_path):
+    save_adapted(folders[False], tmp_path / "hf", target_modules=["q_proj"])
+    convert_adapter(tmp_path / "hf", tmp_path / "mlx", "mlx")
+    with pytest.raises(AdapterError, match="it is mlx's: rankfold convert ADAPTER OUT --layout hf"):
+        PeftModel.from_pretrained(model_of(folders[False]), tmp_path / "mlx")
+
+
 def test_the_command_writes_mlx_and_back(folders, tmp_path):
     save_adapted(folders[False], tmp_path / "hf", target_modules=["q_proj"], rank_pattern={"layers.1": 2})
     done = rankfold_command("convert", tmp_path / "hf", tmp_path / "mlx", "--layout", "mlx")
