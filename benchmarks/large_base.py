@@ -67,10 +67,10 @@ def random_base(layers: int, vocabulary: int) -> Any:
     return model
 
 
-def step(model: Any, optimiser: torch.optim.Optimizer, ids: torch.Tensor) -> float:
-    """One training step on every token of ``ids`` (rows, tokens); its seconds."""
+def step(model: Any, optimiser: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:
+    """One training step on ``batch``; its seconds."""
     started = time.perf_counter()
-    losses = token_losses(model, {"input_ids": ids, "labels": ids})
+    losses = token_losses(model, batch)
     losses.mean().backward()
     optimiser.step()
     optimiser.zero_grad()
@@ -88,7 +88,7 @@ def large(layers: int, vocabulary: int, tokens: int, recompute: bool) -> dict[st
     if recompute:
         recompute_activations(model)
     ids = torch.randint(0, vocabulary, (1, tokens))
-    seconds = step(model, optimiser, ids)
+    seconds = step(model, optimiser, {"input_ids": ids, "labels": ids})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
     trainable, total = model.get_nb_trainable_parameters()
     return {"weights": total - trainable, "trainable": trainable, "peak": peak / GIGABYTE, "seconds": seconds}
@@ -121,10 +121,11 @@ def small_figure(pairs: int, tokens: int) -> Figure:
     """The speed of a step on SmolLM2 held as blocks, as a share of its speed in float32."""
     torch.manual_seed(0)
     ids = torch.randint(0, 40000, (4, tokens // 4))
+    batch = {"input_ids": ids, "labels": ids}
     sides = [adapted(load_base(DEFAULT_MODEL, stored=stored).model, rank=8) for stored in (None, "gguf")]
     for side in sides:
-        step(*side, ids)
-    taken = [[step(*side, ids) for side in sides] for _ in range(pairs)]
+        step(*side, batch)
+    taken = [[step(*side, batch) for side in sides] for _ in range(pairs)]
     plain, held = (tokens / statistics.median(side) for side in zip(*taken, strict=True))
     return Figure(
         name="held_gguf_speed",

@@ -179,8 +179,53 @@ def test_a_folder_has_no_blocks_to_keep(tiny_folder):
         load_base(str(tiny_folder), stored="gguf")
 
 
+def test_q4_0_has_the_blocks_that_llama_cpp_would_make(tmp_path):
+    model = small_llama()
+    model.save_pretrained(tmp_path)
+    held = held_model(model.config, source_of(tmp_path), "q4_0")
+    for path, layer in held_layers(held).items():
+        weight = model.get_submodule(path).weight.detach().numpy()
+        blocks = quantize(weight, gguf.GGMLQuantizationType.Q4_0)
+        if path in ("model.embed_tokens", "lm_head"):
+            assert layer.form.name == "INT8"
+            continue
+        assert layer.form.name == "rounded Q4_0"
+        assert np.array_equal(layer.held.numpy(), blocks)
+
+
+def test_what_cannot_be_rounded_to_blocks_is_named(tiny_folder, tmp_path):
+    with pytest.raises(
+        ModelError, match=r"down_proj.weight: a row of 40 numbers cannot be held as rounded Q4_0"
+    ):
+        load_base(str(tiny_folder), stored="q4_0")
+    model = small_llama()
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="up_proj.weight: a weight with NaN or infinite values"):
+        held_model(model.config, source_of(tmp_path), "q4_0")
+
+
+FORMS_ON_A_CPU = {"bfloat16": 0.002, "int8": 0.03, "q4_0": 0.7, "nf4": 0.7}  # how far the loss may go
+TEXT = "The snow man told a cold joke about a hat that was above all that, and nobody laughed but the ice."
+
+
+def test_the_loss_of_each_form_beside_float32(real_base, tmp_path, record_property):
+    """On SmolLM2 and a sentence.  What its file was rounded to before has 5 bits, so 4 are rounded twice."""
+    real_base.model.save_pretrained(tmp_path)
+    real_base.tokenizer.save_pretrained(tmp_path)
+    ids = real_base.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        plain = float(real_base.model(input_ids=ids, labels=ids).loss)
+        for stored, limit in FORMS_ON_A_CPU.items():
+            model = load_base(str(tmp_path), stored=stored).model
+            loss = float(model(input_ids=ids, labels=ids).loss)
+            record_property(stored, loss - plain)
+            print(f"{stored:9} {loss:.4f} beside {plain:.4f} in float32: {loss - plain:+.4f}")
+            assert abs(loss - plain) < limit, stored
+
+
 def test_an_unknown_form_is_refused_with_the_known_ones(tiny_folder):
-    with pytest.raises(ModelError, match="stored='int4': take one of bfloat16, int8, gguf"):
+    with pytest.raises(ModelError, match="stored='int4': take one of bfloat16, int8, q4_0, gguf, nf4"):
         load_base(str(tiny_folder), stored="int4")
 
 

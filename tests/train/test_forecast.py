@@ -59,10 +59,13 @@ def test_bytes_by_form(told_8b):
     forms = {form.name: form for form in told_8b.forms}
     assert forms["float32"].weight_bytes == 4 * PARAMETERS
     assert forms["bfloat16"].weight_bytes == 2 * PARAMETERS
-    assert forms["int8"].weight_bytes == pytest.approx(PARAMETERS, rel=2e-3)
-    assert forms["Q4 blocks"].weight_bytes == pytest.approx(PARAMETERS * 4.5 / 8, rel=2e-3)
-    linear = PARAMETERS - 2 * 92553 * 4096
-    assert forms["NF4"].weight_bytes == pytest.approx(linear * 4.127 / 8 + 4 * 92553 * 4096, rel=2e-3)
+    sizes = told_8b.parameters
+    ends, language = sizes["embeddings and head"], sizes["language"]
+    itemsize = {"float32": 4, "bfloat16": 2}[forms["int8"].computed_in]
+    plain = itemsize * (sizes["projector"] + sizes["vision"])
+    assert forms["int8"].weight_bytes == pytest.approx(ends + language + plain, rel=2e-3)
+    assert forms["q4_0"].weight_bytes == pytest.approx(ends + language * 4.5 / 8 + plain, rel=2e-3)
+    assert forms["nf4"].weight_bytes == pytest.approx(2 * ends + language * 4.127 / 8 + plain, rel=2e-3)
 
 
 def test_targets_parts_and_rank_are_those_of_a_recipe(ask, internvl):
@@ -103,7 +106,7 @@ def test_the_default_base_is_planned_for_without_its_weights(ask):
 
 def test_what_fits_depends_on_the_memory(ask, internvl, told_8b):
     fits = {form.name: form.fits for form in told_8b.forms}
-    assert (fits["float32"], fits["bfloat16"], fits["Q4 blocks"]) == ("no", "recomputed", "yes")
+    assert (fits["float32"], fits["bfloat16"], fits["q4_0"]) == ("no", "recomputed", "yes")
     kept = {f.name: f for f in ask(internvl, activation_checkpointing=False, memory_gb=8).forms}
     assert {(form.fits, form.seconds) for form in kept.values()} == {("no", None)}
 
@@ -114,7 +117,7 @@ def test_time_is_operations_by_speed(ask, tiny_folder, told_8b):
     rows = told.settings.steps * told.settings.rows_per_step
     tokens = sum(told.lengths.train) / len(told.lengths.train) * rows
     assert told.operations == pytest.approx(4 * told.parameters["language"] * tokens, rel=0.15)
-    [blocks] = [form for form in told.forms if form.name == "Q4 blocks"]
+    [blocks] = [form for form in told.forms if form.name == "q4_0"]
     assert blocks.seconds == pytest.approx(told.operations / 1e12)
     once, fast, twice = (ask(tiny_folder, **more) for more in ({"epochs": 1}, {"tflops": 100}, {"epochs": 2}))
     assert fast.forms[0].seconds == pytest.approx(fast.operations / 1e14)

@@ -100,6 +100,25 @@ def test_the_adapter_knows_into_how_many_tiles_images_were_cut(recipe):
     assert load_tuned(out).processor.image_processor.max_patches == 2
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "int8", "q4_0", "nf4"])
+def test_a_run_on_a_held_language_model_learns_and_the_adapter_fits_the_plain_base(recipe, tmp_path, stored):
+    base = write_original(tmp_path / "base", llm__intermediate_size=64)
+    settings = {"model": str(base), "rows_per_step": ROWS, "epochs": 6}
+    plain = fine_tune(recipe(**settings, out=tmp_path / "plain"))
+    result = fine_tune(recipe(**settings, stored=stored))
+    # The same rows and the same start of the adapter: only the base's weights are rounded.
+    assert result.steps[0].loss == pytest.approx(plain.steps[0].loss, abs=0.3 if "4" in stored else 0.05)
+    assert result.steps[-1].loss < result.steps[0].loss - 0.05
+    assert load_tuned(result.out).processor is not None
+
+
+def test_the_plan_tells_which_layers_of_which_part_were_meant(recipe):
+    notes = decide(recipe(targets="q_proj, v_proj"), Listener()).notes
+    assert "language model (model.language_model): LoRA on 2 q_proj, 2 v_proj" in notes
+    assert "vision tower (model.vision_tower): frozen" in notes
+    assert "projector (model.multi_modal_projector): frozen" in notes
+
+
 def test_fewer_tiles_are_fewer_tokens(recipe):
     tokens = [sum(map(len, decide(recipe(image_tiles=tiles), Listener()).train)) for tiles in (1, 4)]
     assert tokens[0] < tokens[1]

@@ -31,7 +31,7 @@ JOKES = ROOT / "src" / "rankfold" / "data" / "cold_jokes" / "train.jsonl"
 MEASURED = [
     ("float32", "float32", False, 2_805_186_560),
     ("bfloat16", "bfloat16", False, 1_877_696_512),
-    ("Q4 blocks", "float32", False, 2_528_264_192),
+    ("q4_0", "float32", False, 2_528_264_192),
     ("int8", "float32", False, 2_684_633_088),
     ("float32", "float32", True, 1_534_173_184),
     ("int8", "bfloat16", False, 2_125_340_672),
@@ -79,7 +79,7 @@ def test_the_peak_of_a_large_base_is_within_the_margin(tmp_path):
     config.save_pretrained(tmp_path)
     told = peak_of(load_outline(str(tmp_path)).model, 256, torch.float32)
     measured = figure["large_base_memory"]["ours"] * 1e9
-    assert measured / MARGIN < told.of(FORMS["Q4 blocks"], torch.float32, recomputed=True) < measured * MARGIN
+    assert measured / MARGIN < told.of(FORMS["q4_0"], torch.float32, recomputed=True) < measured * MARGIN
 
 
 @pytest.mark.parametrize("length", [16, 64])

@@ -11,21 +11,25 @@ import click
 @click.argument("adapter", type=Path)
 @click.argument("out", type=Path)
 @click.option(
-    "--layout", required=True, metavar="NAME", help="internvl (the original's names) or hf (transformers')"
+    "--layout",
+    required=True,
+    metavar="NAME",
+    help="hf (transformers' names), internvl (the original InternVL's) or mlx (mlx-lm's, mlx-vlm's)",
 )
 @click.option("--model", help="base model: folder or hub id, of which the config is read [the adapter's]")
 @click.option(
     "--common-rank",
     type=int,
     metavar="N",
-    help="to internvl: bring fused matrices of a higher rank down to this one by SVD [exact]",
+    help="to internvl: one rank for all modules, higher ones brought down to it by SVD [exact]",
 )
 def command(adapter: Path, out: Path, layout: str, model: str | None, common_rank: int | None) -> None:
-    """Write an adapter of InternVL under the names that another program knows its modules by."""
+    """Write an adapter under the names, and in the files, that another program loads."""
     from rankfold.models.convert import convert_adapter
 
     done = convert_adapter(adapter, out, layout, model=model, common_rank=common_rank)
     for line in done.told:
         click.echo(line)
-    click.echo(f"target_modules  {', '.join(done.target_modules)}")
+    named = "keys" if layout == "mlx" else "target_modules"
+    click.echo(f"{named}  {', '.join(done.target_modules)}")
     click.echo(f"written  {done.out}")

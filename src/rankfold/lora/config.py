@@ -176,16 +176,28 @@ class LoraConfig:
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
             raise AdapterError(f"{folder} is not an adapter folder: it holds no {CONFIG_NAME}")
-        options = read_json_object(path, MAX_CONFIG_BYTES)
+        return cls.from_dict(read_json_object(path, MAX_CONFIG_BYTES), str(path))
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any], where: str) -> LoraConfig:
+        """The config of the JSON object ``options``, found in ``where``.  Raises AdapterError as
+        ``from_pretrained`` does."""
         if options.get("peft_type") != "LORA":
             got = options.get("peft_type")
-            raise AdapterError(f"{path} does not describe a LoRA adapter: peft_type is {got!r}, not 'LORA'")
+            mlx = (
+                "; it is mlx's: rankfold convert ADAPTER OUT --layout hf"
+                if "lora_parameters" in options
+                else ""
+            )
+            raise AdapterError(
+                f"{where} does not describe a LoRA adapter: peft_type is {got!r}, not 'LORA'{mlx}"
+            )
         options.pop("runtime_config", None)
         try:
             check_carried(options)
             return cls(**options)
         except ConfigError as error:
-            raise AdapterError(f"{path}: {error}") from error
+            raise AdapterError(f"{where}: {error}") from error
 
 
 def check_carried(options: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from rankfold.lora.factors import LoraLayer
 from rankfold.lora.held import HeldParameters
 from rankfold.lora.layers import AdapterLayer, adapter_layers, base_modules
 from rankfold.lora.tokens import TokenLayer
-from rankfold.storage.forms import INT8
+from rankfold.storage.forms import INT8, ROUNDED_Q4_0
 from rankfold.storage.layers import HeldLayer, held_layers
 
 SAMPLES = 64  # values a parameter: any fine-tuning changes nearly all of them
@@ -109,7 +109,8 @@ def _sample_held(layer: HeldLayer) -> tuple[str, Tensor]:
     """The same of the numbers that a held weight is expanded to."""
     rows, columns = layer.shape
     places = torch.tensor(range(rows * columns)[_sampled(rows * columns)], device=layer.held.device)
-    storage = INT8.name if layer.form == INT8 else ROUND_ALIKE[torch.float32]
+    rounded = layer.form in (INT8, ROUNDED_Q4_0)
+    storage = layer.form.name if rounded else ROUND_ALIKE[torch.float32]
     return storage, layer.numbers_at(places)
 
 

@@ -5,6 +5,7 @@ they are what will be run, and no sum fits them.  ``dequantise(model)`` first, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from typing import cast
 
@@ -84,9 +85,13 @@ def expand_layers(layers: Iterable[HeldLayer], dtype: torch.dtype) -> None:
 
 
 def numbers_not_shown(model: nn.Module) -> int:
-    """How many more numbers the held weights of ``model`` are than bytes, shared ones counted once."""
+    """How many more numbers the held and 4-bit weights of ``model`` are than bytes, shared ones once."""
     shapes = {id(layer.held): (layer.shape, layer.held.numel()) for layer in held_layers(model).values()}
-    return sum(rows * columns - size for (rows, columns), size in shapes.values())
+    held = sum(rows * columns - size for (rows, columns), size in shapes.values())
+    states = [
+        (p, state) for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None
+    ]
+    return held + sum(int(math.prod(state.shape)) - parameter.numel() for parameter, state in states)
 
 
 FUSED_CLASSES.add(LoraHeldLinear)

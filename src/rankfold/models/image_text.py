@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rankfold.errors import ModelError
 from rankfold.models.find import BaseSource, cannot_load
+from rankfold.models.held import Stored, held_model
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
-from rankfold.models.internvl.config import NATIVE_TYPE, is_original, native_config
+from rankfold.models.internvl.config import (
+    NATIVE_TYPE,
+    is_internlm2,
+    is_original,
+    layout_of,
+    native_config,
+)
 from rankfold.models.internvl.loading import (
+    end_turns,
     image_processor_of,
     load_original,
     load_original_processor,
@@ -79,6 +89,27 @@ def load_image_text(source: BaseSource, config: Any, dtype: torch.dtype) -> tupl
                 source.location, dtype=dtype, use_safetensors=True
             )
             return model, _processor(source.location, config)
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise cannot_load(source.location, source.name, error) from error
+
+
+def load_held_image_text(
+    source: BaseSource, config: Any, stored: Stored, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    """The same with the language model's weights held as ``stored``.  Raises ModelError."""
+    with quiet_transformers():
+        try:
+            original = original_config_of(source)
+            if original is None:
+                return held_model(config, source, stored, dtype), _processor(source.location, config)
+            folder = _folder(source, ORIGINAL_FILES)
+            processor = load_original_processor(folder, config)
+            layout = layout_of(config.to_dict(), is_internlm2(original))
+            model = held_model(config, replace(source, location=folder), stored, dtype, layout)
+            end_turns(model, processor)
+            return model, processor
+        except ModelError as error:
+            raise ModelError(f"{source.name}: {error}") from error
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise cannot_load(source.location, source.name, error) from error
 

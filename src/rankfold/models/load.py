@@ -23,6 +23,7 @@ from rankfold.models.held import Stored, describe, held_model
 from rankfold.models.image_text import (
     image_text_config,
     is_internvl,
+    load_held_image_text,
     load_image_text,
     load_processor_of,
     prompt_notes,
@@ -54,7 +55,8 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
     on a GPU that computes in it.
 
     With ``stored`` the weights of linear layers and embeddings are held in fewer bytes and expanded when they
-    are used: "gguf" (the blocks of a GGUF file as they are), "bfloat16" or "int8" (a scale for each output).
+    are used: "gguf" (the blocks of a GGUF file as they are), "bfloat16", "int8" (a scale for each output),
+    "q4_0" (GGUF's blocks) or "nf4" (bitsandbytes); of a model that sees images the language model's only.
 
     Without it a GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
     ``~/.cache/rankfold``), because reading it takes far longer than reading the result.
@@ -67,8 +69,10 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
     config = None if source.gguf_file is not None else image_text_config(source)
     dtype = precision.storage if precision else _usual_storage()
     if stored is not None and config is not None:
-        raise ModelError(f"{name} sees images; stored={stored!r} holds language models only, so leave it out")
-    if stored is not None:
+        model, processor = load_held_image_text(source, config, stored, dtype)
+        tokenizer = processor.tokenizer
+        notes += [describe(model), *prompt_notes(config, tokenizer)]
+    elif stored is not None:
         model, tokenizer = _load_held(source, stored, dtype, notes)
     elif source.gguf_file is not None:
         model, tokenizer = _load_gguf(source.gguf_file, dtype, notes)

@@ -118,6 +118,8 @@ def to_bf16(weight: Tensor) -> Tensor:
 
 INT8 = Form("INT8", 0, 4, 8, _fill_int8)
 BF16 = Form("BF16", 1, 0, 16, partial(_fill_plain, torch.bfloat16))
+# GGUF's blocks made from a finer weight: unlike those of a file, they are not what the base is.
+ROUNDED_Q4_0 = Form("rounded Q4_0", 32, 2, 4, blocks.q4_0)
 # By GGUF's names, but for INT8, which is no block of GGUF.
 FORMS: Mapping[str, Form] = MappingProxyType(
     {

@@ -12,10 +12,11 @@ from torch import nn
 
 from rankfold.lora.layers import base_modules
 from rankfold.models.parts import ModelParts, model_parts
-from rankfold.storage.forms import BF16, FORMS, INT8
+from rankfold.storage.forms import FORMS, INT8
 from rankfold.storage.layers import can_hold
 
 ENDS = "embeddings and head"
+PLAIN_PARTS = ("projector", "vision")  # which are not held in few bytes
 Q4 = FORMS["Q4_0"]  # 4.5 bits a number, as many as Q4_K takes
 NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256  # numbers that share a scale; scales that share a scale of their own
 WEIGHT_BYTES, GRADIENT_BYTES, MOMENT_BYTES, BEST_BYTES = 4, 4, 8, 4  # float32; AdamW's two moments; a copy
@@ -34,7 +35,7 @@ class Weight:
 
     def held_bytes(self, row_bytes: Callable[[int], int], rest: int) -> int:
         """As rows of ``row_bytes(columns)``, or at ``rest`` bytes a number if it cannot be held so."""
-        if not self.can_be_held:
+        if not self.can_be_held or self.part in PLAIN_PARTS:
             return self.numbers * rest
         return self.numbers // self.columns * row_bytes(self.columns)
 
@@ -54,26 +55,29 @@ def _plain(weight: Weight, _: int, itemsize: int) -> int:
     return weight.numbers * itemsize
 
 
-def _nf4(weight: Weight, _: int) -> int:
+def _nf4(weight: Weight, rest: int) -> int:
     """bitsandbytes' NF4 with its scales quantised once more (Dettmers et al. 2023, arXiv 2305.14314)."""
+    if weight.part in PLAIN_PARTS:
+        return weight.numbers * rest
     if not weight.is_linear or weight.part == ENDS:
         return weight.numbers * torch.bfloat16.itemsize
     scales = math.ceil(weight.numbers / NF4_BLOCK)
     return math.ceil(weight.numbers / 2) + scales + 4 * math.ceil(scales / NF4_SECOND_BLOCK)
 
 
-def _q4_row(columns: int) -> int:
-    return (Q4 if columns % Q4.numbers == 0 else BF16).row_bytes(columns)
+def _q4_0(weight: Weight, rest: int) -> int:
+    """Embeddings and head, and rows that no blocks fit, as int8."""
+    blocks = weight.is_linear and weight.part != ENDS and weight.columns % Q4.numbers == 0
+    return weight.held_bytes((Q4 if blocks else INT8).row_bytes, rest)
 
 
 FORMS_TO_PLAN: tuple[StorageForm, ...] = (
     StorageForm("float32", lambda w, _: _plain(w, 0, 4), "--precision float32", is_exact=True),
     StorageForm("bfloat16", lambda w, _: _plain(w, 0, 2), "--precision bfloat16", is_exact=True),
     StorageForm("int8", lambda w, rest: w.held_bytes(INT8.row_bytes, rest), "--stored int8"),
-    StorageForm("Q4 blocks", lambda w, rest: w.held_bytes(_q4_row, rest), "--stored gguf, of a GGUF file"),
-    StorageForm("NF4", _nf4, "not by rankfold train; PEFT and xtuner call it QLoRA"),
+    StorageForm("q4_0", _q4_0, "--stored q4_0"),
+    StorageForm("nf4", _nf4, "--stored nf4"),
 )
-NOT_WITH_IMAGES = "not yet for a base that sees images"
 
 
 def weights_of(model: Any) -> list[Weight]:

@@ -23,7 +23,6 @@ from rankfold.train.advise import Settings, settle
 from rankfold.train.arithmetic import Work, patches, work_of
 from rankfold.train.footprint import (
     FORMS_TO_PLAN,
-    NOT_WITH_IMAGES,
     AdapterSize,
     StorageForm,
     parameters_by_part,
@@ -127,7 +126,7 @@ def forecast(request: ForecastRequest) -> Forecast:
         program_bytes=machine.program_bytes,
     )
     once, again = (_operations(work, settings, lengths, recomputed=more) for more in (False, True))
-    run = _Run(peak, machine, request.activation_checkpointing, (once, again), sees)
+    run = _Run(peak, machine, request.activation_checkpointing, (once, again))
     return Forecast(
         model=request.model,
         source=base.source.description,
@@ -153,7 +152,6 @@ class _Run:
     machine: Machine
     recompute: bool | None
     operations: tuple[float, float]
-    sees_images: bool
 
     def forecast(self, form: StorageForm) -> FormForecast:
         dtype = getattr(torch, form.name) if form.is_exact else self.machine.precision.compute
@@ -168,7 +166,7 @@ class _Run:
             recomputed_peak_bytes=recomputing,
             fits=fits,
             seconds=None if fits == "no" else seconds,
-            told=NOT_WITH_IMAGES if self.sees_images and not form.is_exact else form.told,
+            told=form.told,
         )
 
     def _fits(self, keeping: int, recomputing: int) -> Fits:

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from rankfold.data.sources import Mixture, read_examples, sources_of
 from rankfold.data.split import near_leaks, split_held_out, without_leaks
 from rankfold.errors import ConfigError, bullet_list
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
+from rankfold.lora.storage import numbers_not_shown
 from rankfold.models.facts import PromptStyle
 from rankfold.models.images import ImageReader, image_reader
 from rankfold.models.load import Base, load_base, load_processor
@@ -160,7 +162,7 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     proof = prove_mask(train, base.tokenizer, SHOWN_ROWS, recipe.seed)
     template = template_of(base.tokenizer)[0] if rows.prompt_style == "chat" else ""
     named = [f"the model has no chat template; messages are written in {template}"] if template else []
-    settings = settle(recipe, len(train), base.model.num_parameters())
+    settings = settle(recipe, len(train), _size(base.model))
     if reader is not None:
         batching = batching_of_images(reader, base.model.device, recipe.batching)
     else:
@@ -201,6 +203,11 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
         processes=processes,
         tokens_per_second=trial.tokens_per_second(batching),
     )
+
+
+def _size(model: Any) -> int:
+    """How many numbers a base has, however few bytes they are held in."""
+    return int(model.num_parameters()) + numbers_not_shown(model)
 
 
 @dataclass(frozen=True)

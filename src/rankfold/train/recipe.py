@@ -69,7 +69,7 @@ NOT_NEEDED = {
     "train_on_inputs": "say train_on: assistant, last or all",
     "completion_only_loss": "say train_on: assistant, last or all",
     "assistant_only_loss": "say train_on: assistant, last or all",
-    "load_in_4bit": "say stored: gguf with a GGUF file of 4 bits",
+    "load_in_4bit": "say stored: nf4 or q4_0, or gguf with a GGUF file of 4 bits",
     "load_in_8bit": "say stored: int8",
     "bf16": "say precision: bfloat16; without it a probe of the machine decides",
     "fp16": "say precision: float16; without it a probe of the machine decides",
@@ -198,8 +198,8 @@ class Recipe(CheckedSettings):
     )
     stored: Stored | None = Field(
         None,
-        description="hold the base's weights as gguf (a GGUF file's own blocks), int8 or bfloat16 and expand "
-        "them layer by layer [all expanded]",
+        description="hold the base's weights as gguf (a GGUF file's own blocks), q4_0, int8, bfloat16 or nf4 "
+        "(bitsandbytes) and expand them layer by layer [all expanded]",
     )
     activation_checkpointing: bool | None = Field(
         None, description="compute a layer again in the backward, to keep less [if it does not fit else]"

@@ -143,7 +143,7 @@ def decide(recipe: Recipe, listener: Listener, processes: Processes | None = Non
     """Everything up to the first step: read, check, load, encode, choose, adapt and time.  Writes nothing."""
     processes = processes or Processes()
     if recipe.shard_base:
-        require_several(processes)
+        require_several(processes, recipe.stored)
     rows = processes.together(lambda: read_data(recipe))
     listener.on_stage("loading the model and timing a step")
     precision = shared_precision(recipe.precision, processes)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from rankfold.errors import ConfigError
 from rankfold.lora import PeftModel
+from rankfold.models.held import Stored
 from rankfold.train.compiling import decoder_layers
 from rankfold.train.processes import Processes
 
 
-def require_several(processes: Processes) -> None:
-    """Raise ConfigError if there is nobody to share a base with."""
+def require_several(processes: Processes, stored: Stored | None = None) -> None:
+    """Raise ConfigError if there is nobody to share a base with, or it cannot be cut as it is ``stored``."""
+    if stored == "nf4":
+        raise ConfigError("shard_base=true cannot cut bitsandbytes' layers (stored: nf4); take q4_0 or int8")
     if processes.count == 1:
         raise ConfigError(
             "shard_base=true needs several processes: torchrun --nproc-per-node 2 -m rankfold ..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,16 +13,14 @@ from torch import Tensor
 from rankfold.errors import AdapterError, ModelError, bullet_list
 from rankfold.lora import LoraConfig
 from rankfold.lora.config import changes_base
-from rankfold.lora.inject import alpha_of
 from rankfold.lora.renames import PREFIX
 from rankfold.lora.targets import shortest_list
-from rankfold.models.internvl.factors import Pair, join_pairs, of_rank, split_pair
+from rankfold.models.internvl.factors import join_pairs, of_rank, split_pair
 from rankfold.models.internvl.names import Layout
 from rankfold.models.internvl.weights import to_native, to_original
+from rankfold.models.pairs import Pair, padded, pair_of, pair_tensors, sorted_out
 
 LayoutName = Literal["internvl", "hf"]
-FACTOR = re.compile(r"(?P<path>.+?)\.(?P<key>lora_[A-Za-z_]+(?:\.weight|\.bias)?)")
-A_KEYS, B_KEYS = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
 # Modules that hold others, which may be saved whole; their own tensors are translated one by one.
 CONTAINERS = {
     "mlp1": "model.multi_modal_projector",
@@ -42,14 +39,6 @@ class Translated:
     config: LoraConfig
     errors: dict[str, float] = field(default_factory=dict)
     joined: Counter[int] = field(default_factory=Counter)
-
-
-@dataclass
-class _Modules:
-    """An adapter's tensors by what they are: pairs by module, and modules saved whole."""
-
-    pairs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    saved: dict[str, Tensor] = field(default_factory=dict)
 
 
 def layout_of_adapter(tensors: Collection[str]) -> LayoutName:
@@ -72,15 +61,16 @@ def translate(
     """An adapter in the other layout than its own.  ``names`` are all modules of the native model.
 
     To the native layout it is exact: queries, keys and values share A and take their rows of B.  Back it is
-    exact too, by stacking the As where they differ; with ``common_rank`` a stack of a higher rank is
-    brought down to it by an SVD, and the error told.  The new config has a plain list of names.
+    exact too, by stacking the As where they differ.  With ``common_rank`` all modules have that rank: a stack
+    of a higher one is brought down to it by an SVD, and the error told; a lower one is filled with zeros.
+    The new config has a plain list of names.
 
     Raises AdapterError for what has no counterpart."""
     _refuse(config)
-    modules = _sorted_out(tensors)
+    modules = sorted_out(tensors)
     result = Translated({}, config)
     back = layout_of_adapter(tensors) == "hf"
-    pairs = {path: _pair(path, own, config) for path, own in modules.pairs.items()}
+    pairs = {path: pair_of(path, own, config) for path, own in modules.pairs.items()}
     try:
         if back:
             new, saved = _joined(pairs, layout, result, common_rank), to_original(modules.saved, layout)
@@ -89,11 +79,9 @@ def translate(
     except ModelError as error:
         raise AdapterError(f"the adapter cannot be translated: {error}") from error
     for path, pair in new.items():
-        embedding = path.endswith(("embed_tokens", "tok_embeddings"))
-        own = {A_KEYS[embedding]: pair.A, B_KEYS[embedding]: pair.B, **pair.rows}
-        result.tensors |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in own.items()}
+        result.tensors |= pair_tensors(path, pair)
     result.tensors |= {f"{PREFIX}{path}": tensor for path, tensor in saved.items()}
-    known = [*names] if not back else _original_names(names, layout)
+    known = [*names] if not back else original_names(names, layout)
     result.config = _config(config, new, known, _saved_modules(config, modules.saved, layout, back))
     return result
 
@@ -111,27 +99,6 @@ def _refuse(config: LoraConfig) -> None:
         )
     if problems:
         raise AdapterError(bullet_list("this adapter cannot be translated:", problems))
-
-
-def _sorted_out(tensors: Mapping[str, Tensor]) -> _Modules:
-    modules = _Modules()
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        found = FACTOR.fullmatch(name)
-        if found:
-            modules.pairs.setdefault(found["path"], {})[found["key"]] = tensor
-        else:
-            modules.saved[name] = tensor
-    return modules
-
-
-def _pair(path: str, tensors: dict[str, Tensor], config: LoraConfig) -> Pair:
-    a = next((tensors[key] for key in A_KEYS if key in tensors), None)
-    b = next((tensors[key] for key in B_KEYS if key in tensors), None)
-    if a is None or b is None:
-        raise AdapterError(f"{path} has {', '.join(sorted(tensors))}, and not both factors")
-    rows = {key: tensor for key, tensor in tensors.items() if key not in (*A_KEYS, *B_KEYS)}
-    return Pair(a, b, config.scale(len(a), alpha_of(path, config)), rows)
 
 
 def _split(pairs: Mapping[str, Pair], layout: Layout) -> dict[str, Pair]:
@@ -177,7 +144,7 @@ def _joined(
             whole, result.errors[name] = of_rank(whole, common_rank)
         new[name] = whole
         result.joined[whole.rank] += 1
-    return new
+    return {path: padded(pair, common_rank or 0) for path, pair in new.items()}
 
 
 def _config(config: LoraConfig, pairs: Mapping[str, Pair], names: list[str], saved: list[str]) -> LoraConfig:
@@ -224,7 +191,7 @@ def _saved_modules(config: LoraConfig, saved: Collection[str], layout: Layout, b
     return list(dict.fromkeys(found))
 
 
-def _original_names(names: Collection[str], layout: Layout) -> list[str]:
+def original_names(names: Collection[str], layout: Layout) -> list[str]:
     """The modules of the original model, from those of the native one."""
     found = (layout.original(name) for name in names)
     return list(dict.fromkeys(name for pair in found if pair is not None for name in [pair[0]]))

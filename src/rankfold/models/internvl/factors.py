@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rankfold.errors import AdapterError
 from rankfold.models.internvl.groups import Groups
-
-
-@dataclass(frozen=True)
-class Pair:
-    """``scale * B @ A`` is added to a weight (out, in); ``A`` (rank, in), ``B`` (out, rank).
-
-    ``rows`` are further tensors of the adapter with one entry an output row, by their key: DoRA's
-    magnitudes, the bias of B."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    rows: Mapping[str, Tensor]
-
-    @property
-    def rank(self) -> int:
-        return int(self.A.shape[0])
+from rankfold.models.pairs import Pair
 
 
 def split_pair(pair: Pair, groups: Groups) -> tuple[Pair, Pair, Pair]:

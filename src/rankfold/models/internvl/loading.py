@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rankfold.errors import ModelError, bullet_list
 from rankfold.models.internvl.chat import IMAGE_TOKEN, IMAGE_TOKENS, chat_template
 from rankfold.models.internvl.config import CHAT_DEFAULTS, is_internlm2, layout_of, native_config
+from rankfold.models.internvl.names import Layout
 from rankfold.models.internvl.tokenizer import MODEL_NAME, internlm2_tokenizer
 from rankfold.models.internvl.weights import to_native
 from rankfold.models.processors import without_video
@@ -46,8 +50,13 @@ def load_original(folder: Path, config: Any, dtype: Any) -> tuple[Any, Any]:
     ]
     if wrong:
         raise ModelError(bullet_list(f"the weights in {folder} are not those of its config:", wrong))
-    model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(TURN_END)
+    end_turns(model, processor)
     return model, processor
+
+
+def end_turns(model: Any, processor: Any) -> None:
+    """Let answers end where a turn does; the original config names no token for it."""
+    model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(TURN_END)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -119,6 +128,37 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the folder's safetensors files, one at a time.  Raises ModelError if there is none."""
     from safetensors import safe_open
 
+    for path in _weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                yield name, file.get_tensor(name)
+
+
+@contextmanager
+def native_readers(folder: Path, layout: Layout) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """What reads each tensor of the folder's files, by its native name; a fused one has three.
+
+    Raises ModelError naming every tensor that no InternVL has."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        readers: dict[str, Callable[[], Tensor]] = {}
+        for path in _weight_files(folder):
+            file: Any = stack.enter_context(safe_open(path, framework="pt"))
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                shapes = [(name, torch.empty(file.get_slice(name).get_shape(), device="meta"))]
+                readers |= {
+                    native: partial(_read, file, name, native, layout)
+                    for native, _ in to_native(shapes, layout)
+                }
+        yield readers
+
+
+def _read(file: Any, name: str, native: str, layout: Layout) -> Tensor:
+    return dict(to_native([(name, file.get_tensor(name))], layout))[native]
+
+
+def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
@@ -128,7 +168,4 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         raise ModelError(f"{folder} lacks its weights: {', '.join(missing) or 'no .safetensors file'}")
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                yield name, file.get_tensor(name)
+    return paths

@@ -1,0 +1,1 @@
+"""Adapters as mlx-lm and mlx-vlm write and load them."""
