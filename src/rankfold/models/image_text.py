@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rankfold.models.find import BaseSource, cannot_load
-from rankfold.models.internvl.chat import SYSTEM_PROMPT
+from rankfold.models.internvl.chat import NO_PROMPT, SYSTEM_PROMPT
 from rankfold.models.internvl.config import NATIVE_TYPE, is_original
 from rankfold.models.internvl.loading import load_original, load_original_processor, native_config_of
 from rankfold.models.processors import load_processor, sees_images
@@ -75,7 +75,8 @@ def is_internvl(model: Any) -> bool:
 
 def prompt_notes(config: Any, tokenizer: Any) -> list[str]:
     """What a user should know of the model's chat template."""
-    if config.model_type != NATIVE_TYPE or SYSTEM_PROMPT in str(tokenizer.chat_template):
+    template = str(tokenizer.chat_template)
+    if config.model_type != NATIVE_TYPE or SYSTEM_PROMPT in template or NO_PROMPT in template:
         return []
     return [
         "the chat template of this InternVL has no system prompt of its own; versions 2.5 and 3 were trained "
