@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from rankfold.cli.train import run
+from rankfold.models.find import DEFAULT_MODEL
 from rankfold.train.recipe import Recipe
 
 JOKES_OUT = Path("runs/cold-jokes")
@@ -50,7 +51,7 @@ def _digits(out: Path, model: str | None) -> int:
     from rankfold.train.stopping import STATUS_OF_SIGNAL
 
     console = make_console(sys.stdout)
-    lesson = Lesson(out=out, **({"language": model} if model else {}))
+    lesson = Lesson(out=out, language=model or DEFAULT_MODEL)
     outcome = teach(lesson, TerminalListener(console))
     if outcome.run.stopped_by:
         return STATUS_OF_SIGNAL + outcome.run.stopped_by

@@ -20,6 +20,7 @@ from rankfold.digits.rows import (
     HELD_OUT,
     TEST,
     TRAIN,
+    DigitRow,
     accuracy,
     load_digits,
     read_rows,
@@ -110,40 +111,43 @@ def teach(lesson: Lesson, listener: Listener) -> Outcome:
     Accuracy is counted on answers that the model generates for images that no part of the run has seen.
     Raises RankfoldError."""
     started, cpu = time.monotonic(), _cpu_seconds()
+    rows = _prepare(lesson, listener)
+    listener.on_stage(f"asking it for {len(rows)} digits before it has learnt anything")
+    before = _examine(load_base(str(lesson.model)), rows)
+    run = fine_tune(lesson.recipe(), listener)
+    if run.interrupted:
+        return Outcome(run=run)
+    listener.on_stage(f"asking it for the same {len(rows)} digits")
+    after = _examine(load_tuned(lesson.run), rows)
+    outcome = Outcome(
+        run=run,
+        before=accuracy(rows, before.answers),
+        after=accuracy(rows, after.answers),
+        digits=len(rows),
+        text=compare(after.chats, before.losses, after.losses, lesson.seed),
+        picture=lesson.out / "digits.png",
+        seconds=time.monotonic() - started,
+        cpu_seconds=_cpu_seconds() - cpu,
+    )
+    draw(rows, after.answers, outcome.before, lesson.out / "digits.png")
+    record = _record(outcome, before.answers, after.answers)
+    write_whole(lesson.out / "digits.json", json.dumps(record, indent=1) + "\n")
+    return outcome
+
+
+def _prepare(lesson: Lesson, listener: Listener) -> list[DigitRow]:
+    """Write model and rows; the rows to ask for.  What can be wrong is known before anything is written."""
     _refuse_used(lesson.out)
+    lesson.recipe()
     digits = load_digits()
-    require_space(lesson.out, NEEDED_BYTES)
     parts = split_digits(digits, lesson.held_out, lesson.test, lesson.seed)
-    recipe = lesson.recipe()
+    require_space(lesson.out, NEEDED_BYTES)
     listener.on_stage("putting together a model that sees images, and its rows")
     language = load_base(lesson.language)
     write_rows(digits, parts, lesson.rows, lesson.tower.image_side)
     with staged_folder(lesson.model) as folder:
         assemble(language, lesson.tower, folder, lesson.seed)
-    del language
-    rows = read_rows(lesson.rows / f"{TEST}.jsonl")
-    listener.on_stage(f"asking it for {len(rows)} digits before it has learnt anything")
-    before, text_before, chats = _measure(load_base(str(lesson.model)), lesson)
-    result = fine_tune(recipe, listener)
-    if result.interrupted:
-        return Outcome(run=result)
-    listener.on_stage(f"asking it for the same {len(rows)} digits")
-    after, text_after, chats = _measure(load_tuned(lesson.run), lesson)
-    share = accuracy(rows, before)
-    picture = lesson.out / "digits.png"
-    draw(rows, after, share, picture)
-    outcome = Outcome(
-        run=result,
-        before=share,
-        after=accuracy(rows, after),
-        digits=len(rows),
-        text=compare(chats, text_before, text_after, lesson.seed),
-        picture=picture,
-        seconds=time.monotonic() - started,
-        cpu_seconds=_cpu_seconds() - cpu,
-    )
-    write_whole(lesson.out / "digits.json", json.dumps(_record(outcome, before, after), indent=1) + "\n")
-    return outcome
+    return read_rows(lesson.rows / f"{TEST}.jsonl")
 
 
 def _refuse_used(out: Path) -> None:
@@ -151,12 +155,19 @@ def _refuse_used(out: Path) -> None:
         raise OutputError(f"{out} exists and is not an empty folder; name another --out, or remove it first")
 
 
-def _measure(base: Base, lesson: Lesson) -> tuple[list[str], Tensor, list[EncodedRow]]:
-    """The answers to the test digits, and the losses on plain chat with the rows that they are of."""
-    rows = read_rows(lesson.rows / f"{TEST}.jsonl")
+@dataclass(frozen=True)
+class _Examined:
+    """A model's answers to the digits, and its losses on the rows of plain chat, which are ``chats``."""
+
+    answers: list[str]
+    chats: list[EncodedRow]
+    losses: Tensor
+
+
+def _examine(base: Base, rows: list[DigitRow]) -> _Examined:
     answers = replies(base, [row.asked for row in rows], SAMPLING)
     chats = _chats(base)
-    return answers, row_losses(base.model, chats, int(base.tokenizer.pad_token_id or 0)), chats
+    return _Examined(answers, chats, row_losses(base.model, chats, int(base.tokenizer.pad_token_id or 0)))
 
 
 def _chats(base: Base) -> list[EncodedRow]:

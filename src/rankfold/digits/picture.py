@@ -17,7 +17,7 @@ GRID_ROWS, GRID_COLUMNS = 6, 8
 DIGITS = [str(digit) for digit in range(10)]
 OTHER = "other"  # an answer that is no digit
 RIGHT, WRONG = "#1a7f37", "#c62828"
-LONGEST = 6  # characters of an answer that are shown
+LONGEST = 5  # characters of an answer that are shown
 
 
 def confusion(rows: Sequence[DigitRow], answers: Sequence[str]) -> NDArray[np.int64]:
@@ -38,7 +38,8 @@ def draw(rows: Sequence[DigitRow], answers: Sequence[str], before: float, path: 
 
     figure = Figure(figsize=(14, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1])
+    halves = figure.add_gridspec(1, 2)
+    left, right = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
     counts = confusion(rows, answers)
     correct = int(np.trace(counts))
     figure.suptitle(
@@ -85,5 +86,6 @@ def _draw_matrix(figure: Any, counts: NDArray[np.int64]) -> None:
 
 
 def _short(answer: str) -> str:
-    line = " ".join(answer.split())
-    return repr(line[:LONGEST]) if answer not in DIGITS else answer
+    """A digit as it is, the beginning of any other answer in quotes; the font has few letters beyond ASCII."""
+    line = " ".join(answer.split()).encode("ascii", "replace").decode()
+    return answer if answer in DIGITS else repr(line[:LONGEST])
