@@ -86,6 +86,6 @@ def _draw_matrix(figure: Any, counts: NDArray[np.int64]) -> None:
 
 
 def _short(answer: str) -> str:
-    """A digit as it is, the beginning of any other answer in quotes; the font has few letters beyond ASCII."""
+    """A digit as it is, any other answer's beginning in quotes; the font has few letters beyond ASCII."""
     line = " ".join(answer.split()).encode("ascii", "replace").decode()
     return answer if answer in DIGITS else repr(line[:LONGEST])
