@@ -23,7 +23,7 @@ FEW_STEPS = {"max_steps": 3, "rows_per_step": 8, "epochs": 1, "samples": 1, "pre
 @pytest.fixture(scope="module")
 def tiny_lesson(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("lesson") / "digits"
-    options = {"tower": TINY, "held_out": 20, "test": 30, "variants": 1, "settings": FEW_STEPS}
+    options = {"tower": TINY, "held_out": 20, "test": 30, "settings": FEW_STEPS}
     return Lesson(out=out, language=str(tiny_folder), **options)
 
 

@@ -76,25 +76,6 @@ def test_the_rows_are_images_and_chat_that_any_run_reads(digits, tmp_path):
     assert [len(example.messages[0].images) for example in examples] == [1] * 5
 
 
-def test_only_digits_to_train_on_have_variants_and_the_seed_draws_them(digits, tmp_path):
-    parts = {name: np.arange(n, n + 4) for n, name in ((0, "train"), (4, "held_out"), (8, "test"))}
-    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
-        write_rows(digits, parts, tmp_path / name, 32, variants=3, seed=seed)
-    written = {name: read_rows(tmp_path / "one" / f"{name}.jsonl") for name in parts}
-    assert {name: len(rows) for name, rows in written.items()} == {"train": 16, "held_out": 4, "test": 4}
-    assert len({row.image.read_bytes() for rows in written.values() for row in rows}) == 24
-    assert [row.label for row in written["train"]] == [str(d) for d in digits.labels[:4] for _ in range(4)]
-    images = [
-        [row.image.read_bytes() for row in read_rows(tmp_path / name / "train.jsonl")]
-        for name in ("one", "same", "other")
-    ]
-    assert images[0] == images[1] != images[2]
-    assert images[0][::4] == images[2][::4]  # the digits as they are
-    for row in written["train"]:
-        plain = np.asarray(Image.open(row.image.with_name(f"{row.image.stem[:4]}.png")), dtype=float)
-        assert np.corrcoef(np.asarray(Image.open(row.image)).ravel(), plain.ravel())[0, 1] > 0.5
-
-
 def test_rows_are_not_written_over_others(digits, tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "mine").touch()

@@ -31,7 +31,7 @@ def command(out: Path | None, model: str | None, vision: bool) -> int:
     and report out.  Takes a few minutes on a laptop without a GPU.
 
     With --vision the same chat model is given eyes that have seen nothing yet, and learns to read
-    handwritten digits, in about a quarter of an hour."""
+    handwritten digits, within a quarter of an hour."""
     if vision:
         return _digits(out or _free_folder(DIGITS_OUT), model)
     jokes = importlib.resources.files("rankfold.data") / "cold_jokes"

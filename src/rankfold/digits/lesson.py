@@ -52,7 +52,6 @@ class Lesson:
     tower: Tower = Tower(patch_side=8)  # noqa: RUF009 - frozen
     held_out: int = 100
     test: int = 360
-    variants: int = 5
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -80,11 +79,10 @@ class Lesson:
                 "whole": ["projector", "vision"],
                 "targets": ["q_proj", "v_proj"],
                 "rank": 8,
-                "learning_rate": 4e-4,
-                "whole_learning_rate": 1.5e-3,
-                "rows_per_step": 32,
-                "epochs": 1,
-                "evaluate_every_steps": 50,
+                "learning_rate": 5e-4,
+                "whole_learning_rate": 2e-3,
+                "rows_per_step": 64,
+                "epochs": 5,
                 "samples": 3,
                 "seed": self.seed,
                 **self.settings,
@@ -146,7 +144,7 @@ def _prepare(lesson: Lesson, listener: Listener) -> list[DigitRow]:
     require_space(lesson.out, NEEDED_BYTES)
     listener.on_stage("putting together a model that sees images, and its rows")
     language = load_base(lesson.language)
-    write_rows(digits, parts, lesson.rows, lesson.tower.image_side, lesson.variants, lesson.seed)
+    write_rows(digits, parts, lesson.rows, lesson.tower.image_side)
     with staged_folder(lesson.model) as folder:
         assemble(language, lesson.tower, folder, lesson.seed)
     return read_rows(lesson.rows / f"{TEST}.jsonl")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +14,9 @@ from numpy.typing import NDArray
 from rankfold.errors import ConfigError, DataError
 from rankfold.files import staged_folder
 
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
-
 QUESTION = "Digit?"  # short, because every token of a row costs time
 FULL_INK = 16  # the highest value of a pixel
 WHITE = 255
-MOST_TURNED = 10.0  # degrees
-MOST_MOVED = 1 / 16  # of an image's side
 TRAIN, HELD_OUT, TEST = "train", "held_out", "test"
 
 
@@ -73,32 +68,17 @@ def split_digits(digits: Digits, held_out: int, test: int, seed: int) -> dict[st
     return {TRAIN: trained, HELD_OUT: judged, TEST: tested}
 
 
-def write_rows(
-    digits: Digits,
-    parts: dict[str, NDArray[np.int64]],
-    folder: Path,
-    side: int,
-    variants: int = 0,
-    seed: int = 0,
-) -> None:
+def write_rows(digits: Digits, parts: dict[str, NDArray[np.int64]], folder: Path, side: int) -> None:
     """Write images of ``side`` pixels, and rows of chat that ask for them: ``NAME.jsonl`` for each of
-    ``parts``.  Of each digit to train on there are ``variants`` more, moved and turned a little as ``seed``
-    draws it.  The folder appears whole.  Raises OutputError."""
-    draw = np.random.default_rng(seed)
+    ``parts``.  The folder appears whole.  Raises OutputError."""
     with staged_folder(folder) as staging:
         (staging / "images").mkdir()
         for name, numbers in parts.items():
             lines = []
             for number in numbers.tolist():
-                picture = _picture(digits.pixels[number], side)
-                pictures = [
-                    picture,
-                    *(_varied(picture, draw) for _ in range(variants if name == TRAIN else 0)),
-                ]
-                for place, each in enumerate(pictures):
-                    image = f"images/{number:04}{f'-{place}' if place else ''}.png"
-                    each.save(staging / image)
-                    lines.append(json.dumps(_row(image, str(digits.labels[number]))) + "\n")
+                image = f"images/{number:04}.png"
+                _write_image(digits.pixels[number], staging / image, side)
+                lines.append(json.dumps(_row(image, str(digits.labels[number]))) + "\n")
             (staging / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -113,19 +93,11 @@ def _row(image: str, label: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text} for role, text in turns], "images": [image]}
 
 
-def _picture(pixels: NDArray[np.float64], side: int) -> Picture:
+def _write_image(pixels: NDArray[np.float64], path: Path, side: int) -> None:
     from PIL import Image
 
     grey = np.round(pixels * (WHITE / FULL_INK)).astype(np.uint8)
-    return Image.fromarray(grey).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _varied(picture: Picture, draw: np.random.Generator) -> Picture:
-    from PIL import Image
-
-    across, down = (draw.uniform(-MOST_MOVED, MOST_MOVED, 2) * picture.width).round().astype(int).tolist()
-    angle = float(draw.uniform(-MOST_TURNED, MOST_TURNED))
-    return picture.rotate(angle, Image.Resampling.BICUBIC, translate=(across, down))
+    Image.fromarray(grey).resize((side, side), Image.Resampling.BICUBIC).save(path)
 
 
 def accuracy(rows: Sequence[DigitRow], answers: Sequence[str]) -> float:
