@@ -19,6 +19,7 @@ from rankfold.models.images import image_reader
 from rankfold.models.sampling import Sampling
 from rankfold.train.listener import Listener
 from rankfold.train.method import method_of
+from rankfold.train.report import setting_rows
 from rankfold.train.run import decide, resume
 
 FAMILIES = ("internvl", "qwen2_5_vl", "llava", "gemma3", "idefics3")
@@ -130,6 +131,7 @@ def test_a_part_named_whole_is_trained_as_it_is_and_at_its_own_rate(recipe):
     assert any("lora_A" in name for name in trained)
     method = method_of(plan.recipe, plan.settings, plan.batching, plan.precision)
     assert method.whole_rate_factor == pytest.approx(3)
+    assert ("whole learning rate", "0.03", "of what is trained whole") in setting_rows(plan)
     plain = method_of(recipe(**options), plan.settings, plan.batching, plan.precision)
     assert plain.whole_rate_factor == 1
 
@@ -181,6 +183,8 @@ def test_rows_with_images_need_a_model_that_sees_them(recipe, tiny_folder, write
         ({"batching": "packed"}, "rows with images cannot be packed"),
         ({"parts": "language, tower"}, "parts"),
         ({"parts": "projector"}, "parts: projector leaves no part for LoRA"),
+        ({"whole_learning_rate": 1e-3}, "whole_learning_rate: nothing is trained whole"),
+        ({"parts": "language, vision", "whole": "eyes"}, "whole"),
     ],
 )
 def test_what_images_do_not_allow_is_told(recipe, options, told):

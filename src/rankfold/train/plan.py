@@ -162,6 +162,8 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     else:
         batching = choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching)
     scope = adapter_scope(base.model, recipe.targets, recipe.parts, recipe.whole)
+    if recipe.whole_learning_rate is not None and not scope.modules_to_save:
+        raise ConfigError("whole_learning_rate: nothing is trained whole; name a part under parts and whole")
     seen = scope.told if base.processor is not None else []
     torch.manual_seed(recipe.seed)
     config = LoraConfig(
