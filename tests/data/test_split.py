@@ -134,3 +134,25 @@ def test_leaks_are_taken_out_and_named():
 
 def test_near_copies_of_rows_held_out_are_named():
     assert near_leaks(texts("a", SAYING, "c"), texts("x", SAYING + "!", "x")) == ["f:2"]
+
+
+def pictured(*names: str, question: str = "What is it?") -> list[Example]:
+    return [
+        Example(
+            f"f:{line}", (Message("user", (Image(Path(name)), question)), Message("assistant", ("A hat.",)))
+        )
+        for line, name in enumerate(names, start=1)
+    ]
+
+
+def test_images_whose_names_are_alike_are_no_near_copies():
+    folder = "/a/folder/with/a/long/name/that/all/of/the/images/share"
+    examples = pictured(*(f"{folder}/{number:04}.png" for number in range(40)))
+    assert near_groups(examples) == [[row] for row in range(40)]
+    assert near_leaks(examples[:30], examples[30:]) == []
+
+
+def test_the_same_image_with_nearly_the_same_words_is_a_near_copy():
+    asked = [*pictured("hat.png", question="What do you see in it?")]
+    asked += pictured("hat.png", question="What do you see in it??")
+    assert near_groups(asked) == [[0, 1]]

@@ -234,6 +234,45 @@ def test_a_module_of_several_parts_is_merged_with_all_of_them():
     assert [type(module) for module in plain.modules()] == [type(module) for module in projecting().modules()]
 
 
+def test_a_sequential_module_works_disabled_and_merged_as_in_peft(tmp_path):
+    options = {"r": 2, "target_modules": ["body"], "modules_to_save": ["head"], "init_lora_weights": False}
+    ours = get_peft_model(Net(), LoraConfig(**options)).eval()
+    with torch.no_grad():
+        for parameter in ours.base_model.model.head.modules_to_save["default"].parameters():
+            parameter.add_(torch.randn_like(parameter))
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Net(), tmp_path).eval()
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(ours(x), theirs(x))
+    with ours.disable_adapter(), theirs.disable_adapter():
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours(x), Net().eval()(x), rtol=0, atol=0)
+    for model in (ours, theirs):
+        model.merge_adapter()
+    torch.testing.assert_close(ours(x), theirs(x))
+    for model in (ours, theirs):
+        model.unmerge_adapter()
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.merge_and_unload()(x), theirs(x))
+
+
+def test_a_sequential_module_counts_and_hands_out_its_own_parts():
+    act = nn.ReLU()  # one object in two places
+    net = nn.ModuleDict(
+        {"body": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 2), act)}
+    )
+    plain = copy.deepcopy(net["head"])
+    head = get_peft_model(
+        net, LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+    ).base_model.model["head"]
+    assert isinstance(head, SavedModule)
+    assert len(head) == len(list(head)) == 4
+    assert [type(part) for part in head] == [type(part) for part in plain]
+    assert head[-1] is head[1] is next(iter(head[1:]))
+    assert type(head[:2]) is nn.Sequential
+    assert [*head[:2]] == [head[0], head[1]]
+
+
 def test_unloading_gives_the_plain_base_back(ids):
     model = adapted()
     model.merge_adapter()

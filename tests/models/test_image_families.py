@@ -12,11 +12,14 @@ from rankfold import LoraConfig, get_peft_model, load_base
 from rankfold.data.encode import IGNORE, encode
 from rankfold.data.example import Example, Image, Message
 from rankfold.data.image_batches import collate_images
+from rankfold.digits.assemble import Tower, assemble
 from rankfold.errors import ModelError
+from rankfold.models.generate import replies, reply
 from rankfold.models.images import image_prompt, image_reader
 from rankfold.models.load import load_tokenizer
 from rankfold.models.parts import adapter_scope
 from rankfold.models.processors import load_processor, most_tiles, sees_images, without_video
+from rankfold.models.sampling import Sampling
 
 WITH_PROCESSOR = ("qwen2_5_vl", "llava", "gemma3", "idefics3")
 
@@ -163,3 +166,36 @@ def test_a_model_without_a_processor_of_transformers_is_refused(tmp_path, tiny_f
 def test_a_processor_without_a_video_part_is_the_class_itself(family):
     _, _, processor = family
     assert without_video(type(processor)) is type(processor)
+
+
+def test_a_processor_without_its_video_part_keeps_the_settings_of_its_file(tmp_path, assembled_internvl):
+    """transformers takes the names of settings from the code of ``__init__``, which is another one here."""
+    processor = load_base(str(assembled_internvl)).processor
+    assert processor.image_seq_length == 4
+    processor.save_pretrained(tmp_path)
+    assert "video" not in (tmp_path / "processor_config.json").read_text()
+
+
+@pytest.fixture
+def assembled_internvl(tiny_folder, tmp_path):
+    tower = Tower(width=16, layers=1, heads=2, patch_side=8)
+    assemble(load_base(str(tiny_folder)), tower, tmp_path / "internvl", seed=0)
+    return tmp_path / "internvl"
+
+
+def test_many_answers_at_once_are_those_given_one_by_one(assembled_internvl, images):
+    base = load_base(str(assembled_internvl))
+    asked = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "path": str(image.path)}, {"type": "text", "text": t}],
+            }
+        ]
+        for image in images
+        for t in ("What?", "Who is that?", "What?")
+    ]
+    asked += [[{"role": "user", "content": "Hello."}]]
+    sampling = Sampling(max_new_tokens=6, temperature=0.0)
+    assert replies(base, asked, sampling) == [reply(base, each, sampling) for each in asked]
+    assert replies(base, [], sampling) == []

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from image_bases import noise, write_original
@@ -17,6 +18,8 @@ from rankfold.models.generate import reply
 from rankfold.models.images import image_reader
 from rankfold.models.sampling import Sampling
 from rankfold.train.listener import Listener
+from rankfold.train.method import method_of
+from rankfold.train.report import setting_rows
 from rankfold.train.run import decide, resume
 
 FAMILIES = ("internvl", "qwen2_5_vl", "llava", "gemma3", "idefics3")
@@ -137,6 +140,38 @@ def test_the_projector_is_trained_whole_where_it_is_named(recipe):
     assert any(not any(map(p.equal, before)) for p in after)
 
 
+def test_a_part_named_whole_is_trained_as_it_is_and_at_its_own_rate(recipe):
+    options = {"parts": "language, projector, vision", "whole": "projector, vision"}
+    plan = decide(recipe(whole_learning_rate=3e-2, **options), Listener())
+    trained = {name for name, p in plan.model.named_parameters() if p.requires_grad}
+    for name in trained:
+        assert ("modules_to_save" in name) == ("vision_tower" in name or "projector" in name), name
+    assert any("vision_tower" in name for name in trained)
+    assert any("lora_A" in name for name in trained)
+    method = method_of(plan.recipe, plan.settings, plan.batching, plan.precision)
+    assert method.whole_rate_factor == pytest.approx(3)
+    assert ("whole learning rate", "0.03", "of what is trained whole") in setting_rows(plan)
+    plain = method_of(recipe(**options), plan.settings, plan.batching, plan.precision)
+    assert plain.whole_rate_factor == 1
+
+
+def test_what_is_trained_whole_is_float32_on_a_base_in_bfloat16(recipe):
+    """bfloat16 has 8 bits: a step of less than 1/512 of a weight would be lost."""
+    options = {"parts": "language, projector", "precision": "bfloat16", "learning_rate": 1e-5}
+    plan = decide(recipe(**options), Listener())
+    assert {p.dtype for p in plan.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in plan.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    before = {name: p.detach().clone() for name, p in plan.model.named_parameters() if p.requires_grad}
+    result = fine_tune(recipe(**options))
+    after = load_file(result.out / "adapter_model.safetensors")
+    whole = [name for name in after if "projector" in name and name.endswith("linear_1.weight")]
+    assert whole
+    for name in whole:
+        [start] = [p for key, p in before.items() if key.replace(".modules_to_save.default", "") == name]
+        assert after[name].dtype == torch.float32
+        assert (after[name] != start).float().mean() > 0.9
+
+
 def test_a_run_on_images_goes_on_to_the_same_bits(recipe, tmp_path):
     import os
     import signal
@@ -167,6 +202,8 @@ def test_rows_with_images_need_a_model_that_sees_them(recipe, tiny_folder, write
         ({"batching": "packed"}, "rows with images cannot be packed"),
         ({"parts": "language, tower"}, "parts"),
         ({"parts": "projector"}, "parts: projector leaves no part for LoRA"),
+        ({"whole_learning_rate": 1e-3}, "whole_learning_rate: nothing is trained whole"),
+        ({"parts": "language, vision", "whole": "eyes"}, "whole"),
     ],
 )
 def test_what_images_do_not_allow_is_told(recipe, options, told):

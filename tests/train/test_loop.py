@@ -137,6 +137,20 @@ def test_lora_b_learns_faster_by_the_factor_given():
         assert distance == pytest.approx(16e-3 if "lora_B" in name else 1e-3, rel=1e-2), name
 
 
+def test_what_is_trained_whole_learns_at_a_rate_of_its_own():
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"], "task_type": "CAUSAL_LM"}
+    model, rows = get_peft_model(tiny_llama(), LoraConfig(r=4, **options)), make_rows(3)
+    randomise(model)
+    before = trained(model)
+    make_trainer(model, 1e-3, b_rate_factor=2.0, whole_rate_factor=5.0).step(1, rows)
+    moved = {name: (now - before[name]).abs().max().item() for name, now in trained(model).items()}
+    factors = {"down_proj": 5e-3, "lora_B": 2e-3, "lora_A": 1e-3}
+    assert {kind for kind in factors if any(kind in name for name in moved)} == {*factors}
+    for name, distance in moved.items():
+        expected = next(rate for kind, rate in factors.items() if kind in name)
+        assert distance == pytest.approx(expected, rel=1e-2), name
+
+
 def test_what_a_step_draws_depends_on_seed_step_and_process_and_on_nothing_drawn_before():
     """So a step with dropout can be done again, by itself, to the bit."""
     model = get_peft_model(

@@ -145,7 +145,7 @@ def print_result(console: Console, result: RunResult) -> None:
         done = f"step {result.steps[-1].step} of {result.steps[-1].steps}" if result.steps else "no step"
         console.print(f"\nStopped after {done}.", style="bold yellow")
         console.print(f"The adapter trained so far is in {result.out}; it was not compared with the base.")
-        console.print(f"\nGo on:   {_command()} resume {result.out}", style="bold", soft_wrap=True)
+        console.print(f"\nGo on:   {command_name()} resume {result.out}", style="bold", soft_wrap=True)
         return
     else:
         print_comparison(console, result.comparison)
@@ -155,7 +155,7 @@ def print_result(console: Console, result: RunResult) -> None:
             console.print(Text.assemble(("  after   ", "green"), " ".join(sample.tuned.split())))
         console.print(f"\nadapter  {result.out}  (PEFT's format)")
         console.print(f"report   {result.out / REPORT_NAME}")
-    console.print(f"\nGo on:   {_command()} chat --adapter {result.out}", style="bold", soft_wrap=True)
+    console.print(f"\nGo on:   {command_name()} chat --adapter {result.out}", style="bold", soft_wrap=True)
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
@@ -193,7 +193,7 @@ def _progress_bar(console: Console) -> Progress:
     )
 
 
-def _command() -> str:
+def command_name() -> str:
     """The command as this user can type it: by name where it is on the PATH, else as it was called."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 
-from rankfold.data.example import Example
+from rankfold.data.example import Example, Part
 from rankfold.data.near import NearDuplicates
 from rankfold.errors import DataError
 
@@ -83,11 +83,16 @@ def exact_groups(examples: list[Example]) -> list[list[int]]:
 
 def compared_words(example: Example) -> str:
     """What makes a row a near copy: its words, images and tool calls.  Not its system prompt, which is
-    often long and the same in rows that have nothing else in common."""
+    often long and the same in rows that have nothing else in common.  Names of images are alike where the
+    images are not, so each is told by a hash of its path."""
     turns = [message for message in (*example.messages, *example.rejected) if message.role != "system"]
     calls = (repr(call) for message in turns for call in message.tool_calls)
-    parts = (str(getattr(part, "path", part)) for message in turns for part in message.parts)
+    parts = (_told(part) for message in turns for part in message.parts)
     return "\n".join([*parts, *calls, example.text])
+
+
+def _told(part: Part) -> str:
+    return part if isinstance(part, str) else hashlib.sha256(str(part.path).encode()).hexdigest()
 
 
 def fingerprint(example: Example) -> str:

@@ -91,6 +91,32 @@ class SavedModule(AdapterLayer):
         return {k: t for k, t in own_tensors(self).items() if not k.startswith("modules_to_save.")}
 
 
+class SavedSequential(SavedModule, nn.Sequential):
+    """A ``SavedModule`` that calls its parts one after another: the copies are none of them.
+
+    As in PEFT, it can be called with its adapters disabled or merged.  Counting, iterating and indexing give
+    the base's parts."""
+
+    plain_class = nn.Sequential
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._parts().values())
+
+    def __len__(self) -> int:
+        return len(self._parts())
+
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return nn.Sequential(OrderedDict(list(self._parts().items())[place]))
+        return list(self._parts().values())[place]
+
+    def _parts(self) -> dict[str, nn.Module]:
+        """The base's children by name."""
+        return {
+            name: part for name, part in self._modules.items() if part is not None and name not in self.added
+        }
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of ``module``'s state dict, not detached."""
     return {key: t for key, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
@@ -188,7 +214,8 @@ def _is_other(layer: nn.Module, module: nn.Module) -> bool:
 def place_saved(found: dict[str, nn.Module], ties: Mapping[str, str], name: str, config: LoraConfig) -> None:
     """Give each module a copy for the adapter ``name``; copies of ``ties`` have one weight."""
     for path, module in found.items():
-        adapt(module, SavedModule).add_adapter(AdapterSpec(name, path, config.r, config.lora_alpha, config))
+        kind = SavedSequential if isinstance(module, nn.Sequential) else SavedModule
+        adapt(module, kind).add_adapter(AdapterSpec(name, path, config.r, config.lora_alpha, config))
     for path, leader in ties.items():
         follower, owner = cast(SavedModule, found[path]), cast(SavedModule, found[leader])
         follower._leader = [owner]

@@ -12,7 +12,7 @@ import torch
 from rankfold.errors import ModelError
 from rankfold.models.find import BaseSource, cannot_load
 from rankfold.models.held import Stored, held_model
-from rankfold.models.internvl.chat import SYSTEM_PROMPT
+from rankfold.models.internvl.chat import NO_PROMPT, SYSTEM_PROMPT
 from rankfold.models.internvl.config import (
     NATIVE_TYPE,
     is_internlm2,
@@ -146,7 +146,8 @@ def is_internvl(model: Any) -> bool:
 
 def prompt_notes(config: Any, tokenizer: Any) -> list[str]:
     """What a user should know of the model's chat template."""
-    if config.model_type != NATIVE_TYPE or SYSTEM_PROMPT in str(tokenizer.chat_template):
+    template = str(tokenizer.chat_template)
+    if config.model_type != NATIVE_TYPE or SYSTEM_PROMPT in template or NO_PROMPT in template:
         return []
     return [
         "the chat template of this InternVL has no system prompt of its own; versions 2.5 and 3 were trained "

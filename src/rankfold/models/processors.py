@@ -43,7 +43,18 @@ def without_video(kind: Any) -> Any:
     def init(self: Any, *args: Any, **options: Any) -> None:
         kind.__init__(self, *args, **{"video_processor": None, **options})
 
-    own = {"__init__": init, "get_attributes": classmethod(lambda _: list(parts))}
+    # transformers reads from __init__'s code which settings of a file are the processor's.
+    code = kind.__init__.__code__
+    settings = {*code.co_varnames[1 : code.co_argcount]} - {"video_processor"}
+
+    def known(processor_config: Any, valid_kwargs: Any) -> Any:
+        return kind.validate_init_kwargs(processor_config, settings)
+
+    own = {
+        "__init__": init,
+        "get_attributes": classmethod(lambda _: list(parts)),
+        "validate_init_kwargs": staticmethod(known),
+    }
     return type(kind.__name__, (kind,), own)
 
 

@@ -25,6 +25,7 @@ from rankfold.train.memory import peak_memory_bytes
 from rankfold.train.objectives import Objective, supervised
 from rankfold.train.processes import Processes
 
+WHOLE = ".modules_to_save."  # in the names of what is trained whole
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -57,18 +58,25 @@ class Method:
     """How the rows of a step become new weights.
 
     ``rates`` gives the learning rate of a step; ``lora_B`` learns ``b_rate_factor`` times as fast (LoRA+,
-    Hayou et al. 2024, arXiv 2402.12354, sec. 4).  With ``ema_decay`` above 0 the weights that count are a
-    running mean."""
+    Hayou et al. 2024, arXiv 2402.12354, sec. 4), and modules that are trained whole ``whole_rate_factor``
+    times.  With ``ema_decay`` above 0 the weights that count are a running mean."""
 
     rates: Callable[[int], float]
     objective: Objective = supervised
     batching: Batching = Batching()  # noqa: RUF009 - frozen
     precision: Precision = Precision.of("float32")  # noqa: RUF009 - frozen
     b_rate_factor: float = 1.0
+    whole_rate_factor: float = 1.0
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
     ema_decay: float = 0.0
     seed: int = 0
+
+    def rate_factor(self, name: str) -> float:
+        """How much faster than ``rates`` says a parameter of this dotted name learns."""
+        if WHOLE in name:
+            return self.whole_rate_factor
+        return self.b_rate_factor if ".lora_B." in name else 1.0
 
 
 class Trainer:
@@ -86,17 +94,18 @@ class Trainer:
         self.loss_scale = LossScale(method.precision.compute)
         self.average = Average(self.trained, method.ema_decay) if method.ema_decay else None
         self.optimiser = torch.optim.AdamW(
-            [
-                {"params": [p for name, p in self.trained.items() if ".lora_B." not in name], "factor": 1.0},
-                {
-                    "params": [p for name, p in self.trained.items() if ".lora_B." in name],
-                    "factor": method.b_rate_factor,
-                },
-            ],
+            [{"params": group, "factor": factor} for factor, group in self._by_rate().items()],
             weight_decay=method.weight_decay,
             fused=True,
         )
         self.step_done = 0
+
+    def _by_rate(self) -> dict[float, list[nn.Parameter]]:
+        """What is trained, by how much faster than the learning rate it learns."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.trained.items():
+            groups.setdefault(self.method.rate_factor(name), []).append(parameter)
+        return groups
 
     def run(
         self,

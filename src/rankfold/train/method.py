@@ -27,12 +27,14 @@ def method_of(recipe: Recipe, settings: Settings, batching: Batching, precision:
         warmup_steps=settings.warmup_steps,
         peak=settings.learning_rate,
     )
+    whole_rate = recipe.whole_learning_rate or settings.learning_rate
     return Method(
         rates=rates,
         objective=objective,
         batching=batching,
         precision=precision,
         b_rate_factor=recipe.b_rate_factor,
+        whole_rate_factor=whole_rate / settings.learning_rate,
         weight_decay=recipe.weight_decay,
         max_gradient_norm=recipe.max_gradient_norm,
         ema_decay=recipe.ema_decay,

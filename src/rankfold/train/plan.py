@@ -167,7 +167,9 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
         batching = batching_of_images(reader, base.model.device, recipe.batching)
     else:
         batching = choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching)
-    scope = adapter_scope(base.model, recipe.targets, recipe.parts)
+    scope = adapter_scope(base.model, recipe.targets, recipe.parts, recipe.whole)
+    if recipe.whole_learning_rate is not None and not scope.modules_to_save:
+        raise ConfigError("whole_learning_rate: nothing is trained whole; name a part under parts and whole")
     seen = scope.told if base.processor is not None else []
     torch.manual_seed(recipe.seed)
     config = LoraConfig(
@@ -178,6 +180,7 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
         **scope.options(),
     )
     model = get_peft_model(base.model, config)
+    _widen_trained(model)
     base.model = model
     pad_id = int(base.tokenizer.pad_token_id or base.tokenizer.eos_token_id or 0)
     trial = Trial(model, train, pad_id, precision)
@@ -208,6 +211,14 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
 def _size(model: Any) -> int:
     """How many numbers a base has, however few bytes they are held in."""
     return int(model.num_parameters()) + numbers_not_shown(model)
+
+
+def _widen_trained(model: torch.nn.Module) -> None:
+    """Train in float32 whatever the base is held in: copies of whole modules are made in the base's format,
+    and bfloat16 rounds away most steps that are small beside the weight."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 @dataclass(frozen=True)

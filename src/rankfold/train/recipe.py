@@ -113,8 +113,11 @@ class Recipe(CheckedSettings):
     )
     parts: PartNames = Field(
         ["language"],
-        description="what to train of a model that sees images: language, vision, projector (the projector "
-        "whole), with commas between them",
+        description="what to train of a model that sees images: language, vision, projector, with commas "
+        "between them",
+    )
+    whole: PartNames = Field(
+        ["projector"], description="which of those parts are trained as they are, the others by LoRA"
     )
     image_tiles: int | None = Field(
         None, ge=1, le=64, description="tiles an image is cut into at most [as the model's processor does]"
@@ -126,6 +129,13 @@ class Recipe(CheckedSettings):
     dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="dropout before lora_A")
     learning_rate: float | None = Field(
         None, gt=0, le=1, allow_inf_nan=False, description="peak learning rate [by model size and steps]"
+    )
+    whole_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="peak learning rate of what is trained whole [the same]",
     )
     schedule: Schedule = Field(
         "cosine", description="how the learning rate falls: cosine, linear, constant, wsd"

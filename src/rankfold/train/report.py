@@ -56,6 +56,8 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
         "evaluate_every_steps": settings.evaluate_every_steps,
     }
     rows = [(name.replace("_", " "), str(value), settings.reasons[name]) for name, value in values.items()]
+    if recipe.whole_learning_rate is not None:
+        rows.insert(3, ("whole learning rate", f"{recipe.whole_learning_rate:g}", "of what is trained whole"))
     warm_up = f"{settings.warmup_steps} warm-up, then {FALLS[recipe.schedule]}"
     rows.append(("steps", str(settings.steps), warm_up))
     rows.append(("max length", f"{plan.lengths.cut:,}", plan.lengths.reason))

@@ -8,6 +8,8 @@ SYSTEM_PROMPT = (
     "你是书生·万象，英文名是InternVL，"
     "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
+# A template that holds this comment belongs to a model that was never trained with that prompt.
+NO_PROMPT = "{#- speaks without a system prompt -#}"
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 # By the names under which the native processor asks its tokenizer for them.  Of a video's token it only
 # asks that there is one; the vocabulary has none to spare, and the image's end stands in no prompt by itself.
