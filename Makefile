@@ -1,5 +1,5 @@
 # make demo: set up and fine-tune a small model on cold jokes.  make test: set up and run all checks and tests.
-# make demo-vision: set up and teach that model to read handwritten digits, within 15 minutes on 2 cores.
+# make demo-vision: set up and teach that model to read handwritten digits.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

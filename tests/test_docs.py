@@ -1,4 +1,4 @@
-"""Every example in the documents runs as written, and both READMEs say the same.
+"""Every example in the documents runs as written, and a page in two languages says the same in both.
 
 A ``python`` block runs in the namespace of its page; the ``$ rankfold`` and ``$ torchrun`` lines of a
 ``console`` block run as commands; a block ``jsonl NAME`` is written to that file first.  A ``text`` block
@@ -20,9 +20,9 @@ from markdown_it import MarkdownIt
 from conftest import installed_command
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
-PAGES = [*READMES, *sorted((ROOT / "docs").glob("*.md"))]
-RUN_PAGES = [page for page in PAGES if page != READMES[1]]  # its examples are those of the English one
+PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+CHINESE = [page for page in PAGES if page.name.endswith(".zh-CN.md")]
+RUN_PAGES = [page for page in PAGES if page not in CHINESE]  # a Chinese page's examples are the English one's
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -107,16 +107,23 @@ def test_the_blocks_of_a_page_are_of_a_kind_that_is_checked(page):
     assert kinds <= {"python", "console", "text", "jsonl", "yaml"}
 
 
-def test_both_readmes_have_the_same_examples_headings_and_numbers():
-    english, chinese = READMES
-    assert [(b.language, b.text) for b in blocks(english)] == [(b.language, b.text) for b in blocks(chinese)]
-    texts = [page.read_text(encoding="utf-8") for page in READMES]
+def test_readme_and_tutorial_are_there_in_chinese():
+    assert {page.name for page in CHINESE} >= {"README.zh-CN.md", "tutorial.zh-CN.md"}
+
+
+@pytest.mark.parametrize("chinese", CHINESE, ids=lambda page: page.name)
+def test_a_page_in_two_languages_has_the_same_examples_headings_and_numbers(chinese):
+    pages = [chinese.with_name(chinese.name.replace(".zh-CN", "")), chinese]
+    examples = [[(b.language, b.words, b.text, b.slow) for b in blocks(page)] for page in pages]
+    assert examples[0] == examples[1]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
     levels, links, numbers = (
         [re.findall(pattern, text, flags=re.MULTILINE) for text in texts]
         for pattern in (r"^#+ ", r"\]\(([^)#]+)\)", r"\d+(?:[.,]\d+)*")
     )
     assert levels[0] == levels[1]
-    assert sorted(set(links[0]) - {"README.zh-CN.md"}) == sorted(set(links[1]) - {"README.md"})
+    names = {page.name for page in pages}
+    assert sorted(set(links[0]) - names) == sorted(set(links[1]) - names)
     assert sorted(numbers[0]) == sorted(numbers[1])
 
 
