@@ -159,7 +159,7 @@ def test_what_cannot_be_fused_is_known():
     assert not ask(lora_a=torch.randn(2, 4, dtype=torch.float64))
     assert not ask(x=torch.randn(3, 4).to_sparse())
     assert not ask(x=torch.nested.nested_tensor([torch.randn(2, 4)]))
-    assert not ask(x=torch.empty(3, 4, device="meta"))
+    assert not ask(x=torch.empty(3, 4, device="meta"), weight=GIVEN["weight"].bfloat16())
     assert not ask(x=torch.nn.Parameter(torch.randn(3, 4)))
     with torch.autocast("cpu", torch.bfloat16):
         assert not ask()  # the product with a float32 weight is bfloat16

@@ -126,13 +126,13 @@ def test_time_is_operations_by_speed(ask, tiny_folder, told_8b):
 
 def test_images_count_by_their_tiles(ask, internvl, tmp_path):
     """With and without a tokenizer the tiles are those of InternVL's rule."""
-    noise(tmp_path / "wide.png", 900, 300)
-    noise(tmp_path / "small.png", 20, 20)
+    for n in range(0, 24, 2):  # a file each: rows with the same image are near copies
+        noise(tmp_path / f"{n}.png", 900, 300)
+        noise(tmp_path / f"{n + 1}.png", 20, 20)
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
-    names = ["wide.png", "small.png"] * 12
     rows = [
-        {"id": n, "image": name, "conversations": [talk[0], {"from": "gpt", "value": f"Cat {n}."}]}
-        for n, name in enumerate(names)
+        {"id": n, "image": f"{n}.png", "conversations": [talk[0], {"from": "gpt", "value": f"Cat {n}."}]}
+        for n in range(24)
     ]
     told = ask(internvl, rows)
     assert told.lengths.most_tiles == 4
@@ -140,7 +140,8 @@ def test_images_count_by_their_tiles(ask, internvl, tmp_path):
     assert told.lengths.tiles == sum(4 if length > 1000 else 1 for length in told.lengths.train)
     assert ask(internvl, rows, image_tiles=1).lengths.most_tiles == 1
     tiny = write_original(tmp_path / "tiny")
-    noise(tmp_path / "wide.png", 90, 30)  # whose tiles have 28 pixels a side
+    for n in range(0, 24, 2):
+        noise(tmp_path / f"{n}.png", 90, 30)  # whose tiles have 28 pixels a side
     counted = ask(tiny, rows)
     assert counted.lengths.most_tiles == told.lengths.most_tiles
     assert "counted" in counted.lengths.how

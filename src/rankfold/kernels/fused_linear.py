@@ -62,7 +62,7 @@ def _computed_in(x: Tensor, weight: Tensor | FrozenMatrix, *factors: Tensor) -> 
     device = x.device.type
     tensors = [x, *factors, *([weight] if isinstance(weight, Tensor) else [])]
     dtypes = {tensor.dtype for tensor in tensors}
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) if dtypes <= {*CAST} else None
     return dtypes.pop() if len(dtypes) == 1 else None
 

@@ -151,6 +151,7 @@ class LoraLinear(FusedUpdates, nn.Linear):
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or type(x) is not Tensor
+            or x.is_nested
             or x.numel() >= FUSED_FROM
         ):
             return super().forward(x, *args, **kwargs)
