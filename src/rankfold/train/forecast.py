@@ -112,7 +112,7 @@ def forecast(request: ForecastRequest) -> Forecast:
     weights = weights_of(base.model)
     parameters = parameters_by_part(weights)
     settings = settle(request, len(lengths.train), sum(parameters.values()))
-    shape, tower = _micro_batch(base.model, lengths), _tower(base.model, lengths)
+    shape, tower = _micro_batch(base.model, lengths, settings.rows_per_step), _tower(base.model, lengths)
     adapter, work, model = _adapt(request, base, settings)
     machine = planned_machine(request.precision, request.tflops, request.memory_gb)
     peak = Peak(
@@ -214,10 +214,10 @@ def _operations(work: Work, settings: Settings, lengths: RowLengths, *, recomput
     return steps + (2 + looks) * work.forward(1) * lengths.held_out
 
 
-def _micro_batch(model: Any, lengths: RowLengths) -> Shape:
+def _micro_batch(model: Any, lengths: RowLengths, rows_per_step: int) -> Shape:
     """The longest rows, as many as a micro-batch on a CPU holds."""
     longest = max(lengths.train)
-    rows = min(math.ceil(MICRO_BATCH_TOKENS / longest), len(lengths.train))
+    rows = min(math.ceil(MICRO_BATCH_TOKENS / longest), len(lengths.train), rows_per_step)
     return Shape(rows, longest, _pixels(model, lengths))
 
 
