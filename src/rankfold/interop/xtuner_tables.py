@@ -7,7 +7,7 @@ from rankfold.models.internvl.names import INTERNLM2, INTERNLM2_LAYER, VISION, V
 LOGGED = "rankfold logs and times every step by itself"
 PLACED = "the number of processes, and where they run, is torchrun's or accelerate's business"
 CHATS = "answers to held-out prompts are shown after a run; see samples and sample_every_steps"
-FEW_BYTES = "4 bits by bitsandbytes: not by rankfold train; see --stored for what is"
+FEW_BYTES = "in how few bits the base is held is said by --stored: nf4, q4_0 or int8"
 # By patterns of dotted names, the first that fits.
 LEFT_OUT = {
     "*.type": "which class xtuner makes",

@@ -70,6 +70,10 @@ def set_most_tiles(processor: Any, tiles: int) -> None:
     Raises ModelError for a processor that does not count in tiles."""
     if most_tiles(processor) is None:
         raise ModelError(f"a {type(processor).__name__} does not cut images into tiles that can be counted")
-    images = processor.image_processor
+    cut_at_most(processor.image_processor, tiles)
+
+
+def cut_at_most(images: Any, tiles: int) -> None:
+    """The same for an image processor that counts in tiles."""
     images.max_patches, images.crop_to_patches = tiles, tiles > 1
     images.min_patches = min(images.min_patches, tiles)

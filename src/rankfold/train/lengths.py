@@ -12,6 +12,7 @@ from rankfold.errors import ModelError
 from rankfold.models.image_text import has_system_prompt, image_cutter
 from rankfold.models.images import ImageReader, size_of
 from rankfold.models.load import Base, longest_input
+from rankfold.models.processors import cut_at_most
 from rankfold.train.plan import Rows, encode_rows, has_images, reader_of
 from rankfold.train.recipe import Recipe
 
@@ -119,8 +120,7 @@ def _cutter(base: Base, recipe: Recipe) -> Any:
     """InternVL's image processor, that of the folder or the one that the config asks for."""
     cutter = image_cutter(base.source, base.model.config, base.processor)
     if cutter is not None and recipe.image_tiles is not None:
-        cutter.max_patches, cutter.crop_to_patches = recipe.image_tiles, recipe.image_tiles > 1
-        cutter.min_patches = min(cutter.min_patches, recipe.image_tiles)
+        cut_at_most(cutter, recipe.image_tiles)
     return cutter
 
 
