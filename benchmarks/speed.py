@@ -126,6 +126,7 @@ class Bench:
         long_rows = max(1, self.options.rows * SHORT // LONG)
         return {
             "roofline": ("roofline", job),
+            "roofline rank 64": ("roofline", job | {"rank": 64}),
             "ours": ("ours", job),
             "peft": ("peers", job),
             "max_length": ("peers", job | {"padding": "max_length"}),

@@ -1,11 +1,11 @@
 """Two ideas that rankfold does not have, measured: what they would bring at most.
 
-    python benchmarks/tried.py gsm8k_test.jsonl --minutes 3
+    python benchmarks/tried.py gsm8k_test.jsonl
 
 A trunk kept on disk: with adapters in the upper third of the layers only, the output of the lower ones could
-be computed once and read in later epochs.  Timed on a model without the lower layers, which is the best that
-reading could do; then both adapters are trained as long, and what they learned is compared.  The steps of the
-upper one are as many as it would make in that time, the first epoch's full price left out.
+be computed in the first epoch and read in the later ones.  Reading is timed on a model without the lower
+layers, which is the best that it could do.  Then an adapter on all layers is trained for ``--epochs``, one on
+the upper third for as many as would take that long, and what they learned is compared.
 
 Several adapters in one run: they would share the products of the base.  More tokens in each product is all
 that it can bring, so a micro-batch four times as large is timed beside the usual one."""
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from figures import Figure, parser, record
-from sides import write_rows
+from sides import NO_SAVES, write_rows
 
 from rankfold import LoraConfig, Recipe, fine_tune, get_peft_model, load_base
 from rankfold.data.batches import MICRO_BATCH_TOKENS
-from rankfold.data.encode import EncodedRow
+from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.data.pack import Batching
-from rankfold.models.precision import choose_precision, default_device
+from rankfold.models.precision import Precision, choose_precision, default_device
 from rankfold.models.rows_apart import attend_rows_apart
 from rankfold.train.trial import Trial
 
@@ -38,11 +38,13 @@ ADAPTERS = 4
 
 def main() -> None:
     made = parser(__doc__ or "")
-    made.add_argument("--minutes", type=float, default=3, help="of training, of each side")
+    made.add_argument("--rows", type=int, default=120, help="to train on")
+    made.add_argument("--epochs", type=int, default=3, help="with an adapter on all layers")
     made.add_argument("--pairs", type=int, default=5)
     options = made.parse_args()
     rows = encoded(options)
-    sides = {name: trial(options, rows, name) for name in ("all", "upper", "upper alone")}
+    precision = choose_precision(None, default_device())
+    sides = {name: trial(options, rows, name, precision) for name in ("all", "upper", "upper alone")}
     speeds = [
         {name: side.tokens_per_second(packed()) for name, side in sides.items()} for _ in range(options.pairs)
     ]
@@ -54,17 +56,18 @@ def packed(times: int = 1) -> Batching:
 
 
 def encoded(options: argparse.Namespace) -> list[EncodedRow]:
-    """The first rows of the file as tokens, all of them trained."""
+    """The first rows of the file as tokens, of which the answer's are trained."""
     tokenizer = load_base(options.model).tokenizer
-    lines = options.data.read_text(encoding="utf-8").splitlines()[:64]
-    texts = [json.loads(line)["question"] + json.loads(line)["answer"] for line in lines]
-    ids = [tokenizer(text).input_ids for text in texts]
-    return [EncodedRow(str(place), row, row) for place, row in enumerate(ids)]
+    lines = map(json.loads, options.data.read_text(encoding="utf-8").splitlines()[:64])
+    pairs = [[tokenizer(line[name]).input_ids for name in ("question", "answer")] for line in lines]
+    return [
+        EncodedRow(str(place), asked + answered, [IGNORE] * len(asked) + answered)
+        for place, (asked, answered) in enumerate(pairs)
+    ]
 
 
-def trial(options: argparse.Namespace, rows: list[EncodedRow], name: str) -> Trial:
+def trial(options: argparse.Namespace, rows: list[EncodedRow], name: str, precision: Precision) -> Trial:
     """The base with an adapter on all layers, on the upper third, or on the upper third without the rest."""
-    precision = choose_precision(None, default_device())
     model: Any = load_base(options.model, precision).model
     attend_rows_apart(model)
     first = first_adapted(model)
@@ -99,35 +102,41 @@ def trunk(options: argparse.Namespace, speeds: list[dict[str, float]]) -> list[F
         "trunk_kept", "adapters in the upper third: trunk read, to computed", "upper alone", "upper"
     )
     faster = figure("trunk_kept_all", "the same, to adapters in all layers", "upper alone", "all")
-    base = load_base(options.model).model
-    with tempfile.TemporaryDirectory() as work:
-        common = settings(options, Path(work))
-        whole = fine_tune(Recipe.of(common | {"out": Path(work) / "all", "max_minutes": options.minutes}))
-        steps = round(len(whole.steps) * (faster.ratio or 1))
-        print(f"{len(whole.steps)} steps with adapters in all layers, {steps} in the upper third", flush=True)
-        targets = upper(base, first_adapted(base))
-        part = fine_tune(
-            Recipe.of(common | {"out": Path(work) / "upper", "max_steps": steps, "targets": targets})
-        )
-    losses = [run.comparison.tuned_loss for run in (part, whole) if run.comparison]
-    what = "held-out loss of the upper third to all layers, trained as long"
+    computed = figure("", "", "upper", "all")
+    layers = load_base(options.model).model
+    targets = upper(layers, first_adapted(layers))
+    epochs = epochs_as_long(options.epochs, *(s.ratio or 1 for s in (computed, faster)))
+    whole = held_out_loss(options, options.epochs, "all-linear")
+    part = held_out_loss(options, epochs, targets)
     learned = Figure(
         name="trunk_kept_loss",
-        what=what,
+        what=f"held-out loss, {epochs} epochs of the upper third to {options.epochs} of all layers: as long",
         unit="nats a token",
-        ratios=[losses[0] / losses[1]],
-        ours=losses[0],
-        theirs=losses[1],
+        ratios=[part / whole],
+        ours=part,
+        theirs=whole,
+        below=1.0,
     )
     return [read, faster, learned]
 
 
-def settings(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    count = sum(1 for _ in options.data.open(encoding="utf-8")) - HELD_OUT - 20
-    data, held_out = write_rows(options.data, work, count, HELD_OUT, options.seed)
-    made = {"model": options.model, "data": str(data), "held_out": str(held_out), "schedule": "constant"}
-    made |= {"rank": RANK, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "epochs": 3, "samples": 0}
-    return made | {"evaluate_every_steps": 0, "save_every_steps": 10_000, "seed": options.seed}
+def epochs_as_long(epochs: int, computed: float, read: float) -> int:
+    """As many as take the time of ``epochs``, the first ``computed`` times as fast, the others ``read``."""
+    return 1 + round((epochs - 1 / computed) * read)
+
+
+def held_out_loss(options: argparse.Namespace, epochs: int, targets: str) -> float:
+    """After a run, whose best epoch is kept."""
+    with tempfile.TemporaryDirectory() as work:
+        data, held_out = write_rows(options.data, Path(work), options.rows, HELD_OUT, options.seed)
+        settings = {"model": options.model, "data": str(data), "held_out": str(held_out), "samples": 0}
+        settings |= {"rank": RANK, "alpha": ALPHA, "learning_rate": LEARNING_RATE, "seed": options.seed}
+        settings |= {"rows_per_step": 8, "save_every_steps": NO_SAVES}
+        out = Path(work) / "run"
+        run = fine_tune(Recipe.of(settings | {"epochs": epochs, "targets": targets, "out": out}))
+    assert run.comparison
+    print(f"{epochs} epochs of {targets[:24]}: {run.comparison.tuned_loss:.4f}", flush=True)
+    return run.comparison.tuned_loss
 
 
 def several(options: argparse.Namespace, side: Trial) -> Figure:

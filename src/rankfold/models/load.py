@@ -19,6 +19,7 @@ from rankfold.lora.stored import AdapterSource, Fault
 from rankfold.models.convert import natively_named
 from rankfold.models.facts import AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
+from rankfold.models.heap import keep_large_blocks_apart
 from rankfold.models.held import Stored, describe, held_model
 from rankfold.models.image_text import (
     image_text_config,
@@ -64,6 +65,7 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
 
     Raises ModelError, also if a weight is too large for float16."""
     source = find_base(name)
+    keep_large_blocks_apart()
     notes: list[str] = []
     processor = None
     config = None if source.gguf_file is not None else image_text_config(source)
