@@ -25,7 +25,7 @@ from large_base import GIGABYTE, KILOBYTE, LINEARS, SCALE, step
 from torch import nn
 
 from rankfold import LoraConfig, get_peft_model
-from rankfold.models.heap import keep_large_blocks_apart
+from rankfold.models.heap import large_blocks_apart
 from rankfold.models.internvl.config import native_config
 from rankfold.models.parts import adapter_scope, model_parts
 from rankfold.storage.forms import INT8, ROUNDED_Q4_0, Form
@@ -119,8 +119,8 @@ def one_row() -> dict[str, torch.Tensor]:
 
 def measure(layers: int, rank: int, recompute: bool) -> dict[str, float]:
     torch.manual_seed(0)
-    keep_large_blocks_apart()  # as load_base does
-    model = random_internvl(layers)
+    with large_blocks_apart():  # as load_base does
+        model = random_internvl(layers)
     options = adapter_scope(model, LINEARS).options()
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **options)).train()
     if recompute:

@@ -26,7 +26,7 @@ from torch import nn
 
 from rankfold import LoraConfig, get_peft_model
 from rankfold.models.find import DEFAULT_MODEL
-from rankfold.models.heap import keep_large_blocks_apart
+from rankfold.models.heap import large_blocks_apart
 from rankfold.models.load import load_base
 from rankfold.storage.forms import FORMS
 from rankfold.storage.layers import can_hold, hold
@@ -85,8 +85,9 @@ def adapted(base: Any, rank: int) -> tuple[Any, torch.optim.Optimizer]:
 
 def large(layers: int, vocabulary: int, tokens: int, recompute: bool) -> dict[str, float]:
     torch.manual_seed(0)
-    keep_large_blocks_apart()  # as load_base does
-    model, optimiser = adapted(random_base(layers, vocabulary), rank=16)
+    with large_blocks_apart():  # as load_base does
+        base = random_base(layers, vocabulary)
+    model, optimiser = adapted(base, rank=16)
     if recompute:
         recompute_activations(model)
     ids = torch.randint(0, vocabulary, (1, tokens))

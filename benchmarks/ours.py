@@ -27,9 +27,9 @@ def train(job: Job) -> Result:
     out = Path(job["folder"]) / "run"
     names = ("model", "data", "held_out", "rank", "alpha", "dropout", "learning_rate", "schedule")
     names += ("rows_per_step", "max_steps", "max_minutes", "epochs", "max_length", "seed")
+    names += ("compile", "activation_checkpointing")
     settings: dict[str, Any] = {name: job[name] for name in names if name in job}
     settings["precision"] = job.get("precision") or on_both()
-    settings["compile"] = job.get("compile", False)
     settings |= {"samples": 0, "save_every_steps": NO_SAVES, "evaluate_every_steps": 0}
     fine_tune(Recipe.of(settings | {"out": out}), listener)
     return listener.meter.result(adapter=str(out), trainable=_trainable(out))

@@ -116,6 +116,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "remove_unused_columns": False,
         "seed": job["seed"],
         "bf16": job.get("precision") == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),  # else it would not take bf16 there
     }
 
 

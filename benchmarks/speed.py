@@ -131,6 +131,7 @@ class Bench:
             "peft": ("peers", job),
             "max_length": ("peers", job | {"padding": "max_length"}),
             "trl": ("peers", job | {"trl": TRL_CHOICES[0]}),
+            "ours recomputed": ("ours", job | {"activation_checkpointing": True}),
             "ours rank 64": ("ours", job | {"rank": 64, "alpha": 8 * ALPHA}),
             "ours dropout": ("ours", job | {"dropout": 0.1}),
             "peft dropout": ("peers", job | {"dropout": 0.1}),

@@ -34,6 +34,20 @@ def plain(x, weight, bias, lora_a, lora_b, mask=None) -> Tensor:
     return F.linear(x, weight, bias) + 0.7 * F.linear(F.linear(seen, lora_a), lora_b)
 
 
+def fused_gated(up, mask=None, **given) -> Tensor:
+    pair, factors = (given["weight"], given["bias"]), (given["lora_a"], given["lora_b"])
+    return fused_linear(given["x"], pair, factors, 0.7, mask, up)
+
+
+def plain_gated(x, up, **given) -> Tensor:
+    return plain(F.silu(x) * up, **given)
+
+
+def with_up(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``given`` with a tensor like x, by which silu(x) is multiplied."""
+    return given | {"up": torch.randn_like(given["x"].double()).to(given["x"].dtype)}
+
+
 def gradients(function, given: dict[str, Tensor], trained, mask) -> tuple[Tensor, dict[str, Tensor]]:
     leaves = {name: value.clone().requires_grad_(name in trained) for name, value in given.items()}
     out = function(**leaves, mask=mask)
@@ -71,6 +85,47 @@ def test_output_and_gradients_are_those_of_the_separate_operations(  # noqa: PLR
     for name, value in found.items():
         assert (value.dtype, value.is_contiguous()) == (dtype, True)
         torch.testing.assert_close(value, expected[name].to(dtype), **close)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["plain", "dropout"])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 0, 4)], ids=str)
+def test_the_derivatives_through_a_gate_are_right_and_so_are_theirs(shape, mask):
+    given = {name: value.requires_grad_() for name, value in with_up(tensors(shape)).items()}
+
+    def called(*each):
+        return fused_gated(**dict(zip(given, each, strict=True)), mask=mask)
+
+    assert torch.autograd.gradcheck(called, [*given.values()])
+    assert torch.autograd.gradgradcheck(called, [*given.values()])
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 5), max_size=3),
+    sizes,
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    st.sets(st.sampled_from([*NAMES, "up"]), min_size=1),
+    st.sampled_from([None, MASK]),
+)
+def test_a_gated_input_gives_what_the_separate_operations_do(batch, d_in, dtype, trained, mask):
+    given = with_up(tensors((*batch, d_in), 5, 2, dtype))
+    out, found = gradients(fused_gated, given, trained, mask)
+    expected_out, expected = gradients(plain_gated, {n: v.double() for n, v in given.items()}, trained, mask)
+    assert found.keys() >= trained
+    close = {"rtol": 0.05, "atol": 0.3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(out, expected_out.to(dtype), **close)
+    for name in trained:
+        assert found[name].dtype == dtype
+        torch.testing.assert_close(found[name], expected[name].to(dtype), **close)
+
+
+def test_of_a_gated_input_gate_and_up_are_kept_and_nothing_made_of_them():
+    given = with_up(tensors((40, 30), 20, 2, torch.float32))
+    for name in ("x", "up", "lora_a"):
+        given[name].requires_grad_()
+    inputs = {value.untyped_storage().data_ptr() for value in given.values()}
+    kept = kept_bytes(lambda: fused_gated(**given))
+    assert sum(size for place, size in kept.items() if place not in inputs) == 2 * 40 * 4
 
 
 def test_dropout_works_through_many_rows_block_by_block(monkeypatch):

@@ -51,9 +51,9 @@ def calls(monkeypatch) -> list[DropMask | None]:
     """The masks of the fused calls."""
     found, real = [], rankfold.lora.linear.fused_linear
 
-    def counted(x, base, factors, scale, mask):
+    def counted(x, base, factors, scale, mask, up):
         found.append(mask)
-        return real(x, base, factors, scale, mask)
+        return real(x, base, factors, scale, mask, up)
 
     monkeypatch.setattr(rankfold.lora.linear, "fused_linear", counted)
     return found

@@ -12,15 +12,14 @@ from rankfold.models import heap
 
 # Large blocks that go, each beside a small one that stays, as in loading; then how much is held in vain.
 PROGRAM = """
-import sys, psutil, torch
-from rankfold.models.heap import keep_large_blocks_apart
-if sys.argv[1] == "apart":
-    keep_large_blocks_apart()
+import contextlib, sys, psutil, torch
+from rankfold.models.heap import large_blocks_apart
 def megabytes():
     return psutil.Process().memory_info().rss / 2**20
 torch.ones(31 << 18); torch.ones(31 << 18)  # glibc has seen large blocks freed
 before = megabytes()
-passing, kept = zip(*[(torch.ones(5 << 18), torch.ones(1 << 15)) for _ in range(16)])
+with large_blocks_apart() if sys.argv[1] == "apart" else contextlib.nullcontext():
+    passing, kept = zip(*[(torch.ones(5 << 18), torch.ones(1 << 15)) for _ in range(16)])
 del passing
 print(megabytes() - before - sum(t.nbytes for t in kept) / 2**20)
 """
@@ -47,4 +46,5 @@ def test_a_limit_that_the_user_set_stays(monkeypatch, asked):
     for name, value in asked.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: pytest.fail("the limit was set anew"))
-    heap.keep_large_blocks_apart()
+    with heap.large_blocks_apart():
+        pass

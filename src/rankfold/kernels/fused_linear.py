@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from rankfold.kernels.dropout import DropMask
 from rankfold.kernels.frozen import FrozenMatrix, product, transposed_product
@@ -22,16 +23,18 @@ def fused_linear(
     factors: tuple[Tensor, Tensor],
     scale: float,
     mask: DropMask | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """``x W^T + bias + scale * drop(x) A^T B^T`` (..., out), in the dtype of W, or where W is no tensor, in
-    that of x or of autocast.
+    that of x or of autocast.  With ``up`` (as x), silu(x) * up stands in x's place, and is made again in the
+    backward instead of being kept (SwiGLU; Shazeer 2020, arXiv 2002.05202).
 
     Shapes: x (..., in), base W (out, in) and bias (out), factors A (rank, in) and B (out, rank).  For
     backward it keeps x, W, A, B, which exist anyway (under autocast what is not in that dtype is kept as it
     is cast), and the narrow product (rank, rows); a mask is expanded again.  Every wide sum is made in
     place, and what has no gradient is not computed.
     Ask ``can_fuse`` first.  Hu et al. 2021 (arXiv 2106.09685), section 4.1, and its derivatives."""
-    out = _FusedLinear.apply(x, *base, *factors, scale, mask)  # type: ignore[no-untyped-call]
+    out = _FusedLinear.apply(x, up, *base, *factors, scale, mask)  # type: ignore[no-untyped-call]
     return cast(Tensor, out)
 
 
@@ -83,36 +86,43 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, lora_a, lora_b, scale, mask = inputs
+        x, up, weight, bias, lora_a, lora_b, scale, mask = inputs
         ctx.dtypes = x.dtype, lora_a.dtype, lora_b.dtype
         ctx.weight = None if isinstance(weight, Tensor) else weight
         dtype = _computed_in(x, weight, lora_a, lora_b)
         x, lora_a, lora_b = (tensor.to(dtype) for tensor in (x, lora_a, lora_b))
-        rows = x.reshape(-1, x.shape[-1])
+        up = None if up is None else up.to(dtype)
+        rows = _rows(x, up)
         ctx.factor = scale if mask is None else scale * mask.rescale
         ctx.mask = mask
         out = product(rows, weight, bias)
         narrow = _narrow(rows, lora_a, mask)
         out.addmm_(narrow.t(), lora_b.t(), alpha=ctx.factor)
-        ctx.save_for_backward(x, weight if ctx.weight is None else None, lora_a, lora_b, narrow)
+        ctx.save_for_backward(x, up, weight if ctx.weight is None else None, lora_a, lora_b, narrow)
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Can be differentiated again: with ``create_graph`` the narrow product is made anew."""
-        x, weight, lora_a, lora_b, narrow = ctx.saved_tensors
+        x, up, weight, lora_a, lora_b, narrow = ctx.saved_tensors
         weight = ctx.weight if weight is None else weight
-        need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+        need_x, need_up, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+        need_x = need_x or need_up
         of_x, of_a, of_b = ctx.dtypes
-        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, weight.shape[0])
+        rows, grad = _rows(x, up), grads[0].reshape(-1, weight.shape[0])
         if torch.is_grad_enabled():
             narrow = _narrow(rows, lora_a, ctx.mask)
         narrow_grad = torch.mm(lora_b.t(), grad.t()).mul_(ctx.factor)
         grad_x = transposed_product(grad, weight) if need_x else None
         grad_a = torch.zeros_like(lora_a) if need_a else None
         _add_through_a(rows, lora_a, narrow_grad, ctx.mask, (grad_x, grad_a))
+        grad_up = None
+        if grad_x is not None:
+            grad_x = grad_x.view(x.shape)
+            grad_x, grad_up = (grad_x, None) if up is None else _through_gate(grad_x, x, up)
         return (
-            None if grad_x is None else grad_x.view(x.shape).to(of_x),
+            None if grad_x is None else grad_x.to(of_x),
+            None if grad_up is None else grad_up.to(of_x),
             torch.mm(grad.t(), rows) if need_weight else None,
             grad.sum(0) if need_bias else None,
             None if grad_a is None else grad_a.to(of_a),
@@ -120,6 +130,24 @@ class _FusedLinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _rows(x: Tensor, up: Tensor | None) -> Tensor:
+    """The layer's input as a matrix."""
+    if up is None:
+        return x.reshape(-1, x.shape[-1])
+    gated = F.silu(x)
+    gated = gated * up if torch.is_grad_enabled() else gated.mul_(up)
+    return gated.reshape(-1, x.shape[-1])
+
+
+def _through_gate(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of silu(gate) * up."""
+    if torch.is_grad_enabled():  # torch cannot differentiate silu_backward
+        share = gate.sigmoid()
+        return grad * up * share * (1 + gate * (1 - share)), grad * F.silu(gate)
+    grad_up = F.silu(gate).mul_(grad)
+    return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
 
 
 def _narrow(rows: Tensor, lora_a: Tensor, mask: DropMask | None) -> Tensor:

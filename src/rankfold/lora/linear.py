@@ -86,8 +86,9 @@ class FusedUpdates(LinearUpdates):
         out = self.fused(x)
         return super().forward(x, *args, **kwargs) if out is None else out
 
-    def fused(self, x: Tensor) -> Tensor | None:
-        """The output as one autograd function; None for a small input and where there cannot be one."""
+    def fused(self, x: Tensor, up: Tensor | None = None) -> Tensor | None:
+        """The output for ``x``, or for silu(x) * up, as one autograd function; None for a small input and
+        where there cannot be one."""
         if type(x) is not Tensor or x.numel() < FUSED_FROM:
             return None
         quick, base = self.quick(), self.fused_base()
@@ -101,7 +102,7 @@ class FusedUpdates(LinearUpdates):
             if x.device.type != "cpu" or type(dropout) is not nn.Dropout or not 0 < dropout.p < 1:
                 return None  # torch's own there
             mask = DropMask.draw(dropout.p) if dropout.training else None
-        return fused_linear(x, base, factors, self.scaling[quick.name], mask)
+        return fused_linear(x, base, factors, self.scaling[quick.name], mask, up)
 
     def quick(self) -> QuickUpdate | None:
         """The one plain adapter that is applied, as it is now."""

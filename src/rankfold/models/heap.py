@@ -5,22 +5,34 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-OWN_MAP_BYTES = 4 << 20  # a quarter of it made training SmolLM2 slower, for pages that are mapped anew
-TRIM_BYTES = 16 << 20  # of freed memory at the heap's end, before it goes back to the system
+OWN_MAP_BYTES = 1 << 20
+USUAL_MAP_BYTES = 32 << 20  # where glibc's own adjustment ends; it trims the heap at twice as much
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def keep_large_blocks_apart() -> None:
-    """Let every block of ``OWN_MAP_BYTES`` or more have pages of its own, which go back when it is freed.
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """Give every block of ``OWN_MAP_BYTES`` or more that is made here pages of its own, which go with it.
 
     By itself glibc raises that limit to 32 MB as large blocks are freed (mallopt(3)).  Weights and what is
     computed on the way to them then share the heap with small things that stay, and the holes between them
-    are kept: gigabytes on a base of 8B.  Does nothing with another C library, or where the environment sets
-    the limit."""
+    are kept: gigabytes on a base of 8B.  Not meant for training, where mapping pages anew takes time.  Does
+    nothing with another C library, or where the environment sets the limit."""
     asked = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
     if asked or platform.libc_ver()[0] != "glibc":
+        yield
         return
+    _set_limit(OWN_MAP_BYTES)
+    try:
+        yield
+    finally:
+        _set_limit(USUAL_MAP_BYTES)
+
+
+def _set_limit(size: int) -> None:
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(M_MMAP_THRESHOLD, OWN_MAP_BYTES)
-    mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
+    mallopt(M_MMAP_THRESHOLD, size)
+    mallopt(M_TRIM_THRESHOLD, 2 * size)

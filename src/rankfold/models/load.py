@@ -19,7 +19,7 @@ from rankfold.lora.stored import AdapterSource, Fault
 from rankfold.models.convert import natively_named
 from rankfold.models.facts import AdapterFacts, tokenizer_changes
 from rankfold.models.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
-from rankfold.models.heap import keep_large_blocks_apart
+from rankfold.models.heap import large_blocks_apart
 from rankfold.models.held import Stored, describe, held_model
 from rankfold.models.image_text import (
     image_text_config,
@@ -51,6 +51,7 @@ class Base:
     processor: Any = None
 
 
+@large_blocks_apart()
 def load_base(name: str, precision: Precision | None = None, stored: Stored | None = None) -> Base:
     """Load ``name`` (see ``find_base``) as ``precision`` says, by default in float32 on a CPU, in bfloat16
     on a GPU that computes in it.
@@ -65,7 +66,6 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
 
     Raises ModelError, also if a weight is too large for float16."""
     source = find_base(name)
-    keep_large_blocks_apart()
     notes: list[str] = []
     processor = None
     config = None if source.gguf_file is not None else image_text_config(source)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rankfold.data.batches import MICRO_BATCH_TOKENS
 from rankfold.lora import LoraConfig, TaskType, get_peft_model
+from rankfold.models.gates import fuse_gates
 from rankfold.models.load import Base
 from rankfold.models.outline import load_outline
 from rankfold.models.parts import adapter_scope, model_parts
@@ -189,6 +190,7 @@ def _adapt(request: Recipe, base: Base, settings: Settings) -> tuple[AdapterSize
     )
     with torch.device("meta"):
         model = get_peft_model(base.model, config)
+    fuse_gates(model)
     inner = model.get_base_model()
     trained: Counter[str] = Counter()
     for name, parameter in inner.named_parameters():

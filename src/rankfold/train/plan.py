@@ -25,6 +25,7 @@ from rankfold.errors import ConfigError, bullet_list
 from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
 from rankfold.lora.storage import numbers_not_shown
 from rankfold.models.facts import PromptStyle
+from rankfold.models.gates import fuse_gates
 from rankfold.models.images import ImageReader, image_reader
 from rankfold.models.load import Base, load_base, load_processor
 from rankfold.models.parts import adapter_scope
@@ -181,6 +182,7 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     )
     model = get_peft_model(base.model, config)
     _widen_trained(model)
+    fuse_gates(model)
     base.model = model
     pad_id = int(base.tokenizer.pad_token_id or base.tokenizer.eos_token_id or 0)
     trial = Trial(model, train, pad_id, precision)
