@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bounds import told
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
@@ -28,7 +30,7 @@ Each side runs in a process of its own, one after the other in turn; a figure is
 with the lowest and the highest. Tokens are those of the rows, without padding. Seconds are counted from the
 end of the first step, which warms up, to the end of the last, with everything in between. Peak memory is that
 of the process since the end of the first step. Both sides train the same rows in the same steps, with the
-masks that rankfold made, from the same base; on a CPU both in float32.
+masks that rankfold made, from the same base; on a CPU both in float32, unless a row says otherwise.
 
 | figure | what is compared | ours | theirs | ratio | lowest to highest | wanted | |
 |---|---|---|---|---|---|---|---|
@@ -109,10 +111,11 @@ def page(entries: list[dict[str, Any]]) -> str:
     model_line = "SmolLM2-135M-Instruct and rows of GSM8K's test set, unless a row says otherwise."
     rows = "".join(_row(entry) for entry in entries)
     tail = ["\nThe unit of ours and theirs stands in the second column. Machines and commands:\n"]
-    for told in dict.fromkeys((entry["machine"], entry["command"], entry["date"]) for entry in entries):
-        names = [f"`{e['name']}`" for e in entries if (e["machine"], e["command"], e["date"]) == told]
-        tail.append(f"- `{told[1]}` on {told[0]}, {told[2]}: {', '.join(names)}")
-    return HEAD.format(model_line=model_line) + rows + "\n".join(tail) + "\n"
+    for ran in dict.fromkeys((entry["machine"], entry["command"], entry["date"]) for entry in entries):
+        names = [f"`{e['name']}`" for e in entries if (e["machine"], e["command"], e["date"]) == ran]
+        tail.append(f"- `{ran[1]}` on {ran[0]}, {ran[2]}: {', '.join(names)}")
+    bounds = ["\n## What bounds the figures that are not reached\n", *told(entries)]
+    return HEAD.format(model_line=model_line) + rows + "\n".join(tail + bounds) + "\n"
 
 
 def _row(entry: dict[str, Any]) -> str:

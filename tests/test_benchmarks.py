@@ -52,6 +52,17 @@ def test_a_failed_figure_stands_on_the_page_and_in_the_results(figures):
     assert "**failed** | no such package" in figures.PAGE.read_text()
 
 
+def test_a_figure_that_is_not_reached_stands_there_with_what_bounds_it(figures):
+    sides = {"what": "x", "unit": "ms a token"}
+    goal = figures.Figure(name="rank_64", ratios=[1.5], at_most=1.25, **sides)
+    figures.record([goal])
+    assert "- `rank_64`: not looked into." in figures.PAGE.read_text()
+    figures.record([figures.Figure(name="rank_64_products", ratios=[1.125], **sides)])
+    assert "- `rank_64`: the matrix products alone cost 1.12 times as much." in figures.PAGE.read_text()
+    figures.record([figures.Figure(name="rank_64", ratios=[1.2], at_most=1.25, **sides)])
+    assert "- `rank_64`" not in figures.PAGE.read_text()
+
+
 def test_a_figure_takes_the_place_of_the_one_measured_before(figures):
     for ratio in (1.0, 2.0):
         for name in ("a", "b"):

@@ -13,10 +13,9 @@ from rankfold.train.footprint import BEST_BYTES, AdapterSize, StorageForm, Weigh
 WIDE_TENSORS = 3  # of the widest layer's output, which a backward has at a time
 LOGIT_TENSORS = 3  # of a chunk: logits, shares, and what one is made into the other by
 # A process has more than what is in use: memory freed among small things that stay is not used again.
-# Fitted to the measured runs of tests/train/test_peak.py, on CPUs; a base whose weights are expanded for each
-# product wastes more.
-WASTE, HELD_WASTE, HELD_WEIGHTS_WASTE = 1.25, 1.4, 1.1
-MARGIN = 1.15  # by which those runs took more at most than is said here
+# Fitted to the measured runs of tests/train/test_peak.py, on CPUs.
+WASTE = 1.1
+MARGIN = 1.25  # by which those runs took more or less at most than is said here
 HIDDEN_BYTES = 8  # of each feature of the last hidden states, and of their gradient
 
 
@@ -50,9 +49,7 @@ class Peak:
         used = self.adapter.training_bytes + self.adapter.trained * BEST_BYTES
         used += kept.recomputed if recomputed else kept.all
         used += max(self._backward(dtype), self._images(dtype))
-        if form.is_exact:
-            return self.program_bytes + weights + round(WASTE * used)
-        return self.program_bytes + round(HELD_WEIGHTS_WASTE * weights + HELD_WASTE * used)
+        return self.program_bytes + weights + round(WASTE * used)
 
     def _backward(self, dtype: torch.dtype) -> int:
         wide = WIDE_TENSORS * self.tokens * self.widest * dtype.itemsize
