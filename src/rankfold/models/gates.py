@@ -34,7 +34,8 @@ def _gated_forward(block: Any, x: Tensor) -> Tensor:
 
 def _may_fuse(down: nn.Module, gate: Tensor, up: Tensor) -> bool:
     alike = type(up) is type(gate) and up.dtype is gate.dtype and up.shape == gate.shape
-    hooked = down._forward_pre_hooks or down._forward_hooks or down._backward_hooks
+    hooked = down._forward_pre_hooks or down._forward_hooks
+    hooked = hooked or down._backward_pre_hooks or down._backward_hooks
     is_adapted = isinstance(down, FusedUpdates)  # which it ceases to be when the adapter is unloaded
     return is_adapted and alike and not hooked and torch.is_grad_enabled() and not looked_into()
 
