@@ -8,7 +8,11 @@ import sys
 
 import pytest
 
+from conftest import tiny_llama
+from rankfold.lora import LoraConfig, get_peft_model
 from rankfold.models import heap
+from rankfold.models.load import load_base
+from rankfold.train import trial
 
 # Large blocks that go, each beside a small one that stays, as in loading; then how much is held in vain.
 PROGRAM = """
@@ -48,3 +52,17 @@ def test_a_limit_that_the_user_set_stays(monkeypatch, asked):
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: pytest.fail("the limit was set anew"))
     with heap.large_blocks_apart():
         pass
+
+
+def test_a_base_is_loaded_with_large_blocks_apart(tiny_folder, monkeypatch):
+    kept: list[bool] = []
+    monkeypatch.setattr(heap, "keep_large_blocks_apart", kept.append)
+    load_base(str(tiny_folder))
+    assert kept == [True, False]
+
+
+def test_large_blocks_stay_apart_where_activations_are_recomputed(monkeypatch):
+    kept: list[bool] = []
+    monkeypatch.setattr(trial, "keep_large_blocks_apart", kept.append)
+    trial.recompute_activations(get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")))
+    assert kept == [True]

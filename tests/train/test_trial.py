@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import rankfold.train.trial
 from conftest import tiny_llama
@@ -38,11 +39,29 @@ def test_what_a_forward_keeps_is_counted(trial):
     x = torch.randn(700, 64)
 
     class OneLayer(Trial):
-        def _run(self, rows, batching):
-            self.model(x).sum().backward()
+        def _forward(self, rows, batching):
+            return self.model(x).sum()
 
     counted = OneLayer(model, ROWS, 0, trial.precision).kept_bytes_per_token(Batching())
     assert counted == (x.nbytes + 4 * 700 * 2) / len(ROWS[-1])
+
+
+def test_what_is_counted_does_not_stay(trial):
+    hidden: list[StorageWeakRef] = []
+
+    class Watched(Trial):
+        def _forward(self, rows, batching):
+            losses = super()._forward(rows, batching)
+            assert losses.requires_grad
+            assert hidden
+            assert all(storage.expired() for storage in hidden)
+            return losses
+
+    for layer in trial.model.get_base_model().model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, given: hidden.append(StorageWeakRef(given[0].untyped_storage()))
+        )
+    assert Watched(trial.model, ROWS, 0, trial.precision).kept_bytes_per_token(Batching()) > 0
 
 
 def test_recomputed_activations_keep_far_less(trial):

@@ -15,24 +15,26 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 @contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Give every block of ``OWN_MAP_BYTES`` or more that is made here pages of its own, which go with it.
-
-    By itself glibc raises that limit to 32 MB as large blocks are freed (mallopt(3)).  Weights and what is
-    computed on the way to them then share the heap with small things that stay, and the holes between them
-    are kept: gigabytes on a base of 8B.  Not meant for training, where mapping pages anew takes time.  Does
-    nothing with another C library, or where the environment sets the limit."""
-    asked = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
-    if asked or platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    _set_limit(OWN_MAP_BYTES)
+    """``keep_large_blocks_apart`` for what is made here only."""
+    keep_large_blocks_apart(True)
     try:
         yield
     finally:
-        _set_limit(USUAL_MAP_BYTES)
+        keep_large_blocks_apart(False)
 
 
-def _set_limit(size: int) -> None:
+def keep_large_blocks_apart(apart: bool) -> None:
+    """Give every block of ``OWN_MAP_BYTES`` or more that this process makes from now on pages of its own,
+    which go with it, or else those that glibc gives after a while.
+
+    By itself glibc raises that limit to 32 MB as large blocks are freed (mallopt(3)).  Weights, activations
+    and what is computed on the way to them then share the heap with small things that stay, and the holes
+    between them are kept: gigabytes on a base of 8B.  Mapping pages anew takes time.  Does nothing with
+    another C library, or where the environment sets the limit."""
+    asked = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    if asked or platform.libc_ver()[0] != "glibc":
+        return
+    limit = OWN_MAP_BYTES if apart else USUAL_MAP_BYTES
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(M_MMAP_THRESHOLD, size)
-    mallopt(M_TRIM_THRESHOLD, 2 * size)
+    mallopt(M_MMAP_THRESHOLD, limit)
+    mallopt(M_TRIM_THRESHOLD, 2 * limit)

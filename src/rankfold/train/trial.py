@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rankfold.data.batches import MICRO_BATCH_TOKENS, MicroBatch
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
 from rankfold.errors import ConfigError
+from rankfold.models.heap import keep_large_blocks_apart
 from rankfold.models.precision import Precision
 from rankfold.train.memory import free_memory_bytes
 from rankfold.train.objectives import supervised
@@ -57,27 +59,23 @@ class Trial:
         return replace(batching, tokens=min(batching.tokens, most)), Activations(recompute, reason)
 
     def kept_bytes_per_token(self, batching: Batching) -> float:
-        """What a forward keeps for the backward, beside parameters and buffers."""
+        """What a forward keeps for the backward, beside parameters and buffers.  Counted, and not kept."""
         longest = max(self.rows, key=len)
         if not longest.images:
             ids = longest.input_ids[:PROBE_TOKENS]
             longest = EncodedRow(longest.origin, ids, ids)
-        known = {
-            t.untyped_storage().data_ptr()
-            for t in chain(self.model.parameters(), self.model.buffers())
-            if _is_plain(t)
-        }
-        kept: dict[int, int] = {}
+        kept: dict[StorageWeakRef, int] = {}  # which lets a storage go, but not its place be given out again
 
-        def count(tensor: Tensor) -> Tensor:
+        def count(tensor: Tensor) -> None:
             if _is_plain(tensor):
                 storage = tensor.untyped_storage()
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+                kept[StorageWeakRef(storage)] = storage.nbytes()
 
-        with saved_tensors_hooks(count, lambda tensor: tensor):
-            self._run([longest], replace(batching, kind="padded"))
-        return sum(size for place, size in kept.items() if place not in known) / len(longest)
+        with saved_tensors_hooks(count, lambda nothing: nothing):  # nothing stays, so no backward can follow
+            self._forward([longest], replace(batching, kind="padded"))
+        for tensor in filter(_is_plain, chain(self.model.parameters(), self.model.buffers())):
+            kept.pop(StorageWeakRef(tensor.untyped_storage()), None)
+        return sum(kept.values()) / len(longest)
 
     def tokens_per_second(self, batching: Batching) -> float:
         """Of the longest micro-batch, the second time it runs."""
@@ -89,16 +87,18 @@ class Trial:
         return sum(map(len, longest)) / (time.perf_counter() - started)
 
     def _run(self, rows: MicroBatch, batching: Batching) -> None:
+        losses = self._forward(rows, batching)
+        losses.backward()
+        self.model.zero_grad()
+        losses.item()  # a GPU works on after the call
+
+    def _forward(self, rows: MicroBatch, batching: Batching) -> Tensor:
         was_training = self.model.training
         self.model.train()
-        with torch.random.fork_rng():
-            batch = batching.collate(rows, self.pad_id, self.model.device)
-            with self.precision.autocast(self.model.device):
-                losses, _ = supervised(self.model, batch)
-            losses.backward()
-            self.model.zero_grad()
-            losses.item()  # a GPU works on after the call
+        with torch.random.fork_rng(), self.precision.autocast(self.model.device):
+            losses, _ = supervised(self.model, batching.collate(rows, self.pad_id, self.model.device))
         self.model.train(was_training)
+        return losses
 
 
 def can_recompute(model: Any) -> bool:
@@ -107,13 +107,15 @@ def can_recompute(model: Any) -> bool:
 
 def recompute_activations(model: Any) -> None:
     """Let each decoder layer of ``model`` keep its input only, and compute the rest again in the backward
-    (Chen et al. 2016, arXiv 1604.06174).  Raises ConfigError if the model cannot."""
+    (Chen et al. 2016, arXiv 1604.06174), and large tensors no pages that others could not use.  Raises
+    ConfigError if the model cannot."""
     base = model.get_base_model()
     if not can_recompute(model):
         raise ConfigError(f"activation_checkpointing: {type(base).__name__} has no layers that can do it")
     # transformers before 5.23 knows the old name only.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    keep_large_blocks_apart(True)
     base.disable_input_require_grads()  # which only the reentrant kind needs, and a backward pays for
 
 
