@@ -25,6 +25,8 @@ BOUNDS = {
     "stand on both sides. With activations recomputed the ratio is "
     "{trl_best_recomputed_memory:.3f}, at {recomputed:.2f} of the speed",
     "rank_64": "the matrix products alone cost {rank_64_products:.2f} times as much",
+    "generation_merged": "a merged model is the plain one with other numbers, and runs the same operations: "
+    "what is left of the ratio is the machine's noise",
     "generation_unmerged": "of each layer two products more, whose starting takes longer than they do",
     "held_gguf_speed": "each product is preceded by the expansion of its weight, forward and backward",
 }

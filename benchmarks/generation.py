@@ -25,7 +25,7 @@ UNMERGED = 0.9
 def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("--tokens", type=int, default=64, help="of an answer")
-    made.add_argument("--prompts", type=int, default=7)
+    made.add_argument("--prompts", type=int, default=15)
     options = made.parse_args()
     sides = {name: model_of(options.model, name) for name in ("plain", "merged", "unmerged")}
     tokenizer = load_base(options.model).tokenizer
