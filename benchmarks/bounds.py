@@ -28,6 +28,7 @@ BOUNDS = {
     "generation_merged": "a merged model is the plain one with other numbers, and runs the same operations: "
     "what is left of the ratio is the machine's noise",
     "generation_unmerged": "of each layer two products more, whose starting takes longer than they do",
+    "trunk_kept_loss": "fewer layers learn less from the same rows, however fast; so no trunk is kept",
     "held_gguf_speed": "each product is preceded by the expansion of its weight, forward and backward",
 }
 AGAINST = ("peft_trainer_dropout_0", "peft_trainer_dropout_0.1", "max_length", "trl_best")
