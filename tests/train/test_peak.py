@@ -20,12 +20,13 @@ from rankfold.models.precision import Precision
 from rankfold.train.activations import Shape, kept_by_forward
 from rankfold.train.footprint import FORMS_TO_PLAN, AdapterSize, weights_of
 from rankfold.train.forecast import ForecastRequest, forecast
-from rankfold.train.peak import MARGIN, Peak, Tower
+from rankfold.train.peak import Peak, Tower
 from rankfold.train.trial import Trial
 
 ROOT = Path(__file__).parents[2]
 FORMS = {form.name: form for form in FORMS_TO_PLAN}
 PROGRAM = 500_000_000
+WITHIN = 1.15
 JOKES = ROOT / "src" / "rankfold" / "data" / "cold_jokes" / "train.jsonl"
 # Peaks of `rankfold train --max-steps 2 --samples 0` on these jokes and SmolLM2, on 2 cores: the form, what
 # it is computed in, whether activations are recomputed, and the bytes.
@@ -63,7 +64,7 @@ def test_the_peak_of_measured_runs_is_within_the_margin(form, computed, recomput
     dtype = getattr(torch, computed)
     peak = peak_of(load_outline(DEFAULT_MODEL).model, 1024, dtype)
     told = peak.of(FORMS[form], dtype, recomputed=recomputed)
-    assert measured / MARGIN < told < measured * MARGIN
+    assert measured / WITHIN < told < measured * WITHIN
 
 
 def test_the_peak_of_a_large_base_is_within_the_margin(tmp_path):
@@ -81,7 +82,7 @@ def test_the_peak_of_a_large_base_is_within_the_margin(tmp_path):
     config.save_pretrained(tmp_path)
     told = peak_of(load_outline(str(tmp_path)).model, 256, torch.float32)
     measured = figure["large_base_memory"]["ours"] * 1e9
-    assert measured / MARGIN < told.of(FORMS["q4_0"], torch.float32, recomputed=True) < measured * MARGIN
+    assert measured / WITHIN < told.of(FORMS["q4_0"], torch.float32, recomputed=True) < measured * WITHIN
 
 
 @pytest.mark.parametrize("length", [16, 64])
@@ -121,4 +122,4 @@ def test_a_run_s_own_peak_is_within_the_margin(tmp_path):
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     told = forecast(ForecastRequest.of({"data": JOKES, "precision": "float32"}))
     peak = told.forms[0].peak_bytes
-    assert last["memory_bytes"] / MARGIN < peak < last["memory_bytes"] * MARGIN
+    assert last["memory_bytes"] / WITHIN < peak < last["memory_bytes"] * WITHIN
