@@ -23,7 +23,7 @@ BOUNDS = {
     "{recomputed_gb:.2f} GB, at {recomputed:.2f} of the speed",
     "trl_best_memory": "packed, TRL has blocks of 1,024 tokens as we do: activations, base and program "
     "stand on both sides. With activations recomputed the ratio is "
-    "{trl_best_recomputed_memory:.3f}, at {recomputed:.2f} of the speed",
+    "{trl_smallest_recomputed_memory:.3f}, at {recomputed:.2f} of the speed",
     "rank_64": "the matrix products alone cost {rank_64_products:.2f} times as much",
     "generation_merged": "a merged model is the plain one with other numbers, and runs the same operations: "
     "what is left of the ratio is the machine's noise",
@@ -52,7 +52,7 @@ def _numbers(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
         numbers |= {
             f"products_to_{n}": roofline["theirs"] / by_name[n]["theirs"] for n in AGAINST if n in by_name
         }
-    if recomputed := by_name.get("trl_best_recomputed_memory"):
+    if recomputed := by_name.get("trl_smallest_recomputed_memory"):
         numbers["recomputed_gb"] = recomputed["ours"]
     return numbers
 

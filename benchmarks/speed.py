@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from figures import Figure, parser, record
-from goals import GOALS, LONG, SHORT, UNITS, Goal
+from goals import GOALS, LONG, SHORT, TRL_SMALLEST, UNITS, Goal
 from sides import ROW_LIMIT, ChildError, Job, Result, run_child, tokens_per_second, write_rows
 
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 4e-4
@@ -99,6 +99,7 @@ class Bench:
         self.rows = self.prepared("rows", options.rows, options.steps, [SHORT, LONG])
         self.device = str(self.rows["device"])
         self.sides = self.all_sides()
+        self.trl: dict[str, str] = {}
         self.once = dict(zip(ONCE, (self.loss_curve, self.many_adapters), strict=True))
 
     def prepared(self, name: str, rows_per_step: int, steps: int, lengths: Sequence[int] = ()) -> Job:
@@ -164,7 +165,8 @@ class Bench:
         if not goals:
             return once
         wanted = {side for goal in goals for side in (goal.ours, goal.theirs)}
-        done = self.choose_trl() if "trl" in wanted else {}  # by then TRL has had its turn in the first round
+        asked_trl = not wanted.isdisjoint(("trl", TRL_SMALLEST))
+        done = self.choose_trl() if asked_trl else {}  # by then TRL has had its turn in the first round
         rounds: list[dict[str, Result]] = []
         longest = 0.0
         while len(rounds) < self.options.max_rounds and (not rounds or self.seconds_left() > longest):
@@ -177,22 +179,27 @@ class Bench:
             rounds.append(done)
             done = {}
             longest = max(longest, time.monotonic() - started)
-        trl = f" ({self.sides['trl'][1]['trl']})"
-        goals = [replace(goal, what=goal.what + trl) if goal.theirs == "trl" else goal for goal in goals]
+        goals = [
+            replace(goal, what=f"{goal.what} ({self.trl[goal.theirs]})") if goal.theirs in self.trl else goal
+            for goal in goals
+        ]
         return [*(figure_of(goal, rounds) for goal in goals), *once]
 
     def seconds_left(self) -> float:
         return 60 * float(self.options.minutes) - (time.monotonic() - self.begun)
 
     def choose_trl(self) -> dict[str, Result]:
-        """The fastest of TRL's settings, tried once each, is what TRL is measured with; its result."""
+        """TRL's settings, tried once each: the fastest, measured in later rounds too, and the smallest."""
         print("TRL's settings", flush=True)
         _, job = self.sides["trl"]
         tried = {name: self.run(name, "peers", job | {"trl": name}) for name in TRL_CHOICES}
-        speeds = {name: speed_of(result) for name, result in tried.items() if "failed" not in result}
-        best = max(speeds, key=speeds.__getitem__, default=TRL_CHOICES[0])
+        ended = [name for name, result in tried.items() if "failed" not in result]
+        first = TRL_CHOICES[0]
+        best = max(ended, key=lambda name: speed_of(tried[name]), default=first)
+        least = min(ended, key=lambda name: int(tried[name]["training_bytes"]), default=first)
+        self.trl = {"trl": best, TRL_SMALLEST: least}
         self.sides["trl"] = ("peers", job | {"trl": best})
-        return {"trl": tried[best]}
+        return {side: tried[name] for side, name in self.trl.items()}
 
     def loss_curve(self) -> Figure:
         """The largest difference of a step's loss to PEFT's, from the same start on the same rows."""
@@ -254,7 +261,7 @@ MEASURES = {
 
 def figure_of(goal: Goal, rounds: Sequence[dict[str, Result]]) -> Figure:
     """The median over the rounds in which both sides ended well."""
-    pairs = [(done[goal.ours], done[goal.theirs]) for done in rounds]
+    pairs = [(done[goal.ours], done[goal.theirs]) for done in rounds if goal.theirs in done]
     known = {"name": goal.name, "what": goal.what, "unit": UNITS[goal.measure]}
     known |= {"at_least": goal.at_least, "at_most": goal.at_most}
     failed = failure_of(result for pair in pairs for result in pair)
