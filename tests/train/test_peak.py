@@ -15,6 +15,7 @@ from rankfold.data.pack import Batching
 from rankfold.lora import LoraConfig, get_peft_model
 from rankfold.models.find import DEFAULT_MODEL
 from rankfold.models.gates import fuse_gates
+from rankfold.models.norms import fuse_norms
 from rankfold.models.outline import load_outline
 from rankfold.models.precision import Precision
 from rankfold.train.activations import Shape, kept_by_forward
@@ -45,6 +46,7 @@ def peak_of(base, tokens: int, dtype: torch.dtype) -> Peak:
     with torch.device("meta"):
         model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
     fuse_gates(model)
+    fuse_norms(model)
     trained, _ = model.get_nb_trainable_parameters()
     config = base.config
     return Peak(

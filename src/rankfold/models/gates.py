@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import CodeType, MethodType
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankfold.kernels.fused_linear import looked_into
 from rankfold.lora.linear import FUSED_CLASSES, FusedUpdates
+from rankfold.models.same_code import same_code
 
 SILU = ("SiLU", "SiLUActivation")  # torch's and transformers'
 
@@ -43,15 +44,10 @@ def _may_fuse(down: nn.Module, gate: Tensor, up: Tensor) -> bool:
 def _is_swiglu(module: nn.Module) -> bool:
     return (
         "forward" not in vars(module)
-        and _instructions(type(module).forward) == _instructions(_of_llama)
+        and same_code(type(module).forward, _of_llama)
         and type(module.act_fn).__name__ in SILU
         and type(module.down_proj) in FUSED_CLASSES
     )
-
-
-def _instructions(function: Any) -> tuple[bytes, tuple[str, ...]] | None:
-    code = getattr(function, "__code__", None)
-    return (code.co_code, code.co_names) if isinstance(code, CodeType) else None
 
 
 def _of_llama(self: Any, x: Any) -> Any:

@@ -16,6 +16,7 @@ from rankfold.data.batches import MICRO_BATCH_TOKENS
 from rankfold.lora import LoraConfig, TaskType, get_peft_model
 from rankfold.models.gates import fuse_gates
 from rankfold.models.load import Base
+from rankfold.models.norms import fuse_norms
 from rankfold.models.outline import load_outline
 from rankfold.models.parts import adapter_scope, model_parts
 from rankfold.models.processors import sees_images
@@ -191,6 +192,7 @@ def _adapt(request: Recipe, base: Base, settings: Settings) -> tuple[AdapterSize
     with torch.device("meta"):
         model = get_peft_model(base.model, config)
     fuse_gates(model)
+    fuse_norms(model)
     inner = model.get_base_model()
     trained: Counter[str] = Counter()
     for name, parameter in inner.named_parameters():

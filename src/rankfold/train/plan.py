@@ -28,6 +28,7 @@ from rankfold.models.facts import PromptStyle
 from rankfold.models.gates import fuse_gates
 from rankfold.models.images import ImageReader, image_reader
 from rankfold.models.load import Base, load_base, load_processor
+from rankfold.models.norms import fuse_norms
 from rankfold.models.parts import adapter_scope
 from rankfold.models.precision import Precision
 from rankfold.models.processors import set_most_tiles
@@ -183,6 +184,7 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
     model = get_peft_model(base.model, config)
     _widen_trained(model)
     fuse_gates(model)
+    fuse_norms(model)
     base.model = model
     pad_id = int(base.tokenizer.pad_token_id or base.tokenizer.eos_token_id or 0)
     trial = Trial(model, train, pad_id, precision)
