@@ -60,6 +60,37 @@ def test_a_qlora_config_becomes_its_recipe_without_the_packs(imported):
     assert "rows_per_step" not in settings
     assert "parts" not in settings
     assert settings["epochs"] == 3
+    assert settings["stored"] == "nf4"
+
+
+IN_4_BITS = "quantization_config=dict(type=BitsAndBytesConfig, load_in_4bit=True)"
+
+
+@pytest.mark.parametrize(
+    ("bits", "stored", "told"),
+    [
+        ("load_in_4bit=True, bnb_4bit_quant_type='nf4'", "nf4", "as there"),
+        ("load_in_4bit=True, bnb_4bit_quant_type='fp4'", "nf4", "differs from xtuner"),
+        ("load_in_8bit=True, llm_int8_threshold=6.0", "int8", "a scale for each channel"),
+        ("load_in_4bit=False", None, "follows from stored"),
+    ],
+)
+def test_the_bits_of_a_quantised_base_are_those_it_is_held_in(imported, bits, stored, told):
+    changed = f"quantization_config=dict(type=BitsAndBytesConfig, {bits})"
+    found = imported(QLORA, (IN_4_BITS, changed))
+    assert found.settings.get("stored") == stored
+    [line] = [line for line in found.lines if "load_in_" in line.name]
+    assert told in line.why
+    assert not [line for line in found.lines if line.why == UNKNOWN]
+
+
+@pytest.mark.parametrize(("asked", "stored"), [(True, "nf4"), (False, None)])
+def test_an_internvl_language_model_in_4_bits_is_held_so(imported, asked, stored):
+    marks = f"freeze_llm=True,\n    quantization_llm={asked},\n    quantization_vit={asked}"
+    found = imported(INTERNVL, ("freeze_llm=True", marks))
+    assert found.settings.get("stored") == stored
+    [tower] = [line for line in found.lines if line.name == "model.quantization_vit"]
+    assert ("differs" in tower.why) == asked
 
 
 @pytest.mark.parametrize("text", [INTERNVL, QLORA], ids=["internvl", "qlora"])

@@ -229,3 +229,32 @@ def test_the_command_shows_images(tmp_path):
     assert done.returncode == 0, done.stderr
     failed = rankfold_command(*words, tmp_path / "gone.png")
     assert (failed.returncode, failed.stderr) == (2, f"error: no such image: {tmp_path / 'gone.png'}\n")
+
+
+def test_a_chat_shows_images_with_the_next_message(tmp_path):
+    folder = write_original(tmp_path / "base")
+    small = noise(tmp_path / "small one.png", 20, 20)
+    options = ("--model", folder, "--max-new-tokens", "3", "--temperature", "0")
+    with_image = rankfold_command("generate", "--prompt", "What?", "--image", small, *options).stdout
+    without = rankfold_command("generate", "--prompt", "What?", *options).stdout
+    assert with_image != without
+    lines = f"/image {small}\nWhat?\n/reset\nWhat?\n/image {small}\n/reset\nWhat?\n"
+    chat = rankfold_command("chat", *options, input=lines)
+    assert chat.returncode == 0, chat.stderr
+    assert chat.stdout.split() == [*with_image.split(), *without.split(), *without.split()]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [("/image gone.png", "no such image: gone.png"), ("/image", "/image wants the file of an image")],
+)
+def test_a_chat_that_is_piped_in_ends_at_an_image_that_is_none(tmp_path, line, told):
+    folder = write_original(tmp_path / "base")
+    chat = rankfold_command("chat", "--model", folder, "--max-new-tokens", "3", input=f"{line}\nWhat?\n")
+    assert (chat.returncode, chat.stdout, chat.stderr) == (2, "", f"error: {told}\n")
+
+
+def test_a_chat_with_a_model_of_words_takes_no_image(tmp_path):
+    chat = rankfold_command("chat", input=f"/image {noise(tmp_path / 'a.png', 20, 20)}\n")
+    assert chat.returncode == 2
+    assert "cannot see images" in chat.stderr

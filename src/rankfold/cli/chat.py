@@ -9,15 +9,21 @@ from typing import Any
 import click
 
 from rankfold.cli.options import given, model_options
+from rankfold.errors import DataError
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends"
+IMAGE = "/image"
+IMAGE_HELP = f"{IMAGE} FILE shows one with the next message"
 
 
 @click.command("chat")
 @model_options
 def command(adapter: Path | None, model: str | None, allow: tuple[Any, ...], **sampling: Any) -> None:
-    """Talk to a model, with an adapter or without.  Lines on standard input work too."""
+    """Talk to a model, with an adapter or without.  Lines on standard input work too.
+
+    A line "/image FILE" shows an image with the next message, to a model that sees images."""
     from rankfold.models.generate import reply
+    from rankfold.models.images import content_of
     from rankfold.models.load import load
     from rankfold.models.sampling import Sampling
 
@@ -25,13 +31,18 @@ def command(adapter: Path | None, model: str | None, allow: tuple[Any, ...], **s
     base = load(adapter, model, allow)
     interactive = sys.stdin.isatty()
     if interactive:
-        click.echo(f"{base.source.name}{f' with {adapter}' if adapter else ''}: {HELP}")
-    messages: list[dict[str, str]] = []
+        told = HELP if base.processor is None else f"{IMAGE_HELP}, {HELP}"
+        click.echo(f"{base.source.name}{f' with {adapter}' if adapter else ''}: {told}")
+    messages: list[dict[str, Any]] = []
+    images: list[Path] = []
     while (line := _ask(interactive)) is not None:
         if line == "/reset":
-            messages = []
+            messages, images = [], []
+        elif line == IMAGE or line.startswith(f"{IMAGE} "):
+            images += _shown(base, line.removeprefix(IMAGE).strip(), interactive)
         elif line:
-            messages.append({"role": "user", "content": line})
+            messages.append({"role": "user", "content": content_of(line, images)})
+            images = []
             answer = reply(base, messages, settings, _streamer(base.tokenizer))
             messages.append({"role": "assistant", "content": answer})
             # Otherwise a question asked again would draw the same random numbers again.
@@ -47,6 +58,25 @@ def _ask(interactive: bool) -> str | None:
             click.echo()
         return None
     return None if line == "/quit" else line
+
+
+def _shown(base: Any, name: str, interactive: bool) -> list[Path]:
+    """The image that ``name`` is the file of.  Where it is none, someone who types is told, and an input that
+    is piped in ends with DataError."""
+    from rankfold.models.images import size_of
+
+    try:
+        if not name:
+            raise DataError(f"{IMAGE} wants the file of an image")
+        if base.processor is None:
+            raise DataError(f"{name}: {base.source.name} cannot see images")
+        size_of(Path(name))
+    except DataError as error:
+        if not interactive:
+            raise
+        click.echo(f"error: {error}", err=True)
+        return []
+    return [Path(name)]
 
 
 def _streamer(tokenizer: Any) -> Any:

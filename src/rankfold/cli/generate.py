@@ -28,12 +28,11 @@ def command(
 ) -> None:
     """Print the model's answer to one prompt.  The same seed gives the same answer."""
     from rankfold.models.generate import reply
+    from rankfold.models.images import content_of
     from rankfold.models.load import load
     from rankfold.models.sampling import Sampling
 
     settings = Sampling.of(given(sampling))
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    shown = [{"type": "image", "path": str(path)} for path in images]
-    content = [*shown, {"type": "text", "text": prompt}] if shown else prompt
-    messages.append({"role": "user", "content": content})
+    messages.append({"role": "user", "content": content_of(prompt, images)})
     click.echo(reply(load(adapter, model, allow), messages, settings))

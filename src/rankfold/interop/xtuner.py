@@ -41,6 +41,7 @@ def import_xtuner(path: Path) -> Imported:
     told = Translation(values, LEFT_OUT)
     kind = _kind(told, path)
     _model(told, kind)
+    _stored(told, kind)
     _lora(told, LORA_OF[kind])
     if kind == INTERNVL:
         _parts(told)
@@ -86,6 +87,25 @@ def _model(told: Translation, kind: str) -> None:
         place = (told.at(path) or told.at("model")).place  # type: ignore[union-attr]
         raise ConfigError(f"{place}: wanted the model's name as text at {path}, got {name}")
     told.set("model", name, path)
+
+
+def _stored(told: Translation, kind: str) -> None:
+    """In how few bits the language model is held."""
+    if kind == INTERNVL:
+        if told.plain("model.quantization_llm") is True:
+            told.set("stored", "nf4", "model.quantization_llm", why="bitsandbytes' 4 bits, as there")
+        told.explain("model.quantization_llm", "as here")
+        tower = told.plain("model.quantization_vit") is True
+        told.explain("model.quantization_vit", f"the tower is held whole; {DIFFERS}" if tower else "as here")
+        return
+    config = "model.llm.quantization_config"
+    is_nf4 = told.plain(f"{config}.bnb_4bit_quant_type") == "nf4"
+    if told.plain(f"{config}.load_in_4bit") is True:
+        why = "bitsandbytes' 4 bits, as there" if is_nf4 else f"there it is fp4; {DIFFERS}"
+        told.set("stored", "nf4", f"{config}.load_in_4bit", why=why)
+        told.mark(f"{config}.bnb_4bit_quant_type", "stored")
+    elif told.plain(f"{config}.load_in_8bit") is True:
+        told.set("stored", "int8", f"{config}.load_in_8bit", why="a scale for each channel")
 
 
 def _lora(told: Translation, lora: str) -> None:

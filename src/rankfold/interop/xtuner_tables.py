@@ -7,12 +7,11 @@ from rankfold.models.internvl.names import INTERNLM2, INTERNLM2_LAYER, VISION, V
 LOGGED = "rankfold logs and times every step by itself"
 PLACED = "the number of processes, and where they run, is torchrun's or accelerate's business"
 CHATS = "answers to held-out prompts are shown after a run; see samples and sample_every_steps"
-FEW_BYTES = "in how few bits the base is held is said by --stored: nf4, q4_0 or int8"
+FEW_BITS = "follows from stored, which says in how few bits the base is held"
 # By patterns of dotted names, the first that fits.
 LEFT_OUT = {
     "*.type": "which class xtuner makes",
-    "model.*.quantization_config*": FEW_BYTES,
-    "model.quantization_*": FEW_BYTES,
+    "model.*.quantization_config*": FEW_BITS,
     "model.*.torch_dtype": "a probe of the machine decides; see precision",
     "model.*.trust_remote_code": "no code from a model's folder is ever run here",
     "*.trust_remote_code": "no code from a model's folder is ever run here",

@@ -149,6 +149,12 @@ def size_of(path: Path) -> tuple[int, int]:
         return picture.width, picture.height
 
 
+def content_of(text: str, images: Sequence[Path]) -> str | list[dict[str, str]]:
+    """A message's content that shows ``images`` before its ``text``."""
+    shown = [{"type": "image", "path": str(path)} for path in images]
+    return [*shown, {"type": "text", "text": text}] if shown else text
+
+
 def image_paths(messages: Sequence[TemplateMessage]) -> list[Path]:
     """The files of the images in ``messages``, in their order."""
     contents = [message["content"] for message in messages if isinstance(message["content"], list)]
