@@ -19,7 +19,7 @@ from rankfold.models.norms import fuse_norms
 from rankfold.models.outline import load_outline
 from rankfold.models.precision import Precision
 from rankfold.train.activations import Shape, kept_by_forward
-from rankfold.train.footprint import FORMS_TO_PLAN, AdapterSize, weights_of
+from rankfold.train.footprint import BEST_BYTES, FORMS_TO_PLAN, AdapterSize, weights_of
 from rankfold.train.forecast import ForecastRequest, forecast
 from rankfold.train.peak import Peak, Tower
 from rankfold.train.trial import Trial
@@ -70,7 +70,8 @@ def test_the_peak_of_measured_runs_is_within_the_margin(form, computed, recomput
 
 
 def test_the_peak_of_a_large_base_is_within_the_margin(tmp_path):
-    """benchmarks/large_base.py: one step of 256 tokens on 8.0 B weights in Q4_0 blocks."""
+    """benchmarks/large_base.py: one step of 256 tokens on 8.0 B weights in Q4_0 blocks, without the copy of
+    the best weights that a run has."""
     figure = {f["name"]: f for f in json.loads((ROOT / "benchmarks" / "results.json").read_text())}
     config = LlamaConfig(
         vocab_size=128_256,
@@ -82,9 +83,10 @@ def test_the_peak_of_a_large_base_is_within_the_margin(tmp_path):
         tie_word_embeddings=False,
     )
     config.save_pretrained(tmp_path)
-    told = peak_of(load_outline(str(tmp_path)).model, 256, torch.float32)
+    peak = peak_of(load_outline(str(tmp_path)).model, 256, torch.float32)
+    told = peak.of(FORMS["q4_0"], torch.float32, recomputed=True) - peak.adapter.trained * BEST_BYTES
     measured = figure["large_base_memory"]["ours"] * 1e9
-    assert measured / WITHIN < told.of(FORMS["q4_0"], torch.float32, recomputed=True) < measured * WITHIN
+    assert measured / WITHIN < told < measured * WITHIN
 
 
 @pytest.mark.parametrize("length", [16, 64])

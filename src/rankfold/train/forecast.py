@@ -252,8 +252,8 @@ def _assumptions(shape: Shape, kept: dict[torch.dtype, Kept]) -> list[str]:
         f"a micro-batch of {shape.rows} x {shape.length:,} tokens, the longest row's; what its forward "
         f"keeps is counted {how}",
         "a trained number takes 20 bytes: itself, its gradient, AdamW's two moments, and the best so far",
-        f"of what is in use beside the weights, {WASTE - 1:.0%} more is held, as in measured runs; what fits "
-        f"has room for {MARGIN:g} times its peak",
+        f"of what is in use beside the weights, {WASTE - 1:.0%} more is held, as in measured runs, unless "
+        f"activations are recomputed; what fits has room for {MARGIN:g} times its peak",
         "a token takes 2 operations a frozen weight forward and 2 backward, 6 a trained one; attention is "
         "quadratic in a row's length; trained tokens alone reach the head",
     ]

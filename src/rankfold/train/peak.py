@@ -12,8 +12,8 @@ from rankfold.train.footprint import BEST_BYTES, AdapterSize, StorageForm, Weigh
 
 WIDE_TENSORS = 3  # of the widest layer's output, which a backward has at a time
 LOGIT_TENSORS = 3  # of a chunk: logits, shares, and what one is made into the other by
-# A process has more than what is in use: memory freed among small things that stay is not used again.
-# Fitted to the measured runs of tests/train/test_peak.py, on CPUs.
+# A process has more than what is in use: memory freed among small things that stay is not used again, but
+# where large blocks stay apart (models/heap.py).  Fitted to the measured runs of tests/train/test_peak.py.
 WASTE = 1.1
 MARGIN = 1.15  # what a run takes is within this factor of what is said
 HIDDEN_BYTES = 8  # of each feature of the last hidden states, and of their gradient
@@ -49,7 +49,7 @@ class Peak:
         used = self.adapter.training_bytes + self.adapter.trained * BEST_BYTES
         used += kept.recomputed if recomputed else kept.all
         used += max(self._backward(dtype), self._images(dtype))
-        return self.program_bytes + weights + round(WASTE * used)
+        return self.program_bytes + weights + (used if recomputed else round(WASTE * used))
 
     def _backward(self, dtype: torch.dtype) -> int:
         wide = WIDE_TENSORS * self.tokens * self.widest * dtype.itemsize
