@@ -55,7 +55,7 @@ def test_losses_and_gradients_are_those_of_the_separate_operations(kind):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_in_half_precision_the_values_are_the_same_bits_but_for_the_last():
+def test_in_half_precision_the_loss_is_the_same_to_its_rounding():
     plain = with_frozen_norms(tiny_llama().to(torch.bfloat16))
     fused = copy.deepcopy(plain)
     fuse_norms(fused)

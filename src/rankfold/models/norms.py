@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from rankfold.kernels.fused_linear import looked_into
 from rankfold.kernels.rms_norm import rms_norm
+from rankfold.lora.linear import FUSED_FROM
 from rankfold.models.same_code import same_code
 
 DEVICES = ("cpu", "meta")  # a GPU's many launches were not measured
-FUSED_FROM = 1 << 15  # elements of an input; below, starting the operations takes longer than they do
 
 
 def fuse_norms(model: nn.Module) -> int:
