@@ -23,7 +23,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, eps = inputs
-        wide = x.to(_at_least_float32(x))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
@@ -41,7 +41,3 @@ class _RmsNorm(torch.autograd.Function):
         share = torch.linalg.vecdot(weighted, wide).unsqueeze(-1)
         share.mul_(inverse.pow(3)).div_(-x.shape[-1])
         return weighted.mul_(inverse).addcmul_(wide, share).to(x.dtype), None, None
-
-
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
