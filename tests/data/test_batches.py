@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import SHARED_DATA
+from conftest import GSM8K, needs_gsm8k
 from rankfold.data.batches import (
     MICRO_BATCH_TOKENS,
     collate,
@@ -30,7 +30,7 @@ def make_rows(lengths: list[int]) -> list[EncodedRow]:
 
 
 def gsm8k_rows(tokenizer: Any) -> list[EncodedRow]:
-    lines = (SHARED_DATA / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = GSM8K.read_text(encoding="utf-8").splitlines()
     turns = [
         [Message("user", (row["question"],)), Message("assistant", (row["answer"],))]
         for row in map(json.loads, lines)
@@ -97,6 +97,7 @@ def test_rows_of_a_small_file_do_not_meet_the_same_rows_in_every_epoch():
     assert len(meetings[0] & meetings[1]) <= 2
 
 
+@needs_gsm8k
 def test_under_two_percent_of_gsm8k_is_padding_at_batch_8(real_base):
     rows = gsm8k_rows(real_base.tokenizer)
     for seed in range(3):

@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import GSM8K, needs_gsm8k
 from rankfold.data.example import Example, Image, Message
 from rankfold.data.formats import SHAPES, detect_shape, refuse_untrainable, to_example, to_examples
 from rankfold.data.rows import Row, read_rows
 from rankfold.data.rules import problems
 from rankfold.errors import DataError
-
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
 
 
 def rows(*values) -> list[Row]:
@@ -189,7 +188,7 @@ def test_any_row_becomes_an_example_or_a_problem_in_words(values):
     assert all(told)
 
 
-@pytest.mark.skipif(not GSM8K.is_file(), reason="the GSM8K file is not here")
+@needs_gsm8k
 def test_gsm8k_is_understood_as_it_is():
     examples, style, shape = to_examples(read_rows(GSM8K))
     assert (len(examples), style) == (1319, "chat")
