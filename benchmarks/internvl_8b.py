@@ -25,9 +25,9 @@ from large_base import GIGABYTE, KILOBYTE, LINEARS, SCALE, step
 from torch import nn
 
 from rankfold import LoraConfig, get_peft_model
-from rankfold.models.heap import large_blocks_apart
+from rankfold.models.adapters.modalities import adapter_scope, model_parts
+from rankfold.models.base.heap import large_blocks_apart
 from rankfold.models.internvl.config import native_config
-from rankfold.models.parts import adapter_scope, model_parts
 from rankfold.storage.forms import INT8, ROUNDED_Q4_0, Form
 from rankfold.storage.layers import hold
 from rankfold.train.trial import recompute_activations

@@ -25,9 +25,9 @@ from figures import Figure, record
 from torch import nn
 
 from rankfold import LoraConfig, get_peft_model
-from rankfold.models.find import DEFAULT_MODEL
-from rankfold.models.heap import large_blocks_apart
-from rankfold.models.load import load_base
+from rankfold.models.base.find import DEFAULT_MODEL
+from rankfold.models.base.heap import large_blocks_apart
+from rankfold.models.base.load import load_base
 from rankfold.storage.forms import FORMS
 from rankfold.storage.layers import can_hold, hold
 from rankfold.train.objectives import token_losses

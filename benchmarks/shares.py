@@ -14,7 +14,7 @@ from figures import Figure, parser, record
 from torch.profiler import ProfilerActivity, profile
 from tried import encoded, packed, trial
 
-from rankfold.models.precision import Precision
+from rankfold.models.base.precision import Precision
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 ATTENTION = ("scaled_dot_product", "bmm", "softmax", "flash_attention")

@@ -16,8 +16,8 @@ from pathlib import Path
 from rankfold.data.encode import encode_each
 from rankfold.data.example import Example, Message
 from rankfold.errors import DataError
-from rankfold.models.find import DEFAULT_MODEL
-from rankfold.models.load import load_base
+from rankfold.models.base.find import DEFAULT_MODEL
+from rankfold.models.base.load import load_base
 
 
 def read_examples(path: Path, count: int) -> list[Example]:

@@ -27,8 +27,8 @@ from rankfold import LoraConfig, Recipe, fine_tune, get_peft_model, load_base
 from rankfold.data.batches import MICRO_BATCH_TOKENS
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.data.pack import Batching
-from rankfold.models.precision import Precision, choose_precision, default_device
-from rankfold.models.rows_apart import attend_rows_apart
+from rankfold.models.base.precision import Precision, choose_precision, default_device
+from rankfold.models.running.rows_apart import attend_rows_apart
 from rankfold.train.trial import Trial
 
 HELD_OUT = 100

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from compatibility import Writer
-from rankfold.models.find import DEFAULT_MODEL
-from rankfold.models.load import Base, load_base
+from rankfold.models.base.find import DEFAULT_MODEL
+from rankfold.models.base.load import Base, load_base
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 

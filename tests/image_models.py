@@ -58,7 +58,7 @@ def _qwen2_5_vl() -> tuple[Any, Any]:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from rankfold.models.processors import without_video
+    from rankfold.models.base.processors import without_video
 
     words = {292: "<|vision_start|>", 293: "<|vision_end|>", 294: "<|image_pad|>", 295: "<|video_pad|>"}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}

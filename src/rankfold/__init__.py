@@ -10,25 +10,9 @@ import typing
 
 if typing.TYPE_CHECKING:
     from rankfold.errors import RankfoldError
-    from rankfold.lora import (
-        LoraConfig,
-        PeftModel,
-        PeftModelForCausalLM,
-        PeftModelForFeatureExtraction,
-        PeftModelForQuestionAnswering,
-        PeftModelForSeq2SeqLM,
-        PeftModelForSequenceClassification,
-        PeftModelForTokenClassification,
-        TaskType,
-        get_layer_status,
-        get_model_status,
-        get_peft_model,
-        get_peft_model_state_dict,
-        inject_adapter_in_model,
-        set_peft_model_state_dict,
-    )
-    from rankfold.lora.quantised import requantising
-    from rankfold.models.auto import (
+    from rankfold.lora import LoraConfig, TaskType
+    from rankfold.lora.layers.quantised import requantising
+    from rankfold.models.base.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
         AutoPeftModelForFeatureExtraction,
@@ -37,8 +21,23 @@ if typing.TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from rankfold.models.kbit import dequantise, prepare_model_for_kbit_training
-    from rankfold.models.load import load_base, load_tuned
+    from rankfold.models.base.kbit import dequantise, prepare_model_for_kbit_training
+    from rankfold.models.base.load import load_base, load_tuned
+    from rankfold.peft_surface import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_layer_status,
+        get_model_status,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        set_peft_model_state_dict,
+    )
     from rankfold.train.huggingface import AdapterTrainer
     from rankfold.train.recipe import Recipe
     from rankfold.train.run import fine_tune
@@ -81,7 +80,6 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(
         (
-            "LoraConfig",
             "PeftModel",
             "PeftModelForCausalLM",
             "PeftModelForFeatureExtraction",
@@ -89,7 +87,6 @@ _HOME = {
             "PeftModelForSeq2SeqLM",
             "PeftModelForSequenceClassification",
             "PeftModelForTokenClassification",
-            "TaskType",
             "get_layer_status",
             "get_model_status",
             "get_peft_model",
@@ -97,7 +94,7 @@ _HOME = {
             "inject_adapter_in_model",
             "set_peft_model_state_dict",
         ),
-        "rankfold.lora",
+        "rankfold.peft_surface",
     ),
     **dict.fromkeys(
         (
@@ -109,15 +106,16 @@ _HOME = {
             "AutoPeftModelForSequenceClassification",
             "AutoPeftModelForTokenClassification",
         ),
-        "rankfold.models.auto",
+        "rankfold.models.base.auto",
     ),
-    **dict.fromkeys(("dequantise", "prepare_model_for_kbit_training"), "rankfold.models.kbit"),
+    **dict.fromkeys(("dequantise", "prepare_model_for_kbit_training"), "rankfold.models.base.kbit"),
+    **dict.fromkeys(("LoraConfig", "TaskType"), "rankfold.lora"),
     "AdapterTrainer": "rankfold.train.huggingface",
     "RankfoldError": "rankfold.errors",
     "Recipe": "rankfold.train.recipe",
-    "load_base": "rankfold.models.load",
-    "load_tuned": "rankfold.models.load",
-    "requantising": "rankfold.lora.quantised",
+    "load_base": "rankfold.models.base.load",
+    "load_tuned": "rankfold.models.base.load",
+    "requantising": "rankfold.lora.layers.quantised",
     "fine_tune": "rankfold.train.run",
 }
 

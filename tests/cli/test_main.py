@@ -19,7 +19,7 @@ import yaml
 
 from conftest import rankfold_command
 from rankfold.cli.main import VERBS, main
-from rankfold.lora.stored import Fault
+from rankfold.lora.files.adapter_reader import Fault
 
 COMMAND = str(Path(sys.executable).with_name("rankfold"))
 

@@ -15,11 +15,11 @@ from rankfold.data.encode import IGNORE, encode, encode_all, marked_pieces
 from rankfold.data.example import Example, Image, Message
 from rankfold.data.image_batches import collate_images
 from rankfold.errors import DataError
-from rankfold.models.generate import reply
-from rankfold.models.images import image_reader
+from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
-from rankfold.models.parts import adapter_scope
-from rankfold.models.sampling import Sampling
+from rankfold.models.messages.images import image_reader
+from rankfold.models.running.generate import reply
+from rankfold.models.running.sampling import Sampling
 
 PER_TILE = 4
 

@@ -12,7 +12,7 @@ from chat_formats import FORMATS, TRL, Format
 from rankfold.data.encode import IGNORE, encode, encode_each, marked_pieces
 from rankfold.data.example import Example, Image, Message
 from rankfold.errors import DataError
-from rankfold.models.prompt import prompt_encoder
+from rankfold.models.messages.prompt import prompt_encoder
 
 CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOL = {

@@ -18,7 +18,7 @@ from rankfold.data.batches import MICRO_BATCH_TOKENS
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.data.pack import Batching, blocks, choose_batching, collate_packed, operations, why_not_packed
 from rankfold.errors import ConfigError
-from rankfold.models.rows_apart import NAME, attend_rows_apart
+from rankfold.models.running.rows_apart import NAME, attend_rows_apart
 from rankfold.train.objectives import token_losses
 
 WAYS = ["packed", "padded"]

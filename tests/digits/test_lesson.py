@@ -11,9 +11,9 @@ from rankfold.digits.assemble import Tower
 from rankfold.digits.lesson import Lesson, teach
 from rankfold.digits.rows import accuracy, read_rows
 from rankfold.errors import ModelError, OutputError
-from rankfold.models.find import DEFAULT_MODEL
-from rankfold.models.generate import reply
-from rankfold.models.load import load_tuned
+from rankfold.models.base.find import DEFAULT_MODEL
+from rankfold.models.base.load import load_tuned
+from rankfold.models.running.generate import reply
 from rankfold.train.listener import Listener
 
 TINY = Tower(width=16, layers=1, heads=2, patch_side=8)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import rankfold.lora.linear
+import rankfold.lora.layers.linear
 from conftest import randomise
 from rankfold import LoraConfig
 from rankfold.kernels.dropout import DropMask
-from rankfold.lora.linear import FUSED_FROM, LoraLinear
+from rankfold.lora.layers.linear import FUSED_FROM, LoraLinear
 
 D_IN, D_OUT = 64, 48
 OPTIONS = {"r": 4, "lora_alpha": 12, "target_modules": ["0"]}
@@ -49,13 +49,13 @@ def step(model, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 @pytest.fixture
 def calls(monkeypatch) -> list[DropMask | None]:
     """The masks of the fused calls."""
-    found, real = [], rankfold.lora.linear.fused_linear
+    found, real = [], rankfold.lora.layers.linear.fused_linear
 
     def counted(x, base, factors, scale, mask, up):
         found.append(mask)
         return real(x, base, factors, scale, mask, up)
 
-    monkeypatch.setattr(rankfold.lora.linear, "fused_linear", counted)
+    monkeypatch.setattr(rankfold.lora.layers.linear, "fused_linear", counted)
     return found
 
 
@@ -189,7 +189,7 @@ def test_the_second_derivative_is_that_of_separate_operations(calls, monkeypatch
 
     found = penalty()
     assert calls == [None]
-    monkeypatch.setattr(rankfold.lora.linear, "FUSED_FROM", 1 << 40)
+    monkeypatch.setattr(rankfold.lora.layers.linear, "FUSED_FROM", 1 << 40)
     torch.testing.assert_close(found, penalty())
     assert len(calls) == 1
 

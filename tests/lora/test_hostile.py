@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from conftest import randomise, tiny_llama
 from rankfold import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import AdapterError, ConfigError, RankfoldError
-from rankfold.lora.patterns import is_quick
+from rankfold.lora.config.patterns import is_quick
 
 # tiny_llama's seven linear layers a block, two blocks, and no large vocabulary to measure beside them.
 OPTIONS = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}

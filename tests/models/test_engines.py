@@ -12,9 +12,9 @@ from engine_rules import check_lmdeploy, check_vllm, linear_names, lmdeploy_wqkv
 from image_bases import write_original
 from internvl_reference import tiny_config, tiny_tensors
 from rankfold import LoraConfig, get_peft_model, load_base
-from rankfold.models.convert import convert_adapter
+from rankfold.models.adapters.convert import convert_adapter
+from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.internvl.groups import Groups
-from rankfold.models.parts import adapter_scope
 
 RANK = 2
 # InternS1ForConditionalGeneration, which vLLM runs transformers' InternVL with:

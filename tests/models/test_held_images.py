@@ -16,9 +16,9 @@ from image_models import tiny_image_model
 from internvl_reference import IMAGE_TOKEN
 from rankfold import LoraConfig, PeftModel, get_peft_model, load_base
 from rankfold.errors import ModelError
-from rankfold.lora.quantised import is_quantised
-from rankfold.models.held import Stored
-from rankfold.models.parts import model_parts
+from rankfold.lora.layers.quantised import is_quantised
+from rankfold.models.adapters.modalities import model_parts
+from rankfold.models.base.packed import Stored
 from rankfold.storage.layers import held_layers
 
 LIMITS: dict[Stored, float] = {"bfloat16": 0.02, "int8": 0.05, "q4_0": 0.6, "nf4": 0.6}

@@ -14,12 +14,12 @@ from rankfold.data.example import Example, Image, Message
 from rankfold.data.image_batches import collate_images
 from rankfold.digits.assemble import Tower, assemble
 from rankfold.errors import ModelError
-from rankfold.models.generate import replies, reply
-from rankfold.models.images import image_prompt, image_reader
-from rankfold.models.load import load_tokenizer
-from rankfold.models.parts import adapter_scope
-from rankfold.models.processors import load_processor, most_tiles, sees_images, without_video
-from rankfold.models.sampling import Sampling
+from rankfold.models.adapters.modalities import adapter_scope
+from rankfold.models.base.load import load_tokenizer
+from rankfold.models.base.processors import load_processor, most_tiles, sees_images, without_video
+from rankfold.models.messages.images import image_prompt, image_reader
+from rankfold.models.running.generate import replies, reply
+from rankfold.models.running.sampling import Sampling
 
 WITH_PROCESSOR = ("qwen2_5_vl", "llava", "gemma3", "idefics3")
 

@@ -9,7 +9,7 @@ from rankfold import LoraConfig, get_peft_model
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
 from rankfold.errors import ConfigError
-from rankfold.models.rows_apart import attend_rows_apart
+from rankfold.models.running.rows_apart import attend_rows_apart
 from rankfold.train.compiling import compile_layers, decoder_layers
 from rankfold.train.objectives import supervised
 

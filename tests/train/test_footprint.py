@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from conftest import tiny_llama
-from rankfold.models.held import Content, Holding, fill
+from rankfold.models.base.packed import Content, Holding, fill
 from rankfold.storage.layers import held_layers
 from rankfold.train.footprint import FORMS_TO_PLAN, Weight, parameters_by_part, stored_bytes, weights_of
 

@@ -8,9 +8,9 @@ from conftest import rankfold_command, tiny_llama
 from image_bases import noise, write_original
 from internvl_8b import PARAMETERS, write_config_8b
 from rankfold.errors import ConfigError, DataError, ModelError, TargetError
-from rankfold.models.find import DEFAULT_MODEL
-from rankfold.models.outline import load_outline
-from rankfold.models.precision import Precision
+from rankfold.models.base.find import DEFAULT_MODEL
+from rankfold.models.base.meta_model import load_outline
+from rankfold.models.base.precision import Precision
 from rankfold.train.forecast import ForecastRequest, forecast
 from rankfold.train.plan import make_plan, read_data
 from rankfold.train.processes import Processes

@@ -14,9 +14,9 @@ from image_models import tiny_image_model
 from rankfold import Recipe, fine_tune, load_tuned
 from rankfold.data.image_batches import collate_images
 from rankfold.errors import ConfigError, DataError
-from rankfold.models.generate import reply
-from rankfold.models.images import image_reader
-from rankfold.models.sampling import Sampling
+from rankfold.models.messages.images import image_reader
+from rankfold.models.running.generate import reply
+from rankfold.models.running.sampling import Sampling
 from rankfold.train.listener import Listener
 from rankfold.train.method import method_of
 from rankfold.train.report import setting_rows

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rankfold.errors import TrainingError
-from rankfold.models.precision import Precision
+from rankfold.models.base.precision import Precision
 from rankfold.train.loss_scale import FIRST, GROW_AFTER, LEAST, LossScale
 from train.test_loop import make_model, make_rows, make_trainer, trained
 

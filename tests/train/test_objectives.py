@@ -9,7 +9,7 @@ from rankfold import LoraConfig, get_peft_model
 from rankfold.data.batches import collate
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.data.pack import collate_packed
-from rankfold.models.rows_apart import attend_rows_apart
+from rankfold.models.running.rows_apart import attend_rows_apart
 from rankfold.train.objectives import supervised, token_losses
 from tiny_models import tiny
 

@@ -12,12 +12,13 @@ from transformers import LlamaConfig
 from conftest import rankfold_command, tiny_llama
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
-from rankfold.lora import LoraConfig, get_peft_model
-from rankfold.models.find import DEFAULT_MODEL
-from rankfold.models.gates import fuse_gates
-from rankfold.models.norms import fuse_norms
-from rankfold.models.outline import load_outline
-from rankfold.models.precision import Precision
+from rankfold.lora import LoraConfig
+from rankfold.models.base.find import DEFAULT_MODEL
+from rankfold.models.base.meta_model import load_outline
+from rankfold.models.base.precision import Precision
+from rankfold.models.running.gates import fuse_gates
+from rankfold.models.running.norms import fuse_norms
+from rankfold.peft_surface import get_peft_model
 from rankfold.train.activations import Shape, kept_by_forward
 from rankfold.train.footprint import BEST_BYTES, FORMS_TO_PLAN, AdapterSize, weights_of
 from rankfold.train.forecast import ForecastRequest, forecast

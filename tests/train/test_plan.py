@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from rankfold import Recipe
 from rankfold.data import cache
 from rankfold.errors import ConfigError, DataError
-from rankfold.models.precision import Precision
+from rankfold.models.base.precision import Precision
 from rankfold.train.listener import Listener
 from rankfold.train.plan import make_plan, read_data
 from rankfold.train.processes import Processes

@@ -13,7 +13,7 @@ from conftest import tiny_llama
 from rankfold import PeftModel, Recipe, fine_tune
 from rankfold.data.sources import Source
 from rankfold.errors import DataError, OutputError, TrainingError
-from rankfold.models import load
+from rankfold.models.base import load
 from rankfold.train.listener import Listener
 from rankfold.train.run import decide
 

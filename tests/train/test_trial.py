@@ -10,8 +10,9 @@ from conftest import tiny_llama
 from rankfold.data.batches import GPU_MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS, micro_batch_tokens
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
-from rankfold.lora import LoraConfig, get_peft_model
-from rankfold.models.precision import Precision
+from rankfold.lora import LoraConfig
+from rankfold.models.base.precision import Precision
+from rankfold.peft_surface import get_peft_model
 from rankfold.train.trial import MEMORY_SHARE, Trial, recompute_activations
 
 ROWS = [EncodedRow(f"rows.jsonl:{n}", [5] * n, [5] * n) for n in range(3, 40)]

@@ -22,10 +22,10 @@ def command(adapter: Path | None, model: str | None, allow: tuple[Any, ...], **s
     """Talk to a model, with an adapter or without.  Lines on standard input work too.
 
     A line "/image FILE" shows an image with the next message, to a model that sees images."""
-    from rankfold.models.generate import reply
-    from rankfold.models.images import content_of
-    from rankfold.models.load import load
-    from rankfold.models.sampling import Sampling
+    from rankfold.models.base.load import load
+    from rankfold.models.messages.images import content_of
+    from rankfold.models.running.generate import reply
+    from rankfold.models.running.sampling import Sampling
 
     settings = Sampling.of(given(sampling))
     base = load(adapter, model, allow)
@@ -63,7 +63,7 @@ def _ask(interactive: bool) -> str | None:
 def _shown(base: Any, name: str, interactive: bool) -> list[Path]:
     """The image that ``name`` is the file of.  Where it is none, someone who types is told, and an input that
     is piped in ends with DataError."""
-    from rankfold.models.images import size_of
+    from rankfold.models.messages.images import size_of
 
     try:
         if not name:

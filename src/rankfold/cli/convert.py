@@ -25,7 +25,7 @@ import click
 )
 def command(adapter: Path, out: Path, layout: str, model: str | None, common_rank: int | None) -> None:
     """Write an adapter under the names, and in the files, that another program loads."""
-    from rankfold.models.convert import convert_adapter
+    from rankfold.models.adapters.convert import convert_adapter
 
     done = convert_adapter(adapter, out, layout, model=model, common_rank=common_rank)
     for line in done.told:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from rankfold.cli.train import run
-from rankfold.models.find import DEFAULT_MODEL
+from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.train.recipe import Recipe
 
 JOKES_OUT = Path("runs/cold-jokes")

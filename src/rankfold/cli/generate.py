@@ -27,10 +27,10 @@ def command(
     **sampling: Any,
 ) -> None:
     """Print the model's answer to one prompt.  The same seed gives the same answer."""
-    from rankfold.models.generate import reply
-    from rankfold.models.images import content_of
-    from rankfold.models.load import load
-    from rankfold.models.sampling import Sampling
+    from rankfold.models.base.load import load
+    from rankfold.models.messages.images import content_of
+    from rankfold.models.running.generate import reply
+    from rankfold.models.running.sampling import Sampling
 
     settings = Sampling.of(given(sampling))
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []

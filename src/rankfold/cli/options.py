@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from rankfold.models.sampling import Sampling
+from rankfold.models.running.sampling import Sampling
 from rankfold.settings import CheckedSettings
 
 F = TypeVar("F", bound=Callable[..., Any])

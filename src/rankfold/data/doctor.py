@@ -23,8 +23,8 @@ from rankfold.data.sources import Source, sources_of
 from rankfold.data.split import HELD_OUT_MOST, HELD_OUT_SHARE
 from rankfold.errors import DataError, OutputError, bullet_list
 from rankfold.files import whole_file, write_whole
-from rankfold.models.images import image_reader
-from rankfold.models.load import load_processor, load_tokenizer
+from rankfold.models.base.load import load_processor, load_tokenizer
+from rankfold.models.messages.images import image_reader
 from rankfold.settings import CheckedSettings
 
 MOST_LISTED = 20  # languages and labels; the rest are counted together

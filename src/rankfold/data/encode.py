@@ -11,8 +11,8 @@ from typing import Any
 from rankfold.data.example import Example
 from rankfold.data.mask import TrainOn, Turn, find_turns
 from rankfold.errors import DataError, bullet_list
-from rankfold.models.images import ImageReader, SizedImage
-from rankfold.models.prompt import Piece, PromptEncoder, prompt_encoder
+from rankfold.models.messages.images import ImageReader, SizedImage
+from rankfold.models.messages.prompt import Piece, PromptEncoder, prompt_encoder
 
 IGNORE = -100  # the label of an untrained token, as in torch.nn.functional.cross_entropy
 REPEATED = re.compile(r"(<[^<>\s]+>)\1{3,}")

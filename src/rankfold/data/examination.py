@@ -32,8 +32,8 @@ from rankfold.data.shape import Shape
 from rankfold.data.sources import Source
 from rankfold.data.split import compared_words, fingerprint
 from rankfold.errors import DataError
-from rankfold.models.images import ImageReader
-from rankfold.models.prompt import prompt_encoder
+from rankfold.models.messages.images import ImageReader
+from rankfold.models.messages.prompt import prompt_encoder
 
 PROGRESS_ROWS = 10_000
 HELD_OUT = -1  # where the row of a held-out example would stand

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rankfold.models.prompt import TemplateMessage
+from rankfold.models.messages.prompt import TemplateMessage
 
 Role = Literal["system", "user", "assistant", "tool"]
 Kind = Literal["chat", "text", "preference", "feedback"]

@@ -15,7 +15,7 @@ from rankfold.data.row import BadRow, Row
 from rankfold.data.rules import problems
 from rankfold.data.shape import Shape, require_columns
 from rankfold.errors import DataError, bullet_list, nearest
-from rankfold.models.facts import PromptStyle
+from rankfold.models.adapters.metadata import PromptStyle
 
 # In the order in which they are tried: what needs more columns comes first.
 SHAPES: Mapping[str, Shape] = {**PAIRS, **TURNS, **ANSWERS, **TEXT, **CHOSEN}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankfold.data.batches import MicroBatch, collate
 from rankfold.errors import DataError
-from rankfold.models.images import ImageReader
+from rankfold.models.messages.images import ImageReader
 
 
 def collate_images(rows: MicroBatch, pad_id: int, device: Any, reader: ImageReader) -> dict[str, Tensor]:

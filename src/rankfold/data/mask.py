@@ -13,10 +13,10 @@ from typing import Literal
 
 from rankfold.data.example import Example, Message
 from rankfold.errors import DataError
-from rankfold.models.images import ImageReader, image_paths
-from rankfold.models.prompt import PromptEncoder, TemplateMessage, squeeze
-from rankfold.models.template import Conversation, Rendering, render_all
-from rankfold.models.turn import Form, cut_turn, opening_of, reply_of, turn_form
+from rankfold.models.messages.images import ImageReader, image_paths
+from rankfold.models.messages.prompt import PromptEncoder, TemplateMessage, squeeze
+from rankfold.models.messages.template import Conversation, Rendering, render_all
+from rankfold.models.messages.turn import Form, cut_turn, opening_of, reply_of, turn_form
 
 TrainOn = Literal["assistant", "last", "all"]
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rankfold.data.encode import EncodedRow, encode_each
 from rankfold.data.example import Example
 from rankfold.errors import DataError
-from rankfold.models.images import ImageReader
+from rankfold.models.messages.images import ImageReader
 
 EXACT_ROWS = 10_000  # so many rows are encoded as in training; most data sets have no more
 BATCH_ROWS = 2_000

@@ -22,8 +22,8 @@ from rankfold.data.batches import (
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.data.image_batches import collate_images
 from rankfold.errors import ConfigError
-from rankfold.models.images import ImageReader
-from rankfold.models.rows_apart import attend_rows_apart
+from rankfold.models.messages.images import ImageReader
+from rankfold.models.running.rows_apart import attend_rows_apart
 
 Kind = Literal["packed", "padded"]
 

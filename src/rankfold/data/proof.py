@@ -9,8 +9,8 @@ from typing import Any
 
 from rankfold.data.encode import EncodedRow, marked_pieces
 from rankfold.errors import DataError
-from rankfold.models.prompt import prompt_encoder
-from rankfold.models.turn import turn_form
+from rankfold.models.messages.prompt import prompt_encoder
+from rankfold.models.messages.turn import turn_form
 
 
 @dataclass(frozen=True, slots=True)

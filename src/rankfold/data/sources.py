@@ -16,7 +16,7 @@ from rankfold.data.meta_file import meta_entries
 from rankfold.data.row import BadRow, Row
 from rankfold.data.rows import check_bad_share, stream_rows
 from rankfold.errors import DataError
-from rankfold.models.facts import PromptStyle
+from rankfold.models.adapters.metadata import PromptStyle
 
 WEIGHT = re.compile(r"(.+):(\d+(?:\.\d+)?|\.\d+)")
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankfold.models.base.load import Base
+from rankfold.models.base.processors import without_video
+from rankfold.models.base.quiet import quiet_transformers
 from rankfold.models.internvl.chat import IMAGE_TOKEN, IMAGE_TOKENS, NO_PROMPT
-from rankfold.models.load import Base
-from rankfold.models.processors import without_video
-from rankfold.models.quiet import quiet_transformers
 
 # ChatML without a system prompt of its own: a row is short, and short rows are what makes it fast.
 TEMPLATE = (

@@ -29,10 +29,10 @@ from rankfold.digits.rows import (
 )
 from rankfold.errors import OutputError
 from rankfold.files import require_space, staged_folder, write_whole
-from rankfold.models.find import DEFAULT_MODEL
-from rankfold.models.generate import replies
-from rankfold.models.load import Base, load_base, load_tuned
-from rankfold.models.sampling import Sampling
+from rankfold.models.base.find import DEFAULT_MODEL
+from rankfold.models.base.load import Base, load_base, load_tuned
+from rankfold.models.running.generate import replies
+from rankfold.models.running.sampling import Sampling
 from rankfold.train.evaluate import Comparison, compare, row_losses
 from rankfold.train.listener import Listener, RunResult
 from rankfold.train.recipe import Recipe

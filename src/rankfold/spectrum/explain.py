@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankfold.lora import LoraConfig, get_peft_model
+from rankfold.lora import LoraConfig
+from rankfold.peft_surface import get_peft_model
 from rankfold.spectrum.factor import Factors, low_rank_factors, numerical_rank, singular_values
 
 SIZE = 10

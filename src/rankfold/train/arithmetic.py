@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankfold.data.pack import operations
-from rankfold.models.parts import model_parts
+from rankfold.models.adapters.modalities import model_parts
 
 ATTENTION_BACKWARD = 2.5  # times its forward: five products for two (Dao 2023, arXiv 2307.08691, section 3.1)
 

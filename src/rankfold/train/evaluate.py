@@ -12,7 +12,7 @@ from torch import Tensor
 from rankfold.data.batches import micro_batch_tokens
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
-from rankfold.models.images import ImageReader
+from rankfold.models.messages.images import ImageReader
 from rankfold.train.objectives import token_losses
 from rankfold.train.processes import Processes
 

@@ -13,13 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from rankfold.data.batches import MICRO_BATCH_TOKENS
-from rankfold.lora import LoraConfig, TaskType, get_peft_model
-from rankfold.models.gates import fuse_gates
-from rankfold.models.load import Base
-from rankfold.models.norms import fuse_norms
-from rankfold.models.outline import load_outline
-from rankfold.models.parts import adapter_scope, model_parts
-from rankfold.models.processors import sees_images
+from rankfold.lora import LoraConfig, TaskType
+from rankfold.models.adapters.modalities import adapter_scope, model_parts
+from rankfold.models.base.load import Base
+from rankfold.models.base.meta_model import load_outline
+from rankfold.models.base.processors import sees_images
+from rankfold.models.running.gates import fuse_gates
+from rankfold.models.running.norms import fuse_norms
+from rankfold.peft_surface import get_peft_model
 from rankfold.train.activations import Kept, Shape, kept_by_forward
 from rankfold.train.advise import Settings, settle
 from rankfold.train.arithmetic import Work, patches, work_of

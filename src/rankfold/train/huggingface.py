@@ -17,10 +17,11 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rankfold.errors import AdapterError, ConfigError, TrainingError, bullet_list
-from rankfold.lora import LoraConfig, PeftModel
-from rankfold.lora.brought import find_brought
-from rankfold.lora.checkpoint import file_tensors, fill_adapter
-from rankfold.lora.stored import AdapterSource, read_adapter
+from rankfold.lora import LoraConfig
+from rankfold.lora.files.adapter_reader import AdapterSource, read_adapter
+from rankfold.lora.files.checkpoint import file_tensors, fill_adapter
+from rankfold.lora.files.saved_embeddings import find_brought
+from rankfold.peft_surface import PeftModel
 
 # Keys of adapter_config.json that say nothing about what the adapter computes or trains.
 INCIDENTAL = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")

@@ -14,8 +14,8 @@ import torch
 
 from rankfold.data.encode import EncodedRow
 from rankfold.errors import CheckpointError, bullet_list
-from rankfold.lora import PeftModel
-from rankfold.lora.fingerprint import fingerprint
+from rankfold.lora.files.fingerprint import fingerprint
+from rankfold.peft_surface import PeftModel
 from rankfold.train.plan import Plan
 
 VERSIONS_OF = ("rankfold", "torch", "transformers")

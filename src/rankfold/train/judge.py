@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from rankfold.data.example import Example
-from rankfold.models.generate import reply
-from rankfold.models.sampling import Sampling
+from rankfold.models.running.generate import reply
+from rankfold.models.running.sampling import Sampling
 from rankfold.train.best import Best
 from rankfold.train.evaluate import Comparison, compare, row_losses
 from rankfold.train.listener import Sample

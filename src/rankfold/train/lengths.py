@@ -9,10 +9,10 @@ from typing import Any
 
 from rankfold.data.example import Example, Message
 from rankfold.errors import ModelError
-from rankfold.models.image_text import has_system_prompt, image_cutter
-from rankfold.models.images import ImageReader, size_of
-from rankfold.models.load import Base, longest_input
-from rankfold.models.processors import cut_at_most
+from rankfold.models.base.image_text import has_system_prompt, image_cutter
+from rankfold.models.base.load import Base, longest_input
+from rankfold.models.base.processors import cut_at_most
+from rankfold.models.messages.images import ImageReader, size_of
 from rankfold.train.plan import Rows, encode_rows, has_images, reader_of
 from rankfold.train.recipe import Recipe
 

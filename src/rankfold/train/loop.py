@@ -17,7 +17,7 @@ from rankfold.data.batches import MicroBatch, share
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
 from rankfold.errors import CheckpointError, TrainingError
-from rankfold.models.precision import Precision
+from rankfold.models.base.precision import Precision
 from rankfold.train.average import Average, set_weights
 from rankfold.train.checkpoints import Checkpoint
 from rankfold.train.loss_scale import LossScale

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from rankfold.models.precision import (
+from rankfold.models.base.precision import (
     Precision,
     PrecisionName,
     choose_precision,

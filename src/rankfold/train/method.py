@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from rankfold.data.pack import Batching
-from rankfold.models.precision import Precision
+from rankfold.models.base.precision import Precision
 from rankfold.train.advise import Settings
 from rankfold.train.loop import Method
 from rankfold.train.noise import with_noise

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.data.encode import IGNORE
-from rankfold.models.head import output_head
+from rankfold.models.running.head import output_head
 
 Batch = dict[str, Tensor]
 Objective = Callable[[Any, Batch], tuple[Tensor, int]]

@@ -22,17 +22,18 @@ from rankfold.data.proof import MaskProof, prove_mask
 from rankfold.data.sources import Mixture, read_examples, sources_of
 from rankfold.data.split import near_leaks, split_held_out, without_leaks
 from rankfold.errors import ConfigError, bullet_list
-from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
-from rankfold.lora.storage import numbers_not_shown
-from rankfold.models.facts import PromptStyle
-from rankfold.models.gates import fuse_gates
-from rankfold.models.images import ImageReader, image_reader
-from rankfold.models.load import Base, load_base, load_processor
-from rankfold.models.norms import fuse_norms
-from rankfold.models.parts import adapter_scope
-from rankfold.models.precision import Precision
-from rankfold.models.processors import set_most_tiles
-from rankfold.models.template import template_of
+from rankfold.lora import LoraConfig, TaskType
+from rankfold.lora.layers.packed import numbers_not_shown
+from rankfold.models.adapters.metadata import PromptStyle
+from rankfold.models.adapters.modalities import adapter_scope
+from rankfold.models.base.load import Base, load_base, load_processor
+from rankfold.models.base.precision import Precision
+from rankfold.models.base.processors import set_most_tiles
+from rankfold.models.messages.images import ImageReader, image_reader
+from rankfold.models.messages.template import template_of
+from rankfold.models.running.gates import fuse_gates
+from rankfold.models.running.norms import fuse_norms
+from rankfold.peft_surface import PeftModel, get_peft_model
 from rankfold.train.advise import Settings, settle
 from rankfold.train.compiling import compile_layers
 from rankfold.train.processes import Processes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from rankfold.errors import ConfigError, RankfoldError
-from rankfold.models.precision import Precision, PrecisionName, choose_precision, default_device
+from rankfold.models.base.precision import Precision, PrecisionName, choose_precision, default_device
 
 T = TypeVar("T")
 

@@ -11,10 +11,10 @@ from pydantic import BeforeValidator, Field
 
 from rankfold.data.mask import TrainOn
 from rankfold.data.sources import Source
-from rankfold.models.find import DEFAULT_MODEL
-from rankfold.models.held import Stored
-from rankfold.models.parts import PartNames
-from rankfold.models.precision import PrecisionName
+from rankfold.models.adapters.modalities import PartNames
+from rankfold.models.base.find import DEFAULT_MODEL
+from rankfold.models.base.packed import Stored
+from rankfold.models.base.precision import PrecisionName
 from rankfold.settings import CheckedSettings, split_at_commas
 from rankfold.train.schedule import Schedule
 from rankfold.train.trackers import TrackerNames

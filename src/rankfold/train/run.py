@@ -15,9 +15,9 @@ from typing import Any
 from rankfold.data.batches import epoch_steps
 from rankfold.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from rankfold.files import require_space, write_whole
-from rankfold.lora.fingerprint import BaseFingerprint
-from rankfold.models.facts import tokenizer_marks
-from rankfold.models.template import template_of
+from rankfold.lora.files.fingerprint import BaseFingerprint
+from rankfold.models.adapters.metadata import tokenizer_marks
+from rankfold.models.messages.template import template_of
 from rankfold.train.checkpoints import clear_partial, latest_checkpoint, save_checkpoint
 from rankfold.train.folder import RECORD_NAME, REPORT_NAME, RunFolder
 from rankfold.train.identity import identity_of, refuse_other_identity

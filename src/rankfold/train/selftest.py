@@ -21,7 +21,8 @@ from rankfold.data.batches import MicroBatch
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.data.pack import Batching
 from rankfold.errors import TrainingError
-from rankfold.lora import LoraConfig, PeftModel, TaskType, get_peft_model
+from rankfold.lora import LoraConfig, TaskType
+from rankfold.peft_surface import PeftModel, get_peft_model
 from rankfold.train.checkpoints import read_checkpoint, save_checkpoint
 from rankfold.train.loop import Method, Trainer
 from rankfold.train.processes import Processes

@@ -18,8 +18,8 @@ from rankfold.data.batches import MICRO_BATCH_TOKENS, MicroBatch
 from rankfold.data.encode import EncodedRow
 from rankfold.data.pack import Batching
 from rankfold.errors import ConfigError
-from rankfold.models.heap import keep_large_blocks_apart
-from rankfold.models.precision import Precision
+from rankfold.models.base.heap import keep_large_blocks_apart
+from rankfold.models.base.precision import Precision
 from rankfold.train.memory import free_memory_bytes
 from rankfold.train.objectives import supervised
 

@@ -14,7 +14,7 @@ from image_bases import write_original
 from mlx_reference import load_like_mlx
 from rankfold import LoraConfig, PeftModel, get_peft_model, load_base
 from rankfold.errors import AdapterError, ModelError
-from rankfold.models.convert import convert_adapter
+from rankfold.models.adapters.convert import convert_adapter
 from rankfold.models.mlx.layout import NATIVE_NAMES
 
 IDS = torch.arange(24).view(2, 12) * 7 % 290

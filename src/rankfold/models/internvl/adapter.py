@@ -12,13 +12,13 @@ from torch import Tensor
 
 from rankfold.errors import AdapterError, ModelError, bullet_list
 from rankfold.lora import LoraConfig
-from rankfold.lora.config import changes_base
-from rankfold.lora.renames import PREFIX
-from rankfold.lora.targets import shortest_list
+from rankfold.lora.config.lora_config import changes_base
+from rankfold.lora.files.renames import PREFIX
+from rankfold.lora.placing.targets import shortest_list
+from rankfold.models.adapters.lora_weights import Pair, padded, pair_of, pair_tensors, sorted_out
 from rankfold.models.internvl.factors import join_pairs, of_rank, split_pair
 from rankfold.models.internvl.names import Layout
 from rankfold.models.internvl.weights import to_native, to_original
-from rankfold.models.pairs import Pair, padded, pair_of, pair_tensors, sorted_out
 
 LayoutName = Literal["internvl", "hf"]
 # Modules that hold others, which may be saved whole; their own tensors are translated one by one.

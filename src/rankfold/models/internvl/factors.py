@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import AdapterError
+from rankfold.models.adapters.lora_weights import Pair
 from rankfold.models.internvl.groups import Groups
-from rankfold.models.pairs import Pair
 
 
 def split_pair(pair: Pair, groups: Groups) -> tuple[Pair, Pair, Pair]:

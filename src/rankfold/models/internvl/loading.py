@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import ModelError, bullet_list
+from rankfold.models.base.processors import without_video
 from rankfold.models.internvl.chat import IMAGE_TOKEN, IMAGE_TOKENS, chat_template
 from rankfold.models.internvl.config import CHAT_DEFAULTS, is_internlm2, layout_of, native_config
 from rankfold.models.internvl.names import Layout
 from rankfold.models.internvl.tokenizer import MODEL_NAME, internlm2_tokenizer
 from rankfold.models.internvl.weights import to_native
-from rankfold.models.processors import without_video
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 TURN_END = "<|im_end|>"

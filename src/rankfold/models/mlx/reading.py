@@ -13,13 +13,13 @@ from torch import Tensor
 
 from rankfold.errors import AdapterError, bullet_list
 from rankfold.lora import LoraConfig
-from rankfold.lora.config import CONFIG_NAME, MAX_CONFIG_BYTES
-from rankfold.lora.inject import alpha_of, rank_of
-from rankfold.lora.strict_json import read_json_object
-from rankfold.lora.targets import shortest_list
-from rankfold.models.facts import FACTS_NAME, AdapterFacts
+from rankfold.lora.config.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
+from rankfold.lora.config.strict_json import read_json_object
+from rankfold.lora.placing.inject import alpha_of, rank_of
+from rankfold.lora.placing.targets import shortest_list
+from rankfold.models.adapters.lora_weights import Pair, pair_tensors
+from rankfold.models.adapters.metadata import METADATA_NAME, AdapterMetadata
 from rankfold.models.mlx.layout import MAGNITUDE, MLX_WEIGHTS, RECORD, MlxBase, Unpacked
-from rankfold.models.pairs import Pair, pair_tensors
 
 ENDINGS = {"lora_a": "A", "lora_b": "B", "m": MAGNITUDE}
 
@@ -57,15 +57,15 @@ def read_mlx(folder: Path, base: MlxBase, names: Collection[str]) -> Unpacked:
     return Unpacked(_tensors(pairs), _config(described, parameters, pairs, names), facts)
 
 
-def _facts(folder: Path, weights: bytes) -> AdapterFacts:
+def _facts(folder: Path, weights: bytes) -> AdapterMetadata:
     """What rankfold knows of the adapter, if both files are those that it wrote.  Raises AdapterError."""
-    facts = AdapterFacts.read(folder)
+    facts = AdapterMetadata.read(folder)
     now = facts.sealed({MLX_WEIGHTS: weights, CONFIG_NAME: (folder / CONFIG_NAME).read_bytes()}, None).sha256
     changed = [name for name, expected in facts.sha256.items() if now.get(name) != expected]
     if changed:
         raise AdapterError(
-            f"{folder / changed[0]} is not what was saved: its sha256 is not the one in {FACTS_NAME}; "
-            f"remove {FACTS_NAME} if it was trained on since"
+            f"{folder / changed[0]} is not what was saved: its sha256 is not the one in {METADATA_NAME}; "
+            f"remove {METADATA_NAME} if it was trained on since"
         )
     return facts
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from rankfold.errors import AdapterError, OutputError, bullet_list
 from rankfold.files import write_whole
 from rankfold.lora import LoraConfig
-from rankfold.lora.config import CONFIG_NAME, changes_base
-from rankfold.models.facts import AdapterFacts
+from rankfold.lora.config.lora_config import CONFIG_NAME, changes_base
+from rankfold.models.adapters.lora_weights import Pair, is_embedding, padded, pair_of, sorted_out
+from rankfold.models.adapters.metadata import AdapterMetadata
 from rankfold.models.mlx.layout import MAGNITUDE, MLX_WEIGHTS, RECORD, MlxBase, Unpacked
-from rankfold.models.pairs import Pair, is_embedding, padded, pair_of, sorted_out
 
 BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EVERY_BLOCK = -1
@@ -154,7 +154,7 @@ def _keys(paths: list[str], base: MlxBase) -> tuple[list[str], int]:
 
 
 def _write(
-    tensors: Mapping[str, Tensor], described: Mapping[str, Any], facts: AdapterFacts, out: Path
+    tensors: Mapping[str, Tensor], described: Mapping[str, Any], facts: AdapterMetadata, out: Path
 ) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""What is asked for: ``LoraConfig``, checked as a whole."""

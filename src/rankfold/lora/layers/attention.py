@@ -1,0 +1,143 @@
+"""LoRA for ``nn.MultiheadAttention``.
+
+That layer calls no linear layer: it hands ``in_proj_weight`` and ``out_proj.weight`` to one fused
+function, and so does the fast path of ``nn.TransformerEncoderLayer``.  So an adapted layer shows, under
+the weight's own name, the weight with the updates in it, worked out anew and differentiable; the base
+weight lies untouched in ``_parameters``, where the state dict, ``to()`` and optimisers find it.  (PEFT
+writes the update into the base weight before each call and subtracts it afterwards, which drifts.)"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from threading import get_ident
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from rankfold.kernels.low_rank import low_rank_delta
+from rankfold.lora.layers.base import AdapterSpec, adapt, register_layer, upcast
+from rankfold.lora.layers.factors import LoraLayer, linear_factor
+
+# PEFT 0.21.2 adds the update of out_proj twice (MultiheadAttention.merge adds it and then calls
+# out_proj.merge), merged or not, so this is what an adapter in one of its files means.
+OUT_PROJ_TIMES = 2
+
+
+class ShownWeight(LoraLayer):
+    """A layer that shows its weight ``weight_name`` with the updates of its active adapters in it."""
+
+    weight_name: ClassVar[str]
+    added: ClassVar[tuple[str, ...]] = ("_shown", *LoraLayer.added)
+
+    _shown: dict[int, Tensor]  # by thread, within a forward
+
+    def start(self) -> None:
+        super().start()
+        self.__dict__["_shown"] = {}
+
+    def base_weight(self) -> Tensor:
+        return cast(Tensor, self._parameters[self.weight_name])
+
+    def merged_like(self) -> Tensor:
+        return self.base_weight()
+
+    def shown_weight(self) -> Tensor | None:
+        if not self.applied:
+            return self._parameters[self.weight_name]
+        if self._shown and not torch.compiler.is_compiling():
+            shown = self._shown.get(get_ident())
+            if shown is not None:
+                return shown
+        base = self.base_weight()
+        total = upcast(base)
+        for name in self.applied:
+            total = total + self.delta(name)
+        return total.to(base.dtype)
+
+    def make_factors(self, spec: AdapterSpec) -> None:
+        rows, columns = self.base_weight().shape
+        self.lora_A[spec.name] = linear_factor(columns, spec.rank)
+        self.lora_B[spec.name] = linear_factor(spec.rank, rows)
+
+    def delta(self, name: str) -> Tensor:
+        """``scale * B A`` (out, in), at least float32."""
+        return low_rank_delta(*self.factors(name), self.scaling[name])
+
+
+class LoraOutProjection(ShownWeight, NonDynamicallyQuantizableLinear):
+    """The ``out_proj`` of an attention layer.  Its own forward reads the shown weight too."""
+
+    plain_class = NonDynamicallyQuantizableLinear
+    weight_name = "weight"
+
+    @property
+    def weight(self) -> Tensor | None:  # type: ignore[override]
+        return self.shown_weight()
+
+
+class LoraMultiheadAttention(ShownWeight, nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` with updates of ``in_proj_weight`` and ``out_proj.weight``, always both.
+
+    Adds ``lora_A.<adapter>.weight`` (rank, features) and ``lora_B.<adapter>.weight`` (3 features, rank) for
+    the projections of query, key and value, and makes ``out_proj`` an adapter layer of its own."""
+
+    plain_class = nn.MultiheadAttention
+    weight_name = "in_proj_weight"
+
+    @classmethod
+    def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
+        config = spec.config
+        if layer._parameters.get("in_proj_weight") is None:
+            return [
+                "query, key and value of unequal width have a weight each; only equal ones can be adapted"
+            ]
+        found = []
+        if config.lora_dropout and not config.inference_mode:
+            found.append(
+                "lora_dropout needs the update apart from the weight, an attention layer takes the sum"
+            )
+        if config.lora_bias:
+            found.append("lora_bias has no place in an attention layer")
+        return found
+
+    @property
+    def in_features(self) -> int:
+        return int(self.embed_dim)
+
+    @property
+    def out_features(self) -> int:
+        return int(3 * self.embed_dim)
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
+        return self.shown_weight()
+
+    def add_adapter(self, spec: AdapterSpec) -> None:
+        out_proj = adapt(self.out_proj, LoraOutProjection)
+        doubled = dataclasses.replace(spec, alpha=OUT_PROJ_TIMES * spec.alpha)
+        if not self.r:  # PEFT draws the first start of out_proj twice, and one seed shall give one start
+            out_proj.add_adapter(doubled)
+        super().add_adapter(spec)
+        out_proj.add_adapter(doubled)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self.applied:
+            return super().forward(*args, **kwargs)
+        layers = [layer for layer in (self, self.out_proj) if isinstance(layer, ShownWeight)]
+        thread = get_ident()
+        try:  # the layer's forward asks up to five times for each weight
+            for layer in layers:
+                layer._shown[thread] = cast(Tensor, layer.shown_weight())
+            return super().forward(*args, **kwargs)
+        finally:
+            for layer in layers:
+                layer._shown.pop(thread, None)
+
+    def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
+        return {self.weight_name: super().merged_values(names)["weight"]}
+
+
+register_layer(nn.MultiheadAttention, LoraMultiheadAttention)

@@ -1,0 +1,1 @@
+"""Which layers are meant, and putting adapters in, merging them, taking them out."""

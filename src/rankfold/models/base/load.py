@@ -1,0 +1,312 @@
+"""Loading a base model and its tokenizer, and a base with an adapter on it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankfold.errors import ConfigError, ModelError, OutputError
+from rankfold.files import require_space, staged_folder
+from rankfold.lora import LoraConfig
+from rankfold.lora.files.adapter_reader import AdapterSource, Fault
+from rankfold.models.adapters.convert import natively_named
+from rankfold.models.adapters.metadata import AdapterMetadata, tokenizer_changes
+from rankfold.models.base.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
+from rankfold.models.base.heap import large_blocks_apart
+from rankfold.models.base.image_text import (
+    image_text_config,
+    is_internvl,
+    load_held_image_text,
+    load_image_text,
+    load_processor_of,
+    prompt_notes,
+)
+from rankfold.models.base.packed import Stored, describe, held_model
+from rankfold.models.base.precision import Precision, default_device, held_notes, hold_in
+from rankfold.models.base.processors import set_most_tiles
+from rankfold.models.base.quiet import quiet_transformers
+from rankfold.models.messages.plain_template import plain_template
+from rankfold.peft_surface import PeftModel
+
+EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
+
+
+@dataclass
+class Base:
+    """A language model with its tokenizer; ``notes`` are facts a user should be told.
+
+    ``processor`` is transformers' for a model that sees images, else None."""
+
+    model: Any
+    tokenizer: Any
+    source: BaseSource
+    notes: list[str] = field(default_factory=list)
+    prompt_style: str = "chat"
+    processor: Any = None
+
+
+@large_blocks_apart()
+def load_base(name: str, precision: Precision | None = None, stored: Stored | None = None) -> Base:
+    """Load ``name`` (see ``find_base``) as ``precision`` says, by default in float32 on a CPU, in bfloat16
+    on a GPU that computes in it.
+
+    With ``stored`` the weights of linear layers and embeddings are held in fewer bytes and expanded when they
+    are used: "gguf" (the blocks of a GGUF file as they are), "bfloat16", "int8" (a scale for each output),
+    "q4_0" (GGUF's blocks) or "nf4" (bitsandbytes); of a model that sees images the language model's only.
+
+    Without it a GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
+    ``~/.cache/rankfold``), because reading it takes far longer than reading the result.
+    Only safetensors and GGUF weights are read, and no code from a model folder is run.
+
+    Raises ModelError, also if a weight is too large for float16."""
+    source = find_base(name)
+    notes: list[str] = []
+    processor = None
+    config = None if source.gguf_file is not None else image_text_config(source)
+    dtype = precision.storage if precision else _usual_storage()
+    if stored is not None and config is not None:
+        model, processor = load_held_image_text(source, config, stored, dtype)
+        tokenizer = processor.tokenizer
+        notes += [describe(model), *prompt_notes(config, tokenizer)]
+    elif stored is not None:
+        model, tokenizer = _load_held(source, stored, dtype, notes)
+    elif source.gguf_file is not None:
+        model, tokenizer = _load_gguf(source.gguf_file, dtype, notes)
+    elif config is not None:
+        model, processor = load_image_text(source, config, dtype)
+        tokenizer = processor.tokenizer
+        notes += prompt_notes(config, tokenizer)
+    else:
+        model, tokenizer = _load_transformers(source.location, source.name, dtype)
+    _check_vocabulary(model, tokenizer, name)
+    if precision and stored is None:
+        notes += held_notes(model, _comes_as(source, config), dtype)
+    model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
+    return Base(model.to(default_device()).eval(), tokenizer, source, notes, processor=processor)
+
+
+def load_tokenizer(name: str) -> tuple[Any, int | None]:
+    """The tokenizer of ``name`` (see ``find_base``) without its weights, and the longest input in tokens
+    that the model was made for, if its config says so.
+
+    Raises ModelError."""
+    source = find_base(name)
+    if source.gguf_file is None and (seeing := image_text_config(source)) is not None:
+        return load_processor_of(source, seeing).tokenizer, longest_input(seeing)
+    location, options = described(source)
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            config = AutoConfig.from_pretrained(location, **options)
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise cannot_load(source.location, source.name, error) from error
+    return tokenizer, longest_input(config)
+
+
+def load_processor(name: str) -> Any:
+    """The processor of a model that sees images, without its weights; None for any other.
+
+    Raises ModelError."""
+    source = find_base(name)
+    config = None if source.gguf_file is not None else image_text_config(source)
+    return None if config is None else load_processor_of(source, config)
+
+
+def longest_input(config: Any) -> int | None:
+    """The longest input in tokens that a model with this config was made for, if the config says so."""
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
+def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = ()) -> Base:
+    """Load the base that ``adapter`` names (or ``model_name``) and merge the adapter into it.
+
+    ``allow``: faults to let through (see LoadOptions); "base" stands for another tokenizer too.
+    Raises AdapterError or ModelError."""
+    AdapterSource.of(adapter, {"allow": allow})  # a misspelt fault is told before the base is loaded
+    config = LoraConfig.from_pretrained(adapter)
+    name = model_name or config.base_model_name_or_path
+    if not name:
+        raise ModelError(f"{adapter} does not say which base model it belongs to; name it with --model")
+    facts = AdapterMetadata.read(Path(adapter))
+    base = load_base(name)
+    if facts.image_tiles is not None and base.processor is not None:
+        set_most_tiles(base.processor, facts.image_tiles)  # as in training
+    changed = tokenizer_changes(facts.tokenizer, base.tokenizer)
+    if facts.chat_template:  # the adapter's counts, whatever template the base has by now
+        base.tokenizer.chat_template = plain_template(facts.chat_template)
+        changed = [part for part in changed if part != "chat_template"]
+    if changed and "base" not in allow:
+        raise ModelError(
+            f"the tokenizer of {name} is not the one that {adapter} was trained with: another "
+            f"{' and another '.join(changed)}; name the right base with --model, or allow 'base' "
+            "(--allow base) to use it all the same"
+        )
+    base.notes += [f"the tokenizer has another {part} than in training" for part in changed]
+    with natively_named(Path(adapter), name) if is_internvl(base.model) else nullcontext(adapter) as folder:
+        base.model = PeftModel.from_pretrained(base.model, folder, allow=allow).merge_and_unload()
+    base.prompt_style = facts.prompt_style
+    return base
+
+
+def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str | None = None) -> Any:
+    """A model of the transformers class ``kind`` from ``source``, in ``dtype`` or, by default, its own.
+
+    Only safetensors weights are read, a GGUF file's for a causal language model; no code from a model
+    folder is run.  Raises ModelError."""
+    if source.gguf_file is not None:
+        if kind.__name__ != "AutoModelForCausalLM":
+            raise ModelError(f"{source.name}: a GGUF file can be loaded as a causal language model only")
+        model = load_base(source.name).model
+        return model if dtype is None else model.to(dtype)
+    with quiet_transformers():
+        try:
+            model = kind.from_pretrained(
+                source.location, dtype=dtype or "auto", use_safetensors=True, revision=revision or "main"
+            )
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise cannot_load(source.location, source.name, error) from error
+    model.name_or_path = model.config.name_or_path = source.name
+    return model.eval()
+
+
+def load(adapter: Path | None, model_name: str | None, allow: Collection[Fault] = ()) -> Base:
+    """``load_tuned`` if there is an adapter, else ``load_base`` of the named or the default model."""
+    if allow and not adapter:
+        raise ConfigError("--allow says what an adapter may lack, and there is no --adapter")
+    return load_tuned(adapter, model_name, allow) if adapter else load_base(model_name or DEFAULT_MODEL)
+
+
+def _comes_as(source: BaseSource, config: Any) -> torch.dtype:
+    """What the weights are written in, as their config says (``config`` for a model that sees images); a
+    GGUF file's are expanded to float32."""
+    if source.gguf_file is not None:
+        return torch.float32
+    if config is None:
+        with quiet_transformers():
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(source.location)
+    dtype: torch.dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    return dtype
+
+
+def _usual_storage() -> torch.dtype:
+    narrow = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def _load_transformers(
+    location: str | Path, name: str, dtype: torch.dtype, **options: Any
+) -> tuple[Any, Any]:
+    """Weights are read in ``dtype``: casting the model afterwards would round the positions' angles too."""
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, use_safetensors=True, **options
+            )
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise cannot_load(location, name, error) from error
+    return model, tokenizer
+
+
+def _load_gguf(file: Path, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
+    cached = cache_folder() / "expanded" / _sha256(file)
+    if not cached.is_dir():
+        options = {"gguf_file": file.name}
+        model, tokenizer = _load_transformers(file.parent, str(file), torch.float32, **options)
+        _clear_quantisation_marks(model)
+        try:
+            require_space(cached.parent, EXPANDED_PER_GGUF_BYTE * file.stat().st_size)
+            with quiet_transformers(), staged_folder(cached) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+        except OutputError as error:
+            if not cached.is_dir():  # else another process was faster
+                notes.append(f"the expanded model was not kept for next time: {error}")
+                return hold_in(model, dtype), tokenizer
+        notes.append(f"{file.name} was expanded to float32 and kept in {cached.parent}")
+    return _load_transformers(cached, str(file), dtype)
+
+
+def _load_held(source: BaseSource, stored: Stored, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
+    location, options = described(source)
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            config = AutoConfig.from_pretrained(location, **options)
+            if options and source.gguf_file is not None:
+                _keep_description(source.gguf_file, config, tokenizer, notes)
+            model = held_model(config, source, stored, dtype)
+        except ModelError as error:
+            raise ModelError(f"{source.name}: {error}") from error
+        except Exception as error:  # a damaged file raises whatever its reader happens to raise
+            raise cannot_load(source.location, source.name, error) from error
+    notes.append(describe(model))
+    return model, tokenizer
+
+
+def described(source: BaseSource) -> tuple[str | Path, dict[str, str]]:
+    """From where config and tokenizer are read, of a GGUF file the fastest way, and with what options."""
+    file = source.gguf_file
+    if file is None:
+        return source.location, {}
+    sha256 = _sha256(file)
+    for kept in (cache_folder() / "expanded" / sha256, cache_folder() / "described" / sha256):
+        if kept.is_dir():
+            return kept, {}
+    return file.parent, {"gguf_file": file.name}
+
+
+def _keep_description(file: Path, config: Any, tokenizer: Any, notes: list[str]) -> None:
+    """Keep config and tokenizer of a GGUF file in the cache folder: reading them there takes seconds less."""
+    cached = cache_folder() / "described" / _sha256(file)
+    try:
+        with staged_folder(cached) as folder:
+            config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except OutputError as error:
+        if not cached.is_dir():  # else another process was faster
+            notes.append(f"the tokenizer was not kept for next time: {error}")
+
+
+def _clear_quantisation_marks(model: Any) -> None:
+    """The weights are plain float32 by now; transformers would still refuse to save them."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer of {name} has {len(tokenizer):,} entries but the model embeds {rows:,}; "
+            "they do not belong together"
+        )
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: ``RANKFOLD_CACHE``, else ``~/.cache/rankfold``."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RANKFOLD_CACHE") or Path(home) / "rankfold")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
