@@ -2,8 +2,8 @@
 
   HF_HOME=FOLDER HF_HUB_OFFLINE=1 python fake_hub_cache.py      # then run pytest with the same two variables
 
-Also needed: make tests/testing_utils.py::hub_online_once never go online (set `is_offline = True`), else it un-sets
-offline mode for the first access of each model id and waits for network time-outs."""
+Also needed: make tests/testing_utils.py::hub_online_once never go online (set `is_offline = True`), else
+it un-sets offline mode for the first access of each model id and waits for network time-outs."""
 
 import os
 import shutil

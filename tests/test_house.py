@@ -27,7 +27,10 @@ def rules() -> dict[str, set[str]]:
 
 
 # Files over 400 lines, each with the reason why it is one file.
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {
+    "lora/layers/base.py": "what every adapted layer does, PEFT's names for it included",
+    "lora/layers/factors.py": "what every layer with a low-rank pair does, PEFT's names for it included",
+}
 
 
 def room_of(path: Path) -> str:
@@ -69,13 +72,14 @@ def test_every_room_has_its_rule():
 def test_the_core_needs_torch_and_safetensors_only(room):
     paths = [SOURCE / room] if room.endswith(".py") else sorted((SOURCE / room).rglob("*.py"))
     outside = {name.split(".")[0] for path in paths for name in imported_modules(path)}
-    assert outside - sys.stdlib_module_names <= {"rankfold", "torch", "safetensors"}
+    # The hub's own library fetches an adapter that is named by a repository, and is imported there only.
+    assert outside - sys.stdlib_module_names <= {"rankfold", "torch", "safetensors", "huggingface_hub"}
 
 
 def test_the_public_surface_is_all():
     assert dir(rankfold) == sorted([*rankfold.__all__, "__version__"])
-    for name in rankfold.__all__:
-        assert getattr(rankfold, name).__name__ == name
+    for name in {*rankfold.__all__} - {*rankfold._ALIASES}:
+        assert getattr(getattr(rankfold, name), "__name__", name) == name
     with pytest.raises(AttributeError, match="nonsense"):
         _ = rankfold.nonsense
 
@@ -89,7 +93,10 @@ def test_no_pickle_and_no_shell(path):
         "shelve",
         "marshal",
     }
-    assert not re.search(r"torch\.(load|save)\(|shell=True|\bexec\(|(?<![.\w])eval\(|\.bin\b", text)
+    assert not re.search(r"torch\.save\(|shell=True|\bexec\(|(?<![.\w])eval\(", text)
+    loads = re.findall(r"torch\.load\(.*", text)
+    assert all(load.endswith("weights_only=True)") for load in loads)
+    assert not loads or path.name == "adapter_reader.py"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))

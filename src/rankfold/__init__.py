@@ -1,129 +1,104 @@
 """LoRA fine-tuning you can trust, on the machine you have.
 
 ``from rankfold import LoraConfig, get_peft_model`` is all a library user needs; ``Recipe`` and
-``fine_tune`` are the command line's ``rankfold train`` in Python.  Every name is imported on first use."""
+``fine_tune`` are the command line's ``rankfold train`` in Python.  Every name is imported on first use; what
+each of them is stands in ``__init__.pyi`` for type checkers."""
 
 from __future__ import annotations
 
 import importlib
-import typing
-
-if typing.TYPE_CHECKING:
-    from rankfold.errors import RankfoldError
-    from rankfold.lora import LoraConfig, TaskType
-    from rankfold.lora.layers.quantised import requantising
-    from rankfold.models.base.auto import (
-        AutoPeftModel,
-        AutoPeftModelForCausalLM,
-        AutoPeftModelForFeatureExtraction,
-        AutoPeftModelForQuestionAnswering,
-        AutoPeftModelForSeq2SeqLM,
-        AutoPeftModelForSequenceClassification,
-        AutoPeftModelForTokenClassification,
-    )
-    from rankfold.models.base.kbit import dequantise, prepare_model_for_kbit_training
-    from rankfold.models.base.load import load_base, load_tuned
-    from rankfold.peft_surface import (
-        PeftModel,
-        PeftModelForCausalLM,
-        PeftModelForFeatureExtraction,
-        PeftModelForQuestionAnswering,
-        PeftModelForSeq2SeqLM,
-        PeftModelForSequenceClassification,
-        PeftModelForTokenClassification,
-        get_layer_status,
-        get_model_status,
-        get_peft_model,
-        get_peft_model_state_dict,
-        inject_adapter_in_model,
-        set_peft_model_state_dict,
-    )
-    from rankfold.train.huggingface import AdapterTrainer
-    from rankfold.train.recipe import Recipe
-    from rankfold.train.run import fine_tune
 
 __version__ = "0.1.0"
-__all__ = [
-    "AdapterTrainer",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "LoraConfig",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "RankfoldError",
-    "Recipe",
-    "TaskType",
-    "dequantise",
-    "fine_tune",
-    "get_layer_status",
-    "get_model_status",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "load_base",
-    "load_tuned",
-    "prepare_model_for_kbit_training",
-    "requantising",
-    "set_peft_model_state_dict",
-]
 
-_HOME = {
-    **dict.fromkeys(
-        (
-            "PeftModel",
-            "PeftModelForCausalLM",
-            "PeftModelForFeatureExtraction",
-            "PeftModelForQuestionAnswering",
-            "PeftModelForSeq2SeqLM",
-            "PeftModelForSequenceClassification",
-            "PeftModelForTokenClassification",
-            "get_layer_status",
-            "get_model_status",
-            "get_peft_model",
-            "get_peft_model_state_dict",
-            "inject_adapter_in_model",
-            "set_peft_model_state_dict",
-        ),
-        "rankfold.peft_surface",
+_NAMES = {
+    "errors": "RankfoldError RankfoldWarning",
+    "lora.config.data_starts": "CordaConfig EvaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig",
+    "lora.config.lora_config": "LoraConfig LoraRuntimeConfig PeftType TaskType",
+    "lora.layers.base": "register_layer",
+    "lora.layers.factors": "LoraLayer",
+    "lora.layers.variants": "MontecloraSampler",
+    "lora.layers.quantised": "requantising",
+    "models.base.auto": (
+        "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+        "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+        "AutoPeftModelForTokenClassification"
     ),
-    **dict.fromkeys(
-        (
-            "AutoPeftModel",
-            "AutoPeftModelForCausalLM",
-            "AutoPeftModelForFeatureExtraction",
-            "AutoPeftModelForQuestionAnswering",
-            "AutoPeftModelForSeq2SeqLM",
-            "AutoPeftModelForSequenceClassification",
-            "AutoPeftModelForTokenClassification",
-        ),
-        "rankfold.models.base.auto",
+    "models.base.kbit": "dequantise prepare_model_for_kbit_training",
+    "models.base.load": "load_base load_tuned",
+    "peft_surface.functional": (
+        "get_base_model_state_dict get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
+        "set_base_model_state_dict set_peft_model_state_dict set_requires_grad"
     ),
-    **dict.fromkeys(("dequantise", "prepare_model_for_kbit_training"), "rankfold.models.base.kbit"),
-    **dict.fromkeys(("LoraConfig", "TaskType"), "rankfold.lora"),
-    "AdapterTrainer": "rankfold.train.huggingface",
-    "RankfoldError": "rankfold.errors",
-    "Recipe": "rankfold.train.recipe",
-    "load_base": "rankfold.models.base.load",
-    "load_tuned": "rankfold.models.base.load",
-    "requantising": "rankfold.lora.layers.quantised",
-    "fine_tune": "rankfold.train.run",
+    "peft_surface.helpers": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
+        "cast_mixed_precision_params check_if_peft_model get_peft_config"
+    ),
+    "peft_surface.hotswap": (
+        "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap"
+    ),
+    "peft_surface.model": "PeftModel get_peft_model",
+    "peft_surface.optimizers": "LoraFAOptimizer create_loraplus_optimizer create_lorafa_optimizer",
+    "peft_surface.scaling": "rescale_adapter_scale",
+    "peft_surface.status": "get_layer_status get_model_status",
+    "peft_surface.tasks": (
+        "PeftMixedModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+        "PeftModelForSeq2SeqLM "
+        "PeftModelForSequenceClassification PeftModelForTokenClassification"
+    ),
+    "peft_surface.tuner": "LoraModel",
+    "train.recipe": "Recipe",
+    "train.run": "fine_tune",
 }
+# PEFT's names for what has another one here.
+_ALIASES = {
+    "BaseTuner": ("peft_surface.tuner", "LoraModel"),
+    "BaseTunerLayer": ("lora.layers.base", "AdapterLayer"),
+    "ModulesToSaveWrapper": ("lora.layers.saved", "SavedModule"),
+    "NoMatchingPeftModuleError": ("errors", "NoMatchError"),
+    "PeftConfig": ("lora.config.lora_config", "LoraConfig"),
+    "PeftError": ("errors", "RankfoldError"),
+    "PeftWarning": ("errors", "RankfoldWarning"),
+    "TrainableTokensWrapper": ("lora.layers.tokens", "TokenLayer"),
+}
+# PEFT's names below its top: what its users import from ``tuners`` and ``utils`` is found here as well.
+_BELOW = {
+    **{
+        name: (f"tuners.{module}", name)
+        for module, names in {
+            "lora.layer": "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper",
+            "lora.model": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+            "tuners_utils": (
+                "_find_minimal_target_modules _maybe_include_all_linear_layers check_target_module_exists "
+                "inspect_matched_modules"
+            ),
+        }.items()
+        for name in names.split()
+    },
+    **{
+        name: ("utils", name)
+        for name in [
+            "AuxiliaryTrainingWrapper",
+            "DUMMY_MODEL_CONFIG",
+            "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+            "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+            "_get_submodules",
+            "infer_device",
+        ]
+    },
+}
+_HOME = {name: (module, name) for module, names in _NAMES.items() for name in names.split()} | _ALIASES
+_MODULES = ("tuners", "utils")
+
+__all__ = [*sorted(_HOME)]  # noqa: PLE0604 - it is a list of text
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name in _MODULES:
+        return importlib.import_module(f"rankfold.{name}")
+    if name not in _HOME and name not in _BELOW:
         raise AttributeError(f"module 'rankfold' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, own = _HOME.get(name) or _BELOW[name]
+    return getattr(importlib.import_module(f"rankfold.{module}"), own)
 
 
 def __dir__() -> list[str]:

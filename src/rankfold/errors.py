@@ -2,9 +2,11 @@
 
 RankfoldError
  +- ConfigError      (ValueError)    a LoraConfig or a recipe that cannot be meant
+ |   +- BatchError      (TypeError)   a batch of several adapters where rows cannot be told
  +- TargetError      (ValueError)    target patterns that match nothing, or a layer type without LoRA
- +- AdapterError     (ValueError)    an adapter on disk that cannot be loaded as it is
- +- MergeError       (RuntimeError)  a merge that would damage the model
+ |   +- NoMatchError                nothing at all is a target
+ +- AdapterError     (ValueError and RuntimeError)  an adapter on disk that cannot be loaded as it is
+ +- MergeError       (ValueError and RuntimeError)  a merge that would damage the model
  +- DataError        (ValueError)    rows that cannot be read or trained on
  +- ModelError       (ValueError)    a base model that cannot be found or used
  +- OutputError      (RuntimeError)  a place that cannot be written, or must not be overwritten
@@ -18,6 +20,10 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 
+class RankfoldWarning(UserWarning, RuntimeWarning):
+    """Something odd that was done all the same."""
+
+
 class RankfoldError(Exception):
     """Base of every error a user can cause or mend."""
 
@@ -26,15 +32,23 @@ class ConfigError(RankfoldError, ValueError):
     pass
 
 
+class BatchError(ConfigError, TypeError):
+    """A batch whose rows are several adapters', in a layer that does not see rows."""
+
+
 class TargetError(RankfoldError, ValueError):
     pass
 
 
-class AdapterError(RankfoldError, ValueError):
+class NoMatchError(TargetError):
+    """No module is a target: PEFT's NoMatchingPeftModuleError."""
+
+
+class AdapterError(RankfoldError, ValueError, RuntimeError):
     pass
 
 
-class MergeError(RankfoldError, RuntimeError):
+class MergeError(RankfoldError, ValueError, RuntimeError):
     pass
 
 

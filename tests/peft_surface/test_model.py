@@ -102,17 +102,22 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(model):
     with torch.no_grad():
         base.model.layers[1].mlp.up_proj.factors("default")[1][0, 0] = float("nan")
     before = copy.deepcopy(base.state_dict())
-    with pytest.raises(MergeError, match=r"model\.layers\.1\.mlp\.up_proj: the merged weight is not finite"):
+    with pytest.raises(
+        MergeError, match=r"model\.layers\.1\.mlp\.up_proj: NaNs detected in the merged weights"
+    ):
         model.merge_and_unload()
     for name, tensor in base.state_dict().items():
         assert torch.equal(torch.nan_to_num(tensor), torch.nan_to_num(before[name]))
 
 
-def test_a_tied_weight_is_not_merged_behind_the_others_back():
+def test_a_tied_weight_is_not_merged_behind_the_others_back(ids):
     base = tiny_llama(tied=True)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head", "q_proj"]))
-    with pytest.raises(MergeError, match=r"lm_head.weight is tied to model.embed_tokens.weight"):
-        model.merge_and_unload()
+    before = base.model.embed_tokens.weight.detach().clone()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["lm_head", "q_proj"])).eval()
+    randomise(model)
+    expected = model(ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected)
+    assert torch.equal(base.model.embed_tokens.weight, before)
 
 
 def test_a_layer_used_in_two_places_is_adapted_and_merged_once():
@@ -130,14 +135,20 @@ def test_the_given_config_is_not_changed():
     before = dataclasses.asdict(config)
     model = get_peft_model(tiny_llama(), config)
     assert dataclasses.asdict(config) == before
-    assert model.peft_config["default"].target_modules == [
+    assert model.peft_config["default"].target_modules == {
         *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-    ]
+    }
 
 
-def test_a_model_is_not_adapted_twice(model):
-    with pytest.raises(ConfigError, match="carries an adapter already"):
-        get_peft_model(model.get_base_model(), LoraConfig(**CONFIG))
+def test_a_model_that_carries_adapters_already_is_told_of(model, ids):
+    base = model.get_base_model()
+    before = tiny_llama()(ids).logits
+    with (
+        pytest.warns(UserWarning, match="for a second time"),
+        pytest.warns(UserWarning, match="Already found a `peft_config` attribute"),
+    ):
+        again = get_peft_model(base, LoraConfig(**CONFIG), "again").eval()
+    assert torch.equal(again(ids).logits, before)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "forward"])
@@ -202,6 +213,7 @@ def test_a_layer_without_adapters_left_is_plain_again(ids):
 
 @pytest.mark.peft("an adapter named `lora`", "warns, and its file does not load", "like any other name")
 @pytest.mark.parametrize("name", ["lora", "lora_A", "weight", "base_layer", "a-b c", "默认"])
+@pytest.mark.filterwarnings("ignore:Adapter name .lora. should not be")
 def test_an_adapter_may_have_any_name_that_torch_can_hold(name, ids, tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(**CONFIG), adapter_name=name)
     randomise(model)
@@ -213,14 +225,15 @@ def test_an_adapter_may_have_any_name_that_torch_can_hold(name, ids, tmp_path):
 
 def test_a_taken_name_is_refused_and_changes_nothing(model, ids):
     expected = model(ids).logits
-    with pytest.raises(ConfigError, match="has an adapter 'default' already"):
+    with pytest.raises(ConfigError, match="Adapter with name 'default' already exists"):
         model.add_adapter("default", LoraConfig(**CONFIG))
     assert torch.equal(model(ids).logits, expected)
 
 
-def test_the_last_adapter_is_not_deleted(model):
-    with pytest.raises(ConfigError, match=r"'default' is the only adapter; unload\(\)"):
-        model.delete_adapter("default")
+def test_of_the_last_adapter_nothing_stays(model, ids):
+    model.delete_adapter("default")
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
 
 
 def test_an_adapter_loaded_beside_another_is_frozen_and_not_active(model, tmp_path, ids):
@@ -268,4 +281,3 @@ def test_a_given_config_takes_the_place_of_the_one_in_the_folder(tmp_path):
     torch.testing.assert_close(loaded(input_ids=ids).logits, theirs(input_ids=ids).logits)
     assert not torch.allclose(loaded(input_ids=ids).logits, ours(input_ids=ids).logits)
     assert loaded.peft_config["default"].inference_mode
-    assert mine == LoraConfig(**options)

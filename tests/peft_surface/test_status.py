@@ -87,7 +87,7 @@ def test_the_status_follows_what_is_done_to_the_model():
 
 def merge_one_layer(model) -> None:
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    layer.merge(["second"], layer.merged_values(["second"]), keep=True)
+    layer.merge(adapter_names=["second"])
 
 
 def test_layers_that_do_not_agree_are_irregular():
@@ -96,7 +96,7 @@ def test_layers_that_do_not_agree_are_irregular():
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         layer.lora_A["default"].weight.requires_grad_(False)
     layer = ours.base_model.model.model.layers[1].self_attn.q_proj
-    layer.disable_adapters = True
+    layer.enable_adapters(False)
     theirs.base_model.model.model.layers[1].self_attn.q_proj.enable_adapters(False)
     status = get_model_status(ours)
     assert status.enabled == status.requires_grad["default"] == "irregular"
@@ -114,5 +114,5 @@ def test_a_model_without_a_wrapper_has_a_status_too(make, target):
 
 
 def test_a_model_without_adapters_has_none():
-    with pytest.raises(AdapterError, match="carries no adapter"):
+    with pytest.raises(AdapterError, match="No adapter layers found"):
         get_layer_status(tiny_llama())

@@ -10,7 +10,6 @@ from torch import nn
 import rankfold
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
-from rankfold.errors import ConfigError
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -140,16 +139,6 @@ def test_generation_obeys_a_config_that_was_set_on_the_wrapper():
         start = 1 if task == "SEQ_2_SEQ_LM" else IDS.shape[1]
         assert model.generate(input_ids=IDS).shape == (2, start + 3)
         assert model.generate(input_ids=IDS, max_new_tokens=5).shape == (2, start + 5)
-
-
-@pytest.mark.parametrize("call", ["forward", "generate"])
-def test_a_batch_for_several_adapters_is_refused_by_name(call):
-    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
-    ids = torch.ones(2, 3, dtype=torch.long)
-    with pytest.raises(ConfigError, match="adapter_names: a batch for several adapters is not supported"):
-        getattr(model, call)(input_ids=ids, adapter_names=["default", "__base__"])
-    more = {"max_new_tokens": 1} if call == "generate" else {}
-    getattr(model, call)(input_ids=ids, adapter_names=None, **more)
 
 
 def test_an_input_too_many_or_given_twice_is_named():

@@ -20,7 +20,8 @@ def add_low_rank_update(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, 
     """``out + scale * x A^T B^T`` in the dtype of ``out`` (..., out); see ``low_rank_update``.
 
     Where all dtypes agree the wide product, the scale and the sum are one pass over ``out``."""
-    if not out.dtype == x.dtype == lora_a.dtype == lora_b.dtype or out.dim() == 1 or out.is_nested:
+    alike = out.dtype == x.dtype == lora_a.dtype == lora_b.dtype
+    if not alike or out.dim() == 1 or out.is_nested or isinstance(scale, Tensor):
         return out + low_rank_update(x, lora_a, lora_b, scale).to(out.dtype)
     narrow = F.linear(x, lora_a)
     if out.dim() == 2:  # noqa: PLR2004 - a view costs a small layer as much as a product

@@ -36,7 +36,7 @@ def as_plain_adapter(
     layers = [(path, layer) for path, layer in adapter_layers(model) if name in layer.adapter_names()]
     split = [(path, layer) for path, layer in layers if isinstance(layer, LoraLayer)]
     check_convertible(name, config, split)
-    expected = file_tensors(model, name, config)
+    expected = file_tensors(model, name)
     start = {key: torch.empty_like(parameter) for key, parameter in expected.items()}
     stored = StoredAdapter(
         AdapterSource(initial), LoraConfig.from_pretrained(initial), *read_weights(initial)

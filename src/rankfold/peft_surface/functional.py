@@ -6,23 +6,25 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import AdapterError, ConfigError, MergeError, bullet_list
+from rankfold.errors import AdapterError, ConfigError, NoMatchError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.files.adapter_reader import FLOATS, LoadResult, bad_values
-from rankfold.lora.files.checkpoint import file_tensors, fitting
+from rankfold.lora.files.adapter_reader import FLOATS, LoadResult, adapter_folder, bad_values, read_weights
+from rankfold.lora.files.checkpoint import file_tensors, fill, fitting
 from rankfold.lora.files.renames import PREFIX, renamed
 from rankfold.lora.files.saved_embeddings import bring, embedding_tensors, find_brought
-from rankfold.lora.layers.base import AdapterLayer, adapter_layers
+from rankfold.lora.layers.base import WRAPPED, AdapterLayer, adapter_layers, base_modules
 from rankfold.lora.layers.overrides import HeldParameters
 from rankfold.lora.layers.saved import SavedModule
-from rankfold.lora.placing.inject import freeze
-from rankfold.lora.placing.prepare import prepared
-from rankfold.lora.placing.replication import replicated
-from rankfold.peft_surface.model import LoraModel, PeftModel
+from rankfold.lora.placing.targets import find_targets
+from rankfold.peft_surface.model import PeftModel
+from rankfold.peft_surface.saving_and_loading import taken_from
+from rankfold.peft_surface.tuner import LoraModel
 
 
 def inject_adapter_in_model(
@@ -35,73 +37,97 @@ def inject_adapter_in_model(
     """Adapt the layers of ``model`` in place and return ``model`` itself; its configs are noted in
     ``model.peft_config``.  Calling it again adds another adapter, which becomes the active one.
 
-    ``state_dict``: adapt exactly the modules that its keys name, whatever ``target_modules`` says; the
-    values are not read.  ``low_cpu_mem_usage`` is PEFT's word and changes nothing.
+    ``state_dict``: adapt exactly the modules that its keys name, whatever ``target_modules`` says, which is
+    told; the values are not read.  With ``low_cpu_mem_usage`` the factors are on the meta device.
     Raises what ``get_peft_model`` raises; ``model`` is then as it was."""
     if state_dict is not None:
-        paths = sorted({re.split(r"\.lora_", k.removeprefix(PREFIX))[0] for k in state_dict if ".lora_" in k})
-        exact = "|".join(re.escape(path) for path in paths)
-        peft_config = replace(peft_config, target_modules=exact, exclude_modules=None)
-    held: dict[str, LoraConfig] = model.__dict__.get("peft_config", {})
-    if any(True for _ in adapter_layers(model)):
-        wrapped = _around(model, held, [adapter_name])
-        with replicated(model, peft_config):
-            wrapped._place(adapter_name, *prepared(model, peft_config))
-        freeze(model)
-        wrapped._settle(trainable=not peft_config.inference_mode)
+        peft_config = _with_targets_of(state_dict, peft_config, model)
+    if isinstance(model, LoraModel):
+        model.add(adapter_name, peft_config, without_memory=low_cpu_mem_usage)
     else:
-        wrapped = PeftModel(model, peft_config, adapter_name)
-    model.peft_config = wrapped.peft_config  # type: ignore[assignment]
+        LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage)
     return model
 
 
-def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+def _with_targets_of(tensors: Mapping[str, Tensor], config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """``config`` with exactly the targets that the keys of ``tensors`` name."""
+    if config.target_parameters:
+        raise ConfigError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses "
+            "`target_parameters`. This "
+            "is not supported -- when using `target_parameters`, please inject the adapter without the "
+            "state_dict."
+        )
+    keys = [key.removeprefix(PREFIX).replace("_orig_mod.", "") for key in tensors if ".lora_" in key]
+    paths = {re.split(r"\.lora_", key)[0].replace(".base_layer", "") for key in keys}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            meant = {*find_targets(model, config)}
+    except NoMatchError:
+        meant = set()
+    modules = {path for path, _ in base_modules(model)}
+    texts = []
+    if more := sorted(meant - paths):
+        texts.append(f"The PEFT config contained these additional target modules: {more}. ")
+    if more := sorted((paths & modules) - meant):
+        texts.append(f"The state_dict contained these additional target modules: {more}. ")
+    if texts:
+        warnings.warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config "
+            "and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the "
+            "intent. " + "".join(texts),
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    exact = "|".join(re.escape(path) for path in sorted(paths))
+    return replace(
+        config, target_modules=exact, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, **_: Any
+) -> None:
     """Make one adapter, or several whose updates are added, the active ones, trained unless
     ``inference_mode``.  What is merged is unmerged first.
 
     Raises ConfigError for an adapter that is not there, or several that cannot be active together."""
-    _wrapped(model).set_adapter(adapter_name, inference_mode)
+    tuner_of(model).set_adapter(adapter_name, inference_mode)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "lora_") -> list[str] | None:
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "lora_", **_: Any) -> list[str] | None:
     """Drop an adapter and its config, and return the names of those active now; None if it was the last
     one, of which nothing stays on the layers (PEFT leaves its wrappers and the config).
 
     ``prefix`` is PEFT's word and changes nothing.  Raises MergeError while it is merged."""
-    wrapped, (inner, _) = _wrapped(model), _inside(model, adapter_name)
-    if len(wrapped.peft_config) > 1 or wrapped is model:
-        wrapped.delete_adapter(adapter_name)
-        return wrapped.active_adapters
-    if any(layer.merged for _, layer in adapter_layers(inner)):
-        raise MergeError(f"{adapter_name!r} is merged; unmerge it first")
-    wrapped.unload()
-    wrapped.peft_config.clear()
-    return None
+    tuner = tuner_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the caller is told by what is returned
+        tuner.delete_adapter(adapter_name)
+    return tuner.active_adapters or None
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Turn half-precision and float8 factors and token rows of one adapter into float32, in place.
 
     Does nothing without ``autocast_adapter_dtype``.  ``modules_to_save`` and biases stay, as in PEFT."""
-    inner, _ = _inside(model, adapter_name)
-    for _, layer in adapter_layers(inner):
+    tuner = tuner_of(model)
+    tuner.check_known([adapter_name])
+    for _, layer in adapter_layers(tuner.model):
         if isinstance(layer, (SavedModule, HeldParameters)) or not autocast_adapter_dtype:
             continue
         for parameter in _parameters(layer, adapter_name):
             if parameter.dtype in FLOATS and parameter.dtype.itemsize < torch.float32.itemsize:
                 parameter.data = parameter.data.float()
-        layer.refresh()
 
 
 def set_requires_grad(
     model: nn.Module, adapter_names: str | Collection[str], requires_grad: bool = True
 ) -> None:
     """Train, or do not train, the tensors of the named adapters, active or not."""
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    for name in names:
-        for _, layer in adapter_layers(_inside(model, name)[0]):
-            for parameter in _parameters(layer, name):
-                parameter.requires_grad_(requires_grad)
+    tuner_of(model).set_requires_grad(adapter_names, requires_grad)
 
 
 def _parameters(layer: AdapterLayer, name: str) -> list[nn.Parameter]:
@@ -109,22 +135,25 @@ def _parameters(layer: AdapterLayer, name: str) -> list[nn.Parameter]:
     return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
 
-def _wrapped(model: nn.Module) -> PeftModel:
-    """``model`` itself, or a wrapper around it for the length of a call."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without the wrappers of torch.compile, DDP and FSDP around it."""
+    for name in (*WRAPPED, "module"):
+        inner = model._modules.get(name)
+        if inner is not None and len(model._modules) == 1:
+            return unwrapped(inner)
+    return model
+
+
+def tuner_of(model: nn.Module) -> LoraModel:
+    """The adapters of ``model``, wrapped or not."""
     if isinstance(model, PeftModel):
-        return model
-    active = next((layer.active_adapters for _, layer in adapter_layers(model)), [])
-    return _around(model, vars(model).get("peft_config", {}), active)
+        return model.base_model
+    return model if isinstance(model, LoraModel) else LoraModel.around(model)
 
 
-def _around(model: nn.Module, configs: dict[str, LoraConfig], active: list[str]) -> PeftModel:
-    """A wrapper around a model whose layers are adapted already."""
-    wrapped = PeftModel.__new__(PeftModel)
-    nn.Module.__init__(wrapped)
-    wrapped.widen, wrapped.peft_config, wrapped.targeted_module_names = True, configs, []
-    wrapped.adapter_metadata, wrapped._active = {}, active
-    wrapped.base_model = LoraModel(model)
-    return wrapped
+def _prefix(model: nn.Module) -> str:
+    """What precedes the dotted name of a base's module in the names of ``model``."""
+    return "model." if isinstance(model, LoraModel) else "" if not isinstance(model, PeftModel) else PREFIX
 
 
 def get_peft_model_state_dict(
@@ -138,18 +167,17 @@ def get_peft_model_state_dict(
     has no wrapper.
 
     ``state_dict``: take the values from there, by ``model``'s own names; AdapterError if any is missing."""
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
-    inner, config = _inside(model, adapter_name)
-    tensors: dict[str, Tensor] = {**file_tensors(inner, adapter_name, config)}
+    if state_dict is None and "_fsdp_wrapped_module" in model._modules:
+        state_dict = model.state_dict()  # gathers what is cut
+    model = unwrapped(model)
+    tuner = tuner_of(model)
+    tuner.check_known([adapter_name])
+    inner, config = tuner.model, tuner.peft_config[adapter_name]
+    tensors: dict[str, Tensor] = {**file_tensors(inner, adapter_name)}
     tensors |= embedding_tensors(inner, adapter_name, config, save_embedding_layers)
     if state_dict is not None:
-        names = _names(model)
-        missing = [names[id(t)] for t in tensors.values() if names.get(id(t), "") not in {*state_dict, ""}]
-        if missing:
-            raise AdapterError(bullet_list("the given state dict lacks tensors of the adapter:", missing))
-        tensors = {k: state_dict[names[id(t)]] if id(t) in names else t for k, t in tensors.items()}
-    return {_spelt(key, model): tensor.detach() for key, tensor in tensors.items()}
+        tensors = taken_from(state_dict, tensors, inner)
+    return {_prefix(model) + key.removeprefix(PREFIX): tensor.detach() for key, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -165,13 +193,15 @@ def set_peft_model_state_dict(
     Returns the names of the adapter's tensors in ``model`` that were not given, and the keys given that
     have no place.  Raises AdapterError, with nothing changed, for a
     tensor of another shape (unless ``ignore_mismatched_sizes``, which warns) or with NaN or infinity."""
-    inner, config = _inside(model, adapter_name)
-    wrapped = isinstance(model, PeftModel)
+    model = unwrapped(model)
+    tuner, prefix = tuner_of(model), _prefix(model)
+    tuner.check_known([adapter_name])
+    inner, config = tuner.model, tuner.peft_config[adapter_name]
     given = {
-        k if wrapped else f"{PREFIX}{k.removeprefix(PREFIX)}": t for k, t in peft_model_state_dict.items()
+        f"{PREFIX}{k.removeprefix(prefix).removeprefix(PREFIX)}": t for k, t in peft_model_state_dict.items()
     }
     tensors, _ = renamed(given, inner, {})
-    wanted: dict[str, Tensor] = {**file_tensors(inner, adapter_name, config)}
+    wanted: dict[str, Tensor] = {**file_tensors(inner, adapter_name)}
     brought = find_brought(inner, tensors, wanted, config)
     fits, faults, result = fitting(tensors, wanted | {key: place for key, (_, place) in brought.items()})
     wrong = [text for fault, text in faults if fault == "shape"]
@@ -180,26 +210,65 @@ def set_peft_model_state_dict(
     if refused:
         raise AdapterError(bullet_list("the given tensors do not fit this model:", sorted(refused)))
     for key, tensor in fits.items():
-        place = wanted[key] if key in wanted else brought[key][1]
-        place.copy_(tensor)
+        fill(wanted[key] if key in wanted else brought[key][1], tensor)
     bring(inner, adapter_name, dict(brought.values()))
     if wrong:
-        warnings.warn(bullet_list("these tensors were not loaded:", sorted(wrong)), stacklevel=3)
-    names = _names(model)
+        warnings.warn(
+            bullet_list("Some weights were not loaded because their sizes did not match:", sorted(wrong)),
+            stacklevel=3,
+        )
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     missing = [names[id(wanted[key])] for key in result.missing_keys if id(wanted[key]) in names]
-    return LoadResult(missing, [_spelt(key, model) for key in result.unexpected_keys])
+    return LoadResult(missing, [prefix + key.removeprefix(PREFIX) for key in result.unexpected_keys])
 
 
-def _inside(model: nn.Module, adapter_name: str) -> tuple[nn.Module, LoraConfig]:
-    configs: Mapping[str, LoraConfig] = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise ConfigError(f"no adapter {adapter_name!r}; the model has {list(configs)}")
-    return (model.get_base_model() if isinstance(model, PeftModel) else model), configs[adapter_name]
+def load_peft_weights(model_id: str | Path, device: str | None = None, **options: Any) -> dict[str, Tensor]:
+    """The tensors in an adapter folder or a repository of the hub, on ``device``; ``options`` are
+    LoadOptions.
+
+    Raises AdapterError."""
+    tensors, _, _ = read_weights(adapter_folder(model_id, options))
+    return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
 
 
-def _names(model: nn.Module) -> dict[int, str]:
-    return {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the base as it would be without adapters, under the base's own names."""
+    return {name: tensor.detach() for name, tensor in _base_state(tuner_of(model).model).items()}
 
 
-def _spelt(key: str, model: nn.Module) -> str:
-    return key if isinstance(model, PeftModel) else key.removeprefix(PREFIX)
+@torch.no_grad()
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> LoadResult:
+    """Put values into the base of an adapted model, by the base's own names.
+
+    Raises AdapterError for a tensor of another shape, and with ``strict`` for a missing or an unknown name;
+    nothing is changed then."""
+    places = _base_state(tuner_of(model).model)
+    missing = [name for name in places if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in places]
+    wrong = [f"Missing key: {name}" for name in missing if strict]
+    wrong += [f"Unexpected key: {name}" for name in unexpected if strict]
+    wrong += [
+        f"size mismatch for {name}: {tuple(state_dict[name].shape)} in place of {tuple(place.shape)}"
+        for name, place in places.items()
+        if name in state_dict and state_dict[name].shape != place.shape
+    ]
+    if wrong:
+        raise AdapterError(bullet_list("this state dict does not fit the base:", wrong))
+    for name, place in places.items():
+        if name in state_dict:
+            place.copy_(state_dict[name])
+    return LoadResult(missing, unexpected)
+
+
+def _base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the base's own state dict, not detached: what no adapter has added."""
+    found: dict[str, Tensor] = {}
+    for path, module in base_modules(model):
+        added = type(module).added if isinstance(module, AdapterLayer) else ()
+        buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for key, tensor in {**module._parameters, **buffers}.items():
+            if tensor is not None and key not in added:
+                found[f"{path}.{key}" if path else key] = tensor
+    return found

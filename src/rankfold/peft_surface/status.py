@@ -14,12 +14,11 @@ from rankfold.lora.layers.overrides import HeldParameters, file_path
 from rankfold.lora.layers.parameters import ParameterAdapters
 from rankfold.lora.layers.saved import SavedModule
 from rankfold.lora.layers.tokens import TokenLayer
+from rankfold.peft_surface.findings import count_parameters
 from rankfold.peft_surface.model import PeftModel
 
 Irregular = Literal["irregular"]
 T = TypeVar("T")
-# What PEFT's layer is called where it is not called after the plain layer.
-PEFT_NAMES = {"Conv1D": "Linear", "NonDynamicallyQuantizableLinear": "Linear"}
 
 
 @dataclass
@@ -70,7 +69,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         for status in _layer_status(f"{prefix}{file_path(inner, path)}", layer)
     ]
     if not layers:
-        raise AdapterError("the model carries no adapter, so there is no state to tell")
+        raise AdapterError("No adapter layers found in the model, so there is no state to tell")
     return layers
 
 
@@ -84,8 +83,7 @@ def _layer_status(name: str, layer: AdapterLayer) -> Iterator[TunerLayerStatus]:
     elif isinstance(layer, SavedModule):
         yield _status(name, "ModulesToSaveWrapper", layer, layer)
     else:
-        plain = layer.plain_class.__name__
-        yield _status(name, f"lora.{PEFT_NAMES.get(plain, plain)}", layer, layer)
+        yield _status(name, getattr(layer, "peft_name", type(layer).__name__), layer, layer)
 
 
 def _status(name: str, kind: str, part: AdapterLayer, layer: AdapterLayer) -> TunerLayerStatus:
@@ -113,7 +111,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     layers = get_layer_status(model)
     merged = {name for layer in layers for name in layer.merged_adapters}
     half = any(merged & (set(layer.available_adapters) - set(layer.merged_adapters)) for layer in layers)
-    trainable, total = _count(model)
+    trainable, total = count_parameters(model)
     return TunerModelStatus(
         base_model_type=_base_type(model),
         adapter_model_type=type(model.base_model).__name__ if isinstance(model, PeftModel) else "None",
@@ -155,12 +153,6 @@ def _collected(tables: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
         for name, value in table.items():
             found.setdefault(name, []).append(value)
     return found
-
-
-def _count(model: nn.Module) -> tuple[int, int]:
-    if isinstance(model, PeftModel):
-        return model.get_nb_trainable_parameters()
-    return PeftModel.get_nb_trainable_parameters(model)  # type: ignore[arg-type] # it only reads parameters()
 
 
 def _base_type(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from inspect import Parameter, Signature
 from typing import Any
 
 from rankfold.lora.config.lora_config import LoraConfig, TaskType
-from rankfold.peft_surface.model import PeftModel, for_one_batch
+from rankfold.peft_surface.model import PeftModel
 
 TEXT = ("input_ids", "attention_mask", "inputs_embeds")
 DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
@@ -50,17 +50,11 @@ class PeftModelForTokenClassification(PeftModelForSequenceClassification):
 class PeftModelForCausalLM(PeftModelForSequenceClassification):
     """A language model."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return generate(self, *args, **kwargs)
-
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """A model that reads one text and writes another."""
 
     forward = forward_of(*TEXT, *DECODER, "labels", *FORM)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return generate(self, *args, **kwargs)
 
 
 class PeftModelForQuestionAnswering(PeftModel):
@@ -79,12 +73,8 @@ class PeftModelForFeatureExtraction(PeftModel):
     forward = forward_of(*TEXT, *FORM)
 
 
-def generate(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
-    """The base model's ``generate``, under the ``generation_config`` that was set on the wrapper, if any."""
-    own = model.__dict__.get("generation_config")
-    if own is not None:
-        kwargs.setdefault("generation_config", own)
-    return model.get_base_model().generate(*args, **for_one_batch(kwargs))  # type: ignore[operator]
+class PeftMixedModel(PeftModel):
+    """PEFT's class for adapters of several methods on one model; there is one method here."""
 
 
 MODEL_CLASSES: dict[str, type[PeftModel]] = {

@@ -11,9 +11,9 @@ from torch import nn
 
 from conftest import randomise
 from rankfold import LoraConfig, PeftModel, get_peft_model
-from rankfold.errors import AdapterError, ConfigError, MergeError, TargetError
+from rankfold.errors import ConfigError, MergeError
 from rankfold.lora.layers.attention import LoraMultiheadAttention, LoraOutProjection
-from rankfold.lora.placing.inject import remove
+from rankfold.lora.placing.placement import remove
 
 OPTIONS = {"r": 3, "lora_alpha": 6, "target_modules": ["attn"]}
 WIDTH = 8
@@ -307,7 +307,9 @@ def test_a_merge_that_overflows_changes_neither_projection():
     model = ours(net)
     with torch.no_grad():
         net.attn.out_proj.factors("default")[1].fill_(1e6)
-    with pytest.raises(MergeError, match=r"attn.out_proj: the merged weight is not finite in torch.float16"):
+    with pytest.raises(
+        MergeError, match=r"attn.out_proj: NaNs detected in the merged weights.* in torch.float16"
+    ):
         model.merge_adapter()
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
 
@@ -398,12 +400,10 @@ def test_pefts_adapter_has_no_effect_on_an_encoders_fast_path(target):
 @pytest.mark.parametrize(
     ("net", "options", "message"),
     [
-        ({"kdim": 6, "vdim": 6}, {}, "attn: query, key and value of unequal width have a weight each"),
-        ({}, {"lora_dropout": 0.1}, "attn: lora_dropout needs the update apart from the weight"),
-        ({}, {"use_dora": True}, "attn: use_dora is not for a MultiheadAttention"),
-        ({}, {"init_lora_weights": "pissa"}, "attn: init_lora_weights='pissa' is for linear layers"),
+        ({"kdim": 6, "vdim": 6}, {}, "attn: Only same embed for query/key/value"),
+        ({}, {"use_dora": True}, "attn: MultiheadAttention does not support DoRA"),
+        ({}, {"init_lora_weights": "pissa"}, "attn: .*init_lora_weights='pissa' is for linear layers"),
         ({}, {"lora_bias": True}, "attn: lora_bias has no place in an attention layer"),
-        ({}, {"r": 9}, "attn: rank 9 on a 24x8 weight"),
     ],
     ids=str,
 )
@@ -415,21 +415,24 @@ def test_what_cannot_be_adapted_is_refused_and_left_alone(net, options, message)
     assert list(model.state_dict()) == list(Net(**net).state_dict())
 
 
-def test_an_adapter_trained_by_peft_with_dropout_is_loaded_to_be_used_but_not_to_be_trained(tmp_path):
+def test_an_adapter_trained_by_peft_with_dropout_is_loaded_and_the_dropout_has_no_effect(tmp_path):
     theirs, x = pefts(Net(), lora_dropout=0.1).eval(), sample()
     theirs.save_pretrained(tmp_path)
-    torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path)(x), theirs(x))
-    with pytest.raises(AdapterError, match="lora_dropout needs the update apart"):
-        PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(loaded.train()(x), theirs(x))
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_the_out_projection_is_no_target_by_itself(adapted):
-    net = Net()
-    model = ours(net) if adapted else None
-    config = LoraConfig(r=2, target_modules=["out_proj"])
-    with pytest.raises(TargetError, match="attn.out_proj is a part of an attention layer .* target 'attn'"):
-        model.add_adapter("second", config) if adapted else get_peft_model(net, config)
+def test_an_out_projection_by_itself_takes_effect_although_only_its_weight_is_read():
+    net, x = Net(), sample()
+    before = net(x)[0]
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["out_proj"]))
+    assert torch.equal(model(x)[0], before)
+    randomise(model)
+    adapted = model(x)[0]
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    adapted.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(model.merge_and_unload()(x)[0], adapted)
 
 
 def test_all_linear_passes_an_adapted_out_projection_by():

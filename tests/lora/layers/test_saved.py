@@ -18,7 +18,7 @@ from transformers import (
 
 from conftest import tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
-from rankfold.errors import AdapterError, ConfigError, MergeError, TargetError
+from rankfold.errors import AdapterError, ConfigError, MergeError, RankfoldWarning, TargetError
 from rankfold.lora.layers.saved import SavedModule, plain_copy
 
 SIZES = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
@@ -309,10 +309,10 @@ def test_an_adapter_without_copies_uses_the_base_module(ids):
 def test_two_copies_of_one_module_cannot_be_active_or_merged_at_a_time():
     model = adapted()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
-    with pytest.raises(ConfigError, match=r"same time:\n  - classifier: each of .* has its own copy"):
+    with pytest.raises(ConfigError, match=r"same time:\n  - classifier: .*each of .* has its own copy"):
         model.set_adapter(["default", "second"])
     assert model.active_adapters == ["default"]
-    with pytest.raises(MergeError, match="classifier: each of"):
+    with pytest.raises(MergeError, match="classifier: .*each of"):
         model.merge_adapter(["default", "second"])
     assert not model.classifier.merged
 
@@ -357,13 +357,15 @@ def test_the_users_config_is_not_changed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modules_to_save": ["haed"]}, "modules_to_save names 'haed', and no module is called that"),
         (
             {"target_modules": ["pooler.dense"], "modules_to_save": ["layer"]},
             r"layer is a ModuleList, which is never called",
         ),
         ({"modules_to_save": ["dropout"]}, "dropout .* has no floating-point parameter to train"),
-        ({"target_modules": ["classifier"], "modules_to_save": ["classifier"]}, "matched no module"),
+        (
+            {"target_modules": ["classifier"], "modules_to_save": ["classifier"]},
+            "No modules were targeted for adaptation",
+        ),
     ],
 )
 def test_modules_that_cannot_be_saved_are_refused_and_nothing_is_changed(options, message):
@@ -396,7 +398,7 @@ def test_a_file_without_the_copy_is_refused(tmp_path):
     (tmp_path / "rankfold.json").unlink()
     base = tiny_bert()
     with pytest.raises(AdapterError, match=r"missing: base_model.model.classifier.bias"):
-        PeftModel.from_pretrained(base, tmp_path)
+        PeftModel.from_pretrained(base, tmp_path, allow=())
     assert not any(isinstance(m, SavedModule) for m in base.modules())
 
 
@@ -407,10 +409,11 @@ def test_a_copy_of_a_tied_head_is_told_of_and_not_merged_into_the_embedding(ids)
         model = get_peft_model(base, config).eval()
     train_by_chance(model)
     trained = scored(model, ids)
-    with pytest.raises(MergeError, match="lm_head.weight is tied to model.embed_tokens.weight"):
-        model.merge_and_unload()
-    assert torch.equal(scored(model, ids), trained)
-    assert base.lm_head.weight is base.model.embed_tokens.weight
+    before = base.model.embed_tokens.weight.detach().clone()
+    merged = model.merge_and_unload().eval()
+    torch.testing.assert_close(scored(merged, ids), trained)
+    assert torch.equal(base.model.embed_tokens.weight, before)
+    assert base.lm_head.weight is not base.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("entry", ["lm_head", "embed_tokens"])
@@ -451,5 +454,5 @@ def test_a_tie_for_one_adapter_and_not_for_another_is_refused():
 
 def test_a_tie_that_is_not_there_cannot_be_ensured():
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
-    with pytest.raises(TargetError, match="nothing that this adapter trains is tied"):
+    with pytest.warns(RankfoldWarning, match="no tied modules were found"):
         get_peft_model(tiny_llama(tied=False), config)

@@ -13,7 +13,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from conftest import tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import ConfigError, MergeError, TargetError
-from rankfold.lora.layers.tokens import TokenEmbedding, TokenLinear, TokenRows
+from rankfold.lora.layers.tokens import TokenEmbedding, TokenIndex, TokenLinear
 
 TOKENS = [7, 3, 5]
 CASES = [
@@ -102,11 +102,11 @@ def test_what_peft_saved_gives_equal_logits_here_and_has_the_same_keys(tied, tok
 def test_the_rows_start_as_those_of_the_base_in_float32():
     net = lookup().bfloat16()
     model = get_peft_model(net, config())
-    rows = model.embed_tokens.token_adapter["default"].trainable_tokens_delta
+    rows = model.embed_tokens.token_adapter.trainable_tokens_delta["default"]
     assert torch.equal(rows, net.embed_tokens.weight[TOKENS].float())
     assert rows.dtype == torch.float32
     narrow = get_peft_model(lookup().bfloat16(), config(), autocast_adapter_dtype=False)
-    assert narrow.embed_tokens.token_adapter["default"].trainable_tokens_delta.dtype == torch.bfloat16
+    assert narrow.embed_tokens.token_adapter.trainable_tokens_delta["default"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +123,7 @@ def test_the_first_output_of_the_embedding_is_the_base_to_the_last_bit_and_the_h
 def test_the_output_and_the_gradients_are_those_of_a_whole_weight_with_the_rows_in_it(ids):
     model = adapted(lookup().double())
     net = model.get_base_model()
-    rows = model.embed_tokens.token_adapter["default"].trainable_tokens_delta
+    rows = model.embed_tokens.token_adapter.trainable_tokens_delta["default"]
     whole = net.embed_tokens.weight.detach().clone()
     whole[TOKENS] = rows.detach()
     whole.requires_grad_(True)
@@ -143,7 +143,7 @@ def test_only_the_rows_and_the_factors_are_trained_and_the_base_keys_stay():
     before = copy.deepcopy(net.state_dict())
     model = get_peft_model(net, config())
     assert {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n} == {
-        "base_model.model.embed_tokens.token_adapter.default.trainable_tokens_delta"
+        "base_model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"
     }
     assert list(before) == [key for key in net.state_dict() if "lora_" not in key and "token_" not in key]
     train_by_chance(model)
@@ -169,7 +169,7 @@ def test_an_embedding_that_scales_scales_the_rows_too(ids):
 def test_the_padding_row_is_read_and_gets_no_gradient_from_the_input(ids):
     net = Lookup(nn.Embedding(10, 4, padding_idx=3))
     model = adapted(net)
-    rows = model.embed_tokens.token_adapter["default"].trainable_tokens_delta
+    rows = model.embed_tokens.token_adapter.trainable_tokens_delta["default"]
     out = model.embed_tokens(torch.tensor([3, 5]))
     torch.testing.assert_close(out, rows[[1, 2]])
     out.sum().backward()
@@ -177,11 +177,11 @@ def test_the_padding_row_is_read_and_gets_no_gradient_from_the_input(ids):
 
 
 def test_looking_up_takes_int32_ids_and_non_contiguous_ones_and_tokens_past_the_last_row():
-    rows = TokenRows([4, 1], torch.randn(2, 3), None)
+    index, rows = TokenIndex([4, 1], None, torch.device("cpu")), torch.randn(2, 3)
     ids = torch.tensor([[1, 9], [4, 0]], dtype=torch.int32).T
-    hits, values = rows.read(ids, torch.float32)
+    hits, values = index.read(rows, ids, torch.float32)
     assert hits.squeeze(-1).tolist() == [[True, True], [False, False]]
-    assert torch.equal(values[0], rows.trainable_tokens_delta[[1, 0]])
+    assert torch.equal(values[0], rows[[1, 0]])
 
 
 def test_disabled_the_model_is_the_base_to_the_last_bit(ids):
@@ -238,8 +238,8 @@ def test_adapters_switch_and_one_is_deleted_with_the_tie_intact(ids):
     assert torch.equal(model(ids), first)
     model.delete_adapter("default")
     assert torch.equal(model(ids), second)
-    assert list(model.embed_tokens.token_adapter) == ["second"]
-    with pytest.raises(ConfigError, match="no adapter"):
+    assert list(model.embed_tokens.token_adapter.trainable_tokens_delta) == ["second"]
+    with pytest.raises(ConfigError, match="not found"):
         model.set_adapter("default")
 
 
@@ -247,7 +247,7 @@ def test_an_adapter_added_while_another_is_merged_starts_from_the_bases_rows():
     model = adapted()
     model.merge_adapter()
     model.add_adapter("second", config([3]))
-    rows = model.embed_tokens.token_adapter["second"].trainable_tokens_delta
+    rows = model.embed_tokens.token_adapter.trainable_tokens_delta["second"]
     assert torch.equal(rows, lookup().embed_tokens.weight[[3]])
 
 
@@ -260,7 +260,9 @@ def test_two_adapters_with_different_tokens_are_active_together_and_with_a_commo
     expected = model(ids)
     model.merge_adapter()
     torch.testing.assert_close(model(ids), expected)
-    with pytest.raises(ConfigError, match=r"embed_tokens: more than one of .* has rows for the tokens \[3\]"):
+    with pytest.raises(
+        ConfigError, match=r"embed_tokens: .*more than one of .* has rows for the tokens \[3\]"
+    ):
         model.set_adapter(["default", "common"])
     assert model.active_adapters == ["default", "apart"]
     model.unmerge_adapter()
@@ -271,8 +273,10 @@ def test_two_adapters_with_different_tokens_are_active_together_and_with_a_commo
 def test_rows_too_large_for_the_base_are_not_merged():
     model = adapted(lookup().half())
     with torch.no_grad():
-        model.embed_tokens.token_adapter["default"].trainable_tokens_delta.fill_(1e6)
-    with pytest.raises(MergeError, match=r"embed_tokens: the merged weight is not finite in torch.float16"):
+        model.embed_tokens.token_adapter.trainable_tokens_delta["default"].fill_(1e6)
+    with pytest.raises(
+        MergeError, match=r"embed_tokens: NaNs detected in the merged weights.* in torch.float16"
+    ):
         model.merge_adapter()
 
 
@@ -281,16 +285,14 @@ def test_a_copy_of_the_model_has_its_own_rows_for_both_ends(ids):
     before = model(ids)
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        twin.embed_tokens.token_adapter["default"].trainable_tokens_delta.zero_()
+        twin.embed_tokens.token_adapter.trainable_tokens_delta["default"].zero_()
     assert torch.equal(model(ids), before)
     assert torch.equal(twin(ids)[..., 3], twin.head.bias[3].expand(ids.shape))
 
 
-def test_a_head_with_other_tokens_than_its_tied_embedding_goes_its_own_way_and_is_not_merged():
+def test_a_head_with_other_tokens_than_its_tied_embedding_goes_its_own_way():
     model = get_peft_model(lookup(), config({"embed_tokens": [3], "head": [4]}))
     assert model.head.leader is None
-    with pytest.raises(MergeError, match="is tied to"):
-        model.merge_adapter()
     with pytest.raises(TargetError, match="are tied and have different indices"):
         get_peft_model(lookup(), config({"embed_tokens": [3], "head": [4]}, ensure_weight_tying=True))
     with pytest.raises(TargetError, match="head is tied for one adapter and not for another"):

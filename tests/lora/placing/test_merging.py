@@ -80,15 +80,18 @@ def test_disabling_a_merged_model_gives_the_base_and_then_the_same_merged_bits(i
     assert same_bits(merged, base_bits(model))
 
 
-def test_merging_twice_is_refused_and_changes_nothing():
+def test_a_second_merge_goes_beside_the_first_and_one_unmerging_takes_both_back():
     model = two_adapters()
+    before = base_bits(model)
     model.merge_adapter(["default"])
-    merged = base_bits(model)
-    with pytest.raises(
-        MergeError, match=r"nothing was merged:(.|\n)*q_proj is merged already; unmerge first"
-    ):
+    with pytest.warns(UserWarning, match="Already following adapters were merged default"):
         model.merge_adapter(["other"])
-    assert same_bits(merged, base_bits(model))
+    step_by_step = base_bits(model)
+    model.unmerge_adapter()
+    assert same_bits(before, base_bits(model))
+    model.merge_adapter(["default", "other"])
+    for one, other in zip(step_by_step.values(), base_bits(model).values(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_setting_another_adapter_takes_the_merged_one_out():
@@ -102,7 +105,7 @@ def test_setting_another_adapter_takes_the_merged_one_out():
 def test_a_merged_adapter_is_not_deleted():
     model = two_adapters()
     model.merge_adapter(["other"])
-    with pytest.raises(MergeError, match="'other' is merged; unmerge_adapter\\(\\) first"):
+    with pytest.raises(MergeError, match="Cannot delete adapter\\(s\\) \\['other'\\] while they are merged"):
         model.delete_adapter("other")
 
 
@@ -115,7 +118,8 @@ def test_an_overflow_names_the_layer_and_the_value_and_changes_nothing():
     before = base_bits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(
-            MergeError, match=r"layers\.1\.self_attn\.v_proj: .*torch.float16: largest magnitude \d"
+            MergeError,
+            match=r"layers\.1\.self_attn\.v_proj: .*the largest magnitude is \d.* in torch.float16",
         ):
             merge()
     assert same_bits(before, base_bits(model))
@@ -123,7 +127,9 @@ def test_an_overflow_names_the_layer_and_the_value_and_changes_nothing():
 
 def test_an_unknown_adapter_is_named_with_those_that_exist():
     model = two_adapters()
-    with pytest.raises(ConfigError, match=r"no adapter \['nobody'\]; the model has \['default', 'other'\]"):
+    with pytest.raises(
+        ConfigError, match=r"Adapter nobody does not exist; the model has \['default', 'other'\]"
+    ):
         model.merge_adapter(["nobody"])
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from conftest import randomise
 from rankfold import LoraConfig, PeftModel, get_peft_model
-from rankfold.errors import AdapterError, ConfigError, MergeError, TargetError
+from rankfold.errors import AdapterError, ConfigError, MergeError, RankfoldWarning
 from rankfold.lora.layers.base import HELD
 
 SIZES = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
@@ -215,7 +215,9 @@ def test_biases_go_with_their_adapter_when_it_is_switched_or_deleted(ids):
 
 def test_only_one_adapter_may_train_biases():
     model = biased()
-    with pytest.raises(ConfigError, match="'default' trains biases already; only one adapter may"):
+    with pytest.raises(
+        ConfigError, match="supports only 1 adapter with bias.*'default' trains biases already"
+    ):
         model.add_adapter("second", LoraConfig(r=2, target_modules=["query"], bias="lora_only"))
     assert list(model.peft_config) == ["default"]
     assert "second" not in model.bert.encoder.layer[0].attention.self.query.lora_A
@@ -249,9 +251,9 @@ def test_a_bias_that_is_not_finite_is_not_merged():
         model.merge_adapter()
 
 
-def test_biases_that_are_not_there_are_an_error_on_creation_and_none_on_loading(tmp_path):
+def test_biases_that_are_not_there_are_told_of_on_creation_and_not_on_loading(tmp_path):
     options = {"r": 2, "target_modules": ["q_proj"], "bias": "all"}
-    with pytest.raises(TargetError, match="bias='all' trains biases, and there is none to train"):
+    with pytest.warns(RankfoldWarning, match="bias='all' trains biases, and there is none to train"):
         get_peft_model(tiny_llama(), LoraConfig(**options))
     peft.get_peft_model(tiny_llama(), peft.LoraConfig(**options)).save_pretrained(tmp_path)
     assert PeftModel.from_pretrained(tiny_llama(), tmp_path).peft_config["default"].bias == "all"
@@ -265,7 +267,7 @@ def test_a_failed_load_leaves_the_bases_biases(tmp_path, ids):
     (tmp_path / "rankfold.json").unlink()
     base = tiny_bert()
     with pytest.raises(AdapterError, match=r"missing: base_model.model.classifier.bias"):
-        PeftModel.from_pretrained(base, tmp_path)
+        PeftModel.from_pretrained(base, tmp_path, allow=())
     assert torch.equal(logits(base, ids), logits(tiny_bert(), ids))
     assert HELD not in vars(base)
 
@@ -418,7 +420,10 @@ def shorten(tensors: dict) -> None:
     ("change", "message"),
     [
         (untie, "different values for model.embed_tokens.weight and lm_head.weight, which the model ties"),
-        (shorten, r"shape of .*embed_tokens.weight: the file has \(9, 32\), the model wants \(64, 32\)"),
+        (
+            shorten,
+            r"size mismatch for .*embed_tokens.weight: the file has \(9, 32\), the model wants \(64, 32\)",
+        ),
     ],
 )
 def test_embeddings_that_do_not_fit_are_refused_and_the_base_left_alone(change, message, tmp_path, ids):
@@ -426,7 +431,7 @@ def test_embeddings_that_do_not_fit_are_refused_and_the_base_left_alone(change, 
     edited(tmp_path, change)
     base = tiny_llama(tied=True)
     with pytest.raises(AdapterError, match=message):
-        PeftModel.from_pretrained(base, tmp_path)
+        PeftModel.from_pretrained(base, tmp_path, allow=())
     assert torch.equal(logits(base, ids), logits(tiny_llama(tied=True), ids))
     assert [type(m) for m in base.modules()] == [type(m) for m in tiny_llama().modules()]
 
@@ -444,7 +449,7 @@ def test_saving_embeddings_takes_true_false_or_auto(tmp_path):
     with pytest.raises(ConfigError, match="save_embedding_layers must be True, False or \"auto\", got 'yes'"):
         model.save_pretrained(tmp_path, save_embedding_layers="yes")
     net = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(ConfigError, match="the model cannot say which its embeddings are"):
+    with pytest.warns(RankfoldWarning, match="Could not identify embedding layer"):
         net.save_pretrained(tmp_path, save_embedding_layers=True)
 
 

@@ -3,162 +3,105 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from rankfold.errors import ConfigError, nearest
-from rankfold.lora.config.data_starts import DATA_STARTS, CordaConfig, EvaConfig, LoftQConfig, sub_config
-from rankfold.lora.config.lora_config import UNSET, LoraConfig, TaskType, changes_base
+from rankfold.errors import ConfigError, bullet_list, nearest
+from rankfold.lora.config.data_starts import DATA_STARTS, VARIANTS
 
 BIASES = ("none", "all", "lora_only")
-STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+STARTS = ("gaussian", "orthogonal", "pissa", "olora", "mica")
+START = re.compile("|".join((*STARTS, *DATA_STARTS, r"pissa_niter_[0-9]{1,3}")))
 MAX_LAYERS = 1000  # of a model with layer_replication
+# PEFT options that are carried in the file while unset, and refused by name while rankfold lacks
+# them: loading such an adapter as plain LoRA would be silently wrong.
+UNSET = {
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config")),
+    "use_bdlora": None,
+    "use_qalora": False,
+}
+# Fields of an adapter's config that nothing here acts on: no class or module that they name is imported.
+CARRIED_TYPES: dict[str, type] = {
+    **dict.fromkeys(("base_model_name_or_path", "megatron_core", "peft_version", "revision"), str),
+    "auto_mapping": dict,
+    "qalora_group_size": int,
+}
 
 
-def read_sub_configs(config: LoraConfig) -> list[str]:
-    """Give ``config`` its own copy of each sub-config, as PEFT keeps it, and say what is wrong with them."""
-    problems = []
-    for start, (name, kind) in DATA_STARTS.items():
-        given = getattr(config, name)
-        if given is None and config.init_lora_weights == start and kind in (EvaConfig, CordaConfig):
-            given = {}  # PEFT fills in the defaults of these two
-        if given is None or (kind is LoftQConfig and given == {}):
-            continue
-        try:
-            read: Any = sub_config(kind, given)
-        except ConfigError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        if kind is LoftQConfig:  # PEFT keeps this one as the dictionary that was given
-            read = dict(given) if isinstance(given, dict) else asdict(read)
-        setattr(config, name, read)
-    return problems
-
-
-def problems_of(config: LoraConfig) -> list[str]:
-    problems = [*_wrong_numbers(config), *_wrong_names(config), *_wrong_extras(config)]
-    for name, default in UNSET.items():
-        value = getattr(config, name)
-        if value != default and value is not None:
-            problems.append(f"{name}={value!r} is not supported by this version of rankfold; leave it out")
-    problems += _wrong_replication(config.layer_replication)
-    if config.peft_type != "LORA":
-        problems.append(f"peft_type must be 'LORA', got {config.peft_type!r}")
-    problems += _wrong_start(config)
-    by_name = isinstance(config.target_modules, (list, set))
-    if not by_name and config.target_modules is not None and config.layers_to_transform is not None:
-        problems.append("layers_to_transform needs target_modules as a list of names, not a pattern")
-    if config.layers_pattern and config.layers_to_transform is None:
-        problems.append("layers_pattern needs layers_to_transform beside it")
-    return problems
-
-
-def _wrong_numbers(config: LoraConfig) -> list[str]:
-    problems = []
-    if not _is_rank(config.r):
-        problems.append(f"r (rank) must be a whole number of at least 1, got {config.r!r}")
-    if not _is_alpha(config.lora_alpha):
-        problems.append(f"lora_alpha must be a finite number above 0, got {config.lora_alpha!r}")
-    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
-        problems.append(f"lora_dropout must be a number from 0 to below 1, got {config.lora_dropout!r}")
-    for name, valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
-        pattern = getattr(config, name)
-        if not isinstance(pattern, dict):
-            problems.append(f"{name} must map module patterns to numbers, got {pattern!r}")
-            continue
-        problems += [f"{name}[{k!r}] is out of range: {v!r}" for k, v in pattern.items() if not valid(v)]
-    return problems
-
-
-def _wrong_names(config: LoraConfig) -> list[str]:
-    problems = []
-    for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = getattr(config, name)
-        names = list(value) if isinstance(value, (list, set, tuple)) else [value]
-        if value is not None and not all(isinstance(n, str) and n for n in names):
-            problems.append(f"{name} must be a name, a list of names or a pattern, got {value!r}")
-    parameters = config.target_parameters
-    if parameters is not None and not (
-        isinstance(parameters, (list, set, tuple)) and all(isinstance(n, str) and n for n in parameters)
-    ):
-        problems.append(f"target_parameters must be a list of names, got {parameters!r}")
-    indices = config.layers_to_transform
-    listed = indices if isinstance(indices, list) else [indices]
-    if indices is not None and not all(_is_count(index) for index in listed):
-        problems.append(f"layers_to_transform must be layer numbers from 0, got {indices!r}")
-    for name in (
-        "inference_mode",
-        "use_rslora",
-        "use_dora",
-        "fan_in_fan_out",
-        "lora_bias",
-        "ensure_weight_tying",
-    ):
-        if not isinstance(getattr(config, name), bool):
-            problems.append(f"{name} must be True or False, got {getattr(config, name)!r}")
-    types = [t.value for t in TaskType]
-    if config.task_type is not None and config.task_type not in types:
-        near = nearest(str(config.task_type), types)
-        problems.append(f"task_type must be one of {types}, got {config.task_type!r}{near}")
-    return problems
-
-
-def _wrong_start(config: LoraConfig) -> list[str]:
-    start, problems = config.init_lora_weights, []
-    names = (*STARTS, *DATA_STARTS)
-    if not isinstance(start, bool) and start not in names and not changes_base(start):
-        problems.append(
-            f"init_lora_weights must be True, False, {', '.join(map(repr, names))} or "
-            f"'pissa_niter_[number]' in this version, got {start!r}"
+def problems_of(config: Any, task_types: Sequence[str]) -> list[str]:
+    """Everything that is wrong with the values of a LoraConfig; PEFT's own words are part of the texts."""
+    found = [
+        text
+        for name, (holds, wanted) in FIELDS.items()
+        if (value := getattr(config, name)) is not None and not holds(value)
+        for text in [f"{name} must be {wanted}, got {value!r:.200}"]
+    ]
+    found += [f"{n} must be {FIELDS[n][1]}, got None" for n in REQUIRED if getattr(config, n) is None]
+    if config.use_dora is True and config.megatron_config:
+        found.append("DoRA does not support megatron_core, please set `use_dora=False`.")
+    found += [
+        f"{name}={value!r} is not supported by this version of rankfold; leave it out"
+        for name, default in UNSET.items()
+        if (value := getattr(config, name)) != default and value is not None
+    ]
+    if config.task_type is not None and config.task_type not in task_types:
+        found.append(
+            f"Invalid task type: '{config.task_type}'. Must be one of the following task types: "
+            f"{', '.join(task_types)}.{nearest(str(config.task_type), task_types)}"
         )
-    elif config.lora_bias is True and not isinstance(start, bool):
-        problems.append(f"lora_bias needs init_lora_weights True or False, got {start!r}")
+    return [*found, *_together(config)]
+
+
+def _together(config: Any) -> list[str]:
+    """What is wrong with values that each are right by themselves."""
+    found = []
+    if isinstance(config.target_modules, str):
+        found += [
+            f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, not a pattern"
+            for name in ("layers_to_transform", "layers_pattern")
+            if getattr(config, name) is not None
+        ]
+    elif config.layers_pattern and config.layers_to_transform is None:
+        found.append("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+    if config.lora_bias is True and not isinstance(config.init_lora_weights, bool):
+        found.append(
+            "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+            f"init_lora_weights={config.init_lora_weights} instead."
+        )
     if config.lora_bias is True and config.use_dora is True:
-        problems.append("lora_bias and use_dora exclude each other, as in PEFT")
-    return problems
+        found.append("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
+    if config.init_lora_weights == "loftq" and not config.loftq_config:
+        found.append("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+    if sum(getattr(config, name) not in (None, False) for name in ("use_dora", *VARIANTS)) > 1:
+        found.append("use_dora, velora_config and monteclora_config are variants of which one may be used")
+    ranges = config.layer_replication or ()
+    if _is_ranges(ranges) and (layers := sum(end - start for start, end in ranges)) > MAX_LAYERS:
+        found.append(f"layer_replication makes {layers:,} layers; no model has that many")
+    return found
 
 
-def _wrong_replication(wanted: object) -> list[str]:
-    if wanted is None or wanted == []:
-        return []
-    ranges = wanted if isinstance(wanted, list) else []
-    if not ranges or not all(_is_range(pair) for pair in ranges):
-        return [f"layer_replication must be ranges of layers [[start, end], ...], got {wanted!r:.200}"]
-    if (layers := sum(end - start for start, end in ranges)) > MAX_LAYERS:
-        return [f"layer_replication makes {layers:,} layers; no model has that many"]
-    return []
+def check_carried(options: dict[str, Any]) -> None:
+    """Raise ConfigError for a field that is carried along unused and is not of the type PEFT writes."""
+    wrong = [
+        f"{name} must be {kind.__name__}, got {options[name]!r:.200}"
+        for name, kind in CARRIED_TYPES.items()
+        if options.get(name) is not None and type(options[name]) is not kind
+    ]
+    if wrong:
+        raise ConfigError(bullet_list("this adapter config cannot be meant:", wrong))
 
 
-def _is_range(value: object) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) == len(("start", "end"))
-        and all(_is_count(number) for number in value)
-        and value[0] < value[1]
-    )
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
-def _wrong_extras(config: LoraConfig) -> list[str]:
-    problems = []
-    if config.bias not in BIASES:
-        problems.append(f"bias must be one of {', '.join(map(repr, BIASES))}, got {config.bias!r}")
-    saved = config.modules_to_save
-    if saved is not None and not (isinstance(saved, list) and all(isinstance(n, str) and n for n in saved)):
-        problems.append(f"modules_to_save must be a list of names, got {saved!r}")
-    wanted = config.trainable_token_indices
-    lists = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
-    if wanted is not None and not (lists and all(_is_indices(indices) for indices in lists)):
-        problems.append(
-            "trainable_token_indices must be different whole numbers from 0, as a list or as "
-            f"{{module name: list}}, got {wanted!r}"
-        )
-    return problems
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_indices(value: object) -> bool:
-    if not isinstance(value, list) or not value or not all(_is_count(index) for index in value):
-        return False
-    return len(set(value)) == len(value)
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_count(value: object) -> bool:
@@ -169,9 +112,79 @@ def _is_rank(value: object) -> bool:
     return _is_count(value) and value != 0
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_start(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and START.fullmatch(value) is not None)
 
 
-def _is_alpha(value: object) -> bool:
-    return _is_number(value) and value > 0  # type: ignore[operator]
+def _is_names(value: object) -> bool:
+    return isinstance(value, (list, set)) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_name_or_names(value: object) -> bool:
+    return _is_names(value) or (isinstance(value, str) and value != "")
+
+
+def _is_layers(value: object) -> bool:
+    return all(map(_is_count, value)) if isinstance(value, (list, tuple)) else _is_count(value)
+
+
+def _is_indices(value: object) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(map(_is_indices, value.values()))
+    if not isinstance(value, list) or not value or not all(map(_is_count, value)):
+        return False
+    return len(set(value)) == len(value)
+
+
+def _is_ranges(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(pair, (list, tuple))
+        and len(pair) == len(("start", "end"))
+        and all(map(_is_count, pair))
+        and pair[0] < pair[1]
+        for pair in value
+    )
+
+
+def _pattern_of(valid: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: (
+        isinstance(value, dict) and all(isinstance(k, str) and valid(v) for k, v in value.items())
+    )
+
+
+Check = tuple[Callable[[Any], bool], str]
+FIELDS: dict[str, Check] = {
+    "r": (_is_rank, "a whole number: `r` should be a positive integer value"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "lora_dropout": (_is_share, "a number from 0 to 1"),
+    "rank_pattern": (_pattern_of(_is_rank), "module patterns with ranks, whole numbers of at least 1"),
+    "alpha_pattern": (_pattern_of(_is_number), "a dictionary of module patterns with finite numbers"),
+    "bias": (lambda value: value in BIASES, f"one of {', '.join(map(repr, BIASES))}"),
+    "init_lora_weights": (
+        _is_start,
+        f"True, False, {', '.join(map(repr, (*STARTS, *DATA_STARTS)))} or 'pissa_niter_[number]' in this "
+        "version",
+    ),
+    "target_modules": (
+        lambda value: value == "" or _is_name_or_names(value),
+        "a list of names, or a pattern",
+    ),
+    "exclude_modules": (_is_name_or_names, "a list of names, or a pattern"),
+    "layers_pattern": (
+        lambda value: value == "" or _is_name_or_names(value),
+        "a list of names, or a pattern",
+    ),
+    "target_parameters": (_is_names, "names: `target_parameters` must be a list of strings or None."),
+    "modules_to_save": (_is_names, "a list of names"),
+    "layers_to_transform": (_is_layers, "layer numbers from 0"),
+    "layer_replication": (_is_ranges, "ranges of layers [[start, end], ...]"),
+    "trainable_token_indices": (
+        _is_indices,
+        "different whole numbers from 0, as a list or as {module name: list}",
+    ),
+    **dict.fromkeys(
+        ("inference_mode", "use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"),
+        (_is_bool, "True or False"),
+    ),
+}
+REQUIRED = ("r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern")

@@ -25,4 +25,6 @@ def check_adapter_name(name: str, taken: Collection[str]) -> None:
             "characters without dots and slashes, and not one of torch's own words"
         )
     if name in taken:
-        raise ConfigError(f"the model has an adapter {name!r} already; delete_adapter() it first")
+        raise ConfigError(
+            f"the model has an adapter {name!r} already: it already exists; delete_adapter() it first"
+        )

@@ -11,15 +11,6 @@ from rankfold.errors import AdapterError
 
 MAX_DEPTH = 20  # PEFT's own files nest three deep
 MAX_DIGITS = 18  # what fits into 64 bits
-# Fields of an adapter's config that nothing here acts on: no class or module that they name is imported.
-CARRIED_TYPES: dict[str, tuple[type, ...]] = {
-    "auto_mapping": (dict,),
-    "base_model_name_or_path": (str,),
-    "megatron_core": (str,),
-    "peft_version": (str,),
-    "qalora_group_size": (int,),
-    "revision": (str,),
-}
 
 
 def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from rankfold.errors import AdapterError, ConfigError, TargetError, bullet_list, nearest
-from rankfold.lora.config.lora_config import CONFIG_NAME, LoraConfig
+from rankfold.lora.config.lora_config import CONFIG_NAME, LoraConfig, from_hub
 from rankfold.lora.config.patterns import check_patterns
 from rankfold.lora.files.adapter_metadata import METADATA_NAME, AdapterMetadata, log
 from rankfold.lora.files.fingerprint import compare, fingerprint
@@ -22,10 +22,10 @@ from rankfold.lora.files.old_experts import with_fused_experts
 from rankfold.lora.files.renames import PREFIX, renamed
 from rankfold.lora.files.saved_embeddings import embeddings_in
 from rankfold.lora.layers.init import changed_base
-from rankfold.lora.placing.inject import alpha_of, rank_of
-from rankfold.lora.placing.targets import find_parameters, find_targets, module_names
+from rankfold.lora.placing.targets import alpha_of, find_parameters, find_targets, module_names, rank_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLED_NAME = "adapter_model.bin"  # read, and never written
 MAX_HEADER_BYTES = 32_000_000  # 200,000 tensors with names of 80 letters
 MAX_KEY_SHOWN = 200
 HARMLESS_RANK = 64  # costs little; if it is wrong, that is listed with all other faults
@@ -35,28 +35,43 @@ FLOATS = (
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 )
 
+# What PEFT lets through without a word.
+LENIENT: tuple[Fault, ...] = ("missing", "unexpected", "base", "option")
 # What may be let through on loading: tensors that the model wants and the file lacks keep their fresh
 # values, those that it has no place for or of the wrong shape are dropped, "non_finite" takes NaN as it
-# is, "base" takes an adapter of another base, "hash" takes files that were changed since they were saved.
-Fault = Literal["missing", "unexpected", "shape", "non_finite", "base", "hash"]
+# is, "base" takes an adapter of another base, "hash" takes files that were changed since they were saved,
+# "option" a config with options of a newer PEFT.
+Fault = Literal["missing", "unexpected", "shape", "non_finite", "base", "hash", "option"]
 
 
 class LoadOptions(TypedDict, total=False):
     """What ``from_pretrained`` and ``load_adapter`` take beside the folder.
 
-    ``subfolder`` of the adapter folder.  ``allow``: faults to let through, each is told in one warning.
+    ``subfolder`` of the adapter folder; ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and
+    ``force_download`` are the hub's words.  ``allow``: the faults to let through, each told in one warning;
+    by default LENIENT, what PEFT lets through.
     ``key_mapping``: as in PEFT, patterns for the file's keys without ``base_model.model.`` and their
     replacements, of which the first that matches counts; the default is the model's own
-    ``_checkpoint_conversion_mapping``.  ``ignore_mismatched_sizes`` is PEFT's word for allow={"shape"};
-    ``low_cpu_mem_usage`` and ``torch_device`` are taken and change nothing: as in PEFT, an adapter is where
-    its base is."""
+    ``_checkpoint_conversion_mapping``.  ``ignore_mismatched_sizes`` is PEFT's word for "shape" in ``allow``.
+    The others are taken and change nothing: an adapter is where its base is."""
 
     subfolder: str | None
-    allow: Collection[Fault]
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    force_download: bool
+    allow: Collection[Fault] | None
     key_mapping: Mapping[str, str] | None
     ignore_mismatched_sizes: bool
     low_cpu_mem_usage: bool
     torch_device: str | torch.device | None
+    device_map: Any
+    max_memory: Any
+    offload_dir: Any
+    offload_folder: Any
+    offload_index: Any
+    ephemeral_gpu_offload: bool
 
 
 class LoadResult(NamedTuple):
@@ -79,14 +94,14 @@ class AdapterSource:
         """Raises ConfigError for an option or a fault that is not known."""
         known = {*LoadOptions.__annotations__}
         wrong = [f"unknown option {name!r}{nearest(name, known)}" for name in sorted(options.keys() - known)]
-        allow: set[Fault] = {*options.get("allow", ())}
+        asked = options.get("allow")
+        allow: set[Fault] = {*(LENIENT if asked is None else asked)}
         allow |= {"shape"} if options.get("ignore_mismatched_sizes") else set()
         faults = get_args(Fault)
         wrong += [f"allow={fault!r} is none of {', '.join(faults)}" for fault in sorted(allow - {*faults})]
         if wrong:
             raise ConfigError(bullet_list("an adapter cannot be loaded in this way:", wrong))
-        path = Path(folder) / (options.get("subfolder") or "")
-        return cls(path, frozenset(allow), options.get("key_mapping"))
+        return cls(adapter_folder(folder, options), frozenset(allow), options.get("key_mapping"))
 
 
 @dataclass
@@ -116,13 +131,16 @@ def read_adapter(source: AdapterSource, config: LoraConfig, model: nn.Module) ->
     stored.config, stored.tensors = with_fused_experts(config, stored.tensors, model)
     config = stored.config
     try:
-        stored.targets = find_targets(model, config, every_entry=False)
-        stored.parameters = find_parameters(model, config, every_entry=False)
+        stored.targets = find_targets(model, config, new=False)
+        stored.parameters = find_parameters(model, config)
     except TargetError as error:
         raise AdapterError(f"{source.folder}: {error}") from error
     check_sizes(stored, model)
     stored.found += bad_values(stored.tensors)
     check_base(stored, model)
+    if config.unknown_options:
+        told = f"its config has options of a newer PEFT: {config.unknown_options!r:.300}"
+        stored.found.append(("option", told))
     return stored
 
 
@@ -130,25 +148,61 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], AdapterMetadata, list
     """The tensors and the facts in ``folder``, and a fault for each file whose hash is another.
 
     Raises AdapterError."""
-    path = folder / WEIGHTS_NAME
+    path, tensors = folder / WEIGHTS_NAME, cast(dict[str, Tensor] | None, None)
     if not path.is_file():
-        others = sorted(p.name for p in folder.glob("adapter_model.*"))
-        hint = f"; {others[0]} is not read, convert it with PEFT's save_pretrained" if others else ""
-        raise AdapterError(f"{folder} holds no {WEIGHTS_NAME}{hint}")
+        path, tensors = folder / PICKLED_NAME, read_pickled(folder / PICKLED_NAME)
     content = path.read_bytes()
-    header = int.from_bytes(content[:8], "little")
-    if header > MAX_HEADER_BYTES:
-        raise AdapterError(f"{path} has a header of {header:,} bytes; no adapter has that many tensors")
-    try:
-        tensors = load(content)
-    except (SafetensorError, ValueError, RuntimeError, KeyError, OverflowError) as error:
-        raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
+    tensors = parsed(content, path) if tensors is None else tensors
     facts = AdapterMetadata.read(folder)
-    files = {WEIGHTS_NAME: content, CONFIG_NAME: (folder / CONFIG_NAME).read_bytes()}
+    files = {path.name: content, CONFIG_NAME: (folder / CONFIG_NAME).read_bytes()}
     sums = AdapterMetadata().sealed(files, None).sha256
     changed = [name for name, expected in facts.sha256.items() if sums.get(name) != expected]
     text = "{} is not what was saved: its sha256 is not the one in " + METADATA_NAME
     return tensors, facts, [("hash", text.format(name)) for name in changed]
+
+
+def parsed(content: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.  Raises AdapterError."""
+    header = int.from_bytes(content[:8], "little")
+    if header > MAX_HEADER_BYTES:
+        raise AdapterError(f"{path} has a header of {header:,} bytes; no adapter has that many tensors")
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, RuntimeError, KeyError, OverflowError) as error:
+        raise AdapterError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of an ``adapter_model.bin``, by torch's loader that makes nothing but tensors.
+
+    Raises AdapterError."""
+    if not path.is_file():
+        raise AdapterError(f"{path.parent} holds no {WEIGHTS_NAME}, and no {PICKLED_NAME}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the loader raises what the file makes it raise
+        raise AdapterError(f"{path} holds something else than tensors, or is damaged: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise AdapterError(f"{path} is no adapter's: it does not hold tensors by name")
+    return {str(key): tensor.detach() for key, tensor in found.items()}
+
+
+def adapter_folder(place: str | Path, options: Mapping[str, Any]) -> Path:
+    """The folder of an adapter, downloaded if ``place`` is a repository of the hub.  Raises AdapterError."""
+    folder, subfolder = Path(place) / (options.get("subfolder") or ""), options.get("subfolder")
+    if (folder / CONFIG_NAME).is_file() or Path(place).exists():
+        return folder
+    hub = {key: value for key, value in options.items() if value is not None}
+    found = from_hub(place, CONFIG_NAME, subfolder, hub)
+    for name in (WEIGHTS_NAME, PICKLED_NAME, METADATA_NAME):
+        try:
+            from_hub(place, name, subfolder, hub)
+        except AdapterError:
+            if name == WEIGHTS_NAME:
+                continue
+        if name == WEIGHTS_NAME:
+            break
+    return found.parent
 
 
 def bad_values(tensors: Mapping[str, Tensor]) -> list[tuple[Fault, str]]:

@@ -31,9 +31,14 @@ from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.layers.base import adapter_layers
 
 SHOWN_PER_KIND = 5
+OTHER_NAMES = (
+    "If the file has the same layers under other names, give key_mapping={pattern: replacement}; both "
+    "are matched "
+    "without base_model.model."
+)
 
 
-def file_tensors(model: nn.Module, adapter_name: str, config: LoraConfig) -> dict[str, nn.Parameter]:
+def file_tensors(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """The tensors of one adapter by their keys in PEFT's file.
 
     Where PEFT would hold a layer inside wrappers, the path to what is in that layer has as many times
@@ -99,12 +104,26 @@ def fill_adapter(stored: StoredAdapter, wanted: Mapping[str, Tensor]) -> LoadRes
     if refused := [each for each in found if each[0] not in allow]:
         raise AdapterError(bullet_list(f"{folder} does not fit this model:", listed(refused)))
     for key, tensor in fits.items():
-        wanted[key].copy_(tensor)
+        fill(wanted[key], tensor)
+    if not fits and stored.tensors:
+        refused = [each for each in found if each[0] in ("missing", "unexpected")]
+        headline = f"{folder} does not fit this model: none of its tensors has a place."
+        raise AdapterError(bullet_list(f"{headline} {OTHER_NAMES}", listed(refused)))
+    found = [each for each in found if each[0] != "missing"]  # whoever called says it, by the model's names
     if found:
         warnings.warn(bullet_list(f"{folder} was loaded in spite of:", listed(found)), stacklevel=4)
     if not _has_effect(stored.tensors):
         log.info("%s: one factor of every pair is zero, so the adapter changes nothing", folder)
     return result
+
+
+def fill(place: Tensor, value: Tensor) -> None:
+    """Copy ``value`` into ``place``, which gets memory for it where it has none."""
+    if place.is_meta:
+        like = nn.Parameter(value.to(place.dtype, copy=True), requires_grad=place.requires_grad)
+        torch.utils.swap_tensors(place, like)
+    else:
+        place.copy_(value)
 
 
 def listed(found: list[tuple[Fault, str]]) -> list[str]:
@@ -132,7 +151,7 @@ def fitting(
             continue
         if got.shape != place.shape:
             sizes = f"the file has {tuple(got.shape)}, the model wants {tuple(place.shape)}"
-            faults.append(("shape", f"shape of {shown(key)}: {sizes}"))
+            faults.append(("shape", f"size mismatch for {shown(key)}: {sizes}"))
         elif got.dtype not in (*FLOATS, place.dtype):
             faults.append(("shape", f"dtype of {shown(key)}: {got.dtype} is not a floating-point type"))
         else:

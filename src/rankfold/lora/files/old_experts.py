@@ -21,8 +21,7 @@ from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.renames import PREFIX, transformers_renames
 from rankfold.lora.layers.base import lora_class
 from rankfold.lora.layers.saved import names as is_named
-from rankfold.lora.placing.inject import alpha_of, rank_of
-from rankfold.lora.placing.targets import module_names, shortest_list
+from rankfold.lora.placing.targets import alpha_of, module_names, rank_of, shortest_list
 
 EXPERT_KEY = re.compile(rf"{re.escape(PREFIX)}(.+\.experts)\.(\d+)\.(\w+)\.(.+)")
 PAIR = ("lora_A.weight", "lora_B.weight")

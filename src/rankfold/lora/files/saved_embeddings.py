@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
@@ -10,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import AdapterError, ConfigError
+from rankfold.errors import AdapterError, ConfigError, RankfoldWarning
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.layers.base import AdapterLayer, adapter_layers, base_modules
@@ -43,11 +44,22 @@ def embedding_tensors(
     }
     if save == "auto":
         save = bool(targeted) and config.trainable_token_indices is None
+        if save:
+            warnings.warn(
+                "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.",
+                RankfoldWarning,
+                stacklevel=5,
+            )
         save = save or _brought(model, name) or _vocabulary_changed(model, config)
     if not save:
         return {}
     if not layers:
-        raise ConfigError("save_embedding_layers: the model cannot say which its embeddings are")
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.",
+            RankfoldWarning,
+            stacklevel=5,
+        )
+        return {}
     return {
         f"{PREFIX}{file_path(model, f'{path}.{key}')}": _base_value(model, layer, key, name)
         for path, layer in (targeted or layers).items()

@@ -52,9 +52,11 @@ class ShownWeight(LoraLayer):
             if shown is not None:
                 return shown
         base = self.base_weight()
-        total = upcast(base)
+        total = wide = upcast(base)
         for name in self.applied:
-            total = total + self.delta(name)
+            total = total + (
+                self.changed_weight(name, wide) - wide if self.row_dim == 0 else self.delta(name)
+            )
         return total.to(base.dtype)
 
     def make_factors(self, spec: AdapterSpec) -> None:
@@ -73,9 +75,39 @@ class LoraOutProjection(ShownWeight, NonDynamicallyQuantizableLinear):
     plain_class = NonDynamicallyQuantizableLinear
     weight_name = "weight"
 
-    @property
-    def weight(self) -> Tensor | None:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def weight(self) -> Tensor | None:
         return self.shown_weight()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._parameters["weight"] = value  # type: ignore[assignment]
+
+
+class LoraReadLinear(ShownWeight, nn.Linear):
+    """A linear layer whose weight the module around it reads (see ``placing/read_weights``), called or not.
+
+    The update is in the weight, so ``lora_dropout`` has no effect on it."""
+
+    plain_class = nn.Linear
+    weight_name = "weight"
+    row_dim = 0
+    is_matrix = True
+
+    @classmethod
+    def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
+        found = super().problems(layer, spec)
+        if spec.config.lora_bias:
+            found.append("its weight is read from outside, where lora_bias has no place")
+        return found
+
+    @property  # type: ignore[override]
+    def weight(self) -> Tensor | None:
+        return self.shown_weight()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._parameters["weight"] = value  # type: ignore[assignment]
 
 
 class LoraMultiheadAttention(ShownWeight, nn.MultiheadAttention):
@@ -91,14 +123,8 @@ class LoraMultiheadAttention(ShownWeight, nn.MultiheadAttention):
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
         config = spec.config
         if layer._parameters.get("in_proj_weight") is None:
-            return [
-                "query, key and value of unequal width have a weight each; only equal ones can be adapted"
-            ]
-        found = []
-        if config.lora_dropout and not config.inference_mode:
-            found.append(
-                "lora_dropout needs the update apart from the weight, an attention layer takes the sum"
-            )
+            return ["Only same embed for query/key/value is supported as of now for MultiheadAttention"]
+        found = super().problems(layer, spec)
         if config.lora_bias:
             found.append("lora_bias has no place in an attention layer")
         return found
@@ -111,9 +137,13 @@ class LoraMultiheadAttention(ShownWeight, nn.MultiheadAttention):
     def out_features(self) -> int:
         return int(3 * self.embed_dim)
 
-    @property
-    def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def in_proj_weight(self) -> Tensor | None:
         return self.shown_weight()
+
+    @in_proj_weight.setter
+    def in_proj_weight(self, value: Tensor) -> None:  # by libraries that put views of sharded memory here
+        self._parameters["in_proj_weight"] = value  # type: ignore[assignment]
 
     def add_adapter(self, spec: AdapterSpec) -> None:
         out_proj = adapt(self.out_proj, LoraOutProjection)
@@ -140,4 +170,5 @@ class LoraMultiheadAttention(ShownWeight, nn.MultiheadAttention):
         return {self.weight_name: super().merged_values(names)["weight"]}
 
 
+register_layer(NonDynamicallyQuantizableLinear, LoraOutProjection)
 register_layer(nn.MultiheadAttention, LoraMultiheadAttention)

@@ -18,6 +18,8 @@ from rankfold.errors import MergeError
 from rankfold.lora.config.lora_config import LoraConfig
 
 OWN_FORWARDS = {"forward", "_old_forward"}  # the latter is accelerate's
+# Under these names torch's wrappers hold a module; they are no part of a path.
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 # Under this name a model holds the adapter layer that is none of its modules: ``held.HeldParameters``.
 HELD = "_held_parameters"
@@ -26,7 +28,8 @@ HELD = "_held_parameters"
 @dataclass(frozen=True)
 class AdapterSpec:
     """One adapter as one layer sees it.  ``target`` is the layer's dotted name; with ``widen`` the
-    adapter of a half-precision layer is float32, as in PEFT."""
+    adapter of a half-precision layer is float32, as in PEFT; ``without_memory`` puts it on the meta
+    device."""
 
     name: str
     target: str
@@ -34,6 +37,7 @@ class AdapterSpec:
     alpha: float
     config: LoraConfig
     widen: bool = True
+    without_memory: bool = False
 
     @property
     def scale(self) -> float:
@@ -41,11 +45,11 @@ class AdapterSpec:
 
 
 class AdapterLayer(nn.Module):
-    """A layer that carries named adapters of any kind.
+    """A layer that carries named adapters of any kind.  Its calls have PEFT's names.
 
-    ``applied`` names the adapters whose effect ``forward`` adds: none while they are disabled or merged.
-    A subclass implements ``add_adapter``, ``drop``, ``adapter_names``, ``adapter_tensors`` and, if it can
-    be merged, ``merged_values``."""
+    ``applied`` names the adapters whose effect ``forward`` adds: the active ones that are not merged, none
+    while they are disabled.  A subclass implements ``add_adapter``, ``drop``, ``adapter_names``,
+    ``adapter_tensors`` and, if it can be merged, ``merged_values``."""
 
     plain_class: ClassVar[type[nn.Module]] = nn.Module
     # Attributes that adapting adds to the object; some of them only when they are first needed.
@@ -53,10 +57,16 @@ class AdapterLayer(nn.Module):
         *("merged_adapters", "applied"),
         *("_active", "_disabled", "_originals", "_leader"),
     )
+    # The attributes that hold something by an adapter's name: those with tensors, and the others.
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
     # The dimension of the weight along which the outputs lie; None where DoRA is not supported.
     row_dim: ClassVar[int | None] = None
     # Whether the starts that need the weight as a matrix are supported.
     is_matrix: ClassVar[bool] = False
+    # The class that this one was mixed from, and what it was made of (see ``mixed_class``).
+    mixed_from: ClassVar[tuple[Any, ...] | None] = None
+    quantization_backend: ClassVar[str | None] = None
 
     merged_adapters: list[str]
     applied: tuple[str, ...]
@@ -67,7 +77,6 @@ class AdapterLayer(nn.Module):
 
     def start(self) -> None:
         """Make room for adapters on a layer that has just become an adapter layer."""
-        # Not by assignment: torch's __setattr__ takes longer than all the rest, for each attribute.
         self.__dict__.update(
             merged_adapters=[], applied=(), _active=[], _disabled=False, _originals={}, _leader=[]
         )
@@ -88,7 +97,8 @@ class AdapterLayer(nn.Module):
 
     def delete_adapter(self, name: str) -> None:
         self.drop(name)
-        self.set_adapters([active for active in self._active if active != name])
+        self.__dict__["_active"] = [active for active in self._active if active != name]
+        self.refresh()
 
     def drop(self, name: str) -> None:
         """Forget all that belongs to one adapter."""
@@ -102,12 +112,19 @@ class AdapterLayer(nn.Module):
         """The tensors of one adapter by their key in PEFT's file, relative to the layer."""
         raise NotImplementedError
 
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapter_names())
+
     def file_depth(self, name: str) -> int:
         """How many wrappers PEFT puts around this layer for one adapter."""
         return int(name in self.adapter_names())
 
     def clash(self, names: Collection[str]) -> str | None:
         """What is wrong with ``names`` being active at a time, if anything."""
+        return None
+
+    def cannot_stay_apart(self, merged: Collection[str]) -> str | None:
+        """What keeps the other active adapters from being added once ``merged`` are merged, if anything."""
         return None
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
@@ -138,36 +155,104 @@ class AdapterLayer(nn.Module):
         return list(self._active)
 
     @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    @property
+    def _active_adapter(self) -> str | list[str]:
+        return self.active_adapter
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | list[str]) -> None:
+        self.__dict__["_active"] = [names] if isinstance(names, str) else list(names)
+        self.refresh()
+
+    @property
     def disable_adapters(self) -> bool:
         return self._disabled
-
-    @disable_adapters.setter
-    def disable_adapters(self, disabled: bool) -> None:
-        self._disabled = disabled
-        self.refresh()
 
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
-    def set_adapters(self, names: Collection[str]) -> None:
-        """Make ``names`` the active adapters; those not carried here are passed over."""
-        self.__dict__["_active"] = list(names)
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the active adapters count, trained as ``set_adapter`` says, or none; what is merged is taken
+        out then."""
+        if not enabled and self.merged:
+            self.unmerge()
+        self.__dict__["_disabled"] = not enabled
+        if enabled:
+            self.set_adapter(list(self._active))
+        else:
+            self.set_requires_grad(list(self.adapter_names()), False)
+            self.refresh()
+
+    def set_adapter(self, adapter_names: str | Collection[str], inference_mode: bool = False) -> None:
+        """Make ``adapter_names`` the active adapters, the only ones that are trained, and these not with
+        ``inference_mode``; names that are not carried here are passed over."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.__dict__["_active"] = names
+        for name in self.adapter_names():
+            self.set_requires_grad(name, name in names and not inference_mode)
         self.refresh()
+
+    def set_requires_grad(self, adapter_names: str | Collection[str], requires_grad: bool = True) -> None:
+        """Train, or do not train, the tensors of the named adapters; buffers of a copied module never."""
+        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
+        for name in names & {*self.adapter_names()}:
+            for tensor in self.adapter_tensors(name).values():
+                if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                    tensor.requires_grad_(requires_grad)
 
     def refresh(self) -> None:
         """Work out ``applied`` anew; called after every change of state."""
-        carried = self.adapter_names()
-        idle = self._disabled or self.merged
-        self.__dict__["applied"] = () if idle else tuple(name for name in self._active if name in carried)
+        carried, merged = self.adapter_names(), self.merged_adapters
+        counts = () if self._disabled else self._active
+        self.__dict__["applied"] = tuple(name for name in counts if name in carried and name not in merged)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Collection[str] | None = None) -> None:
+        """Merge the named (or the active) adapters of this layer, beside what is merged already; the
+        originals stay in memory, and ``unmerge`` gives back the exact bits.
+
+        Every merge is checked (``safe_merge`` is PEFT's word).  Raises MergeError, with nothing changed."""
+        wanted = self._active if adapter_names is None else adapter_names
+        new = [n for n in wanted if n in self.adapter_names() and n not in self.merged_adapters]
+        if new and self.leader is None:
+            self.remerge([*self.merged_adapters, *new])
+
+    def remerge(self, names: list[str], *, keep: bool = True, shared: Collection[int] = ()) -> None:
+        """Let ``names`` be what is merged here, with the words of ``store_merged``.
+
+        Raises MergeError; the layer is then as it was."""
+        before = self.merged_adapters
+        self.unmerge()
+        try:
+            values = {} if self.leader is not None else self.merged_values(names)
+        except MergeError:
+            if before:
+                self.store_merged(before, self.merged_values(before), keep=True)
+            raise
+        self.store_merged(names, values, keep=keep, shared=shared)
 
     @torch.no_grad()
-    def merge(self, names: Collection[str], values: Mapping[str, Tensor], *, keep: bool) -> None:
-        """Store ``values`` (from ``merged_values``); with ``keep`` the originals stay in memory, so that
-        ``unmerge`` gives back the exact bits."""
+    def store_merged(
+        self,
+        names: Collection[str],
+        values: Mapping[str, Tensor],
+        *,
+        keep: bool,
+        shared: Collection[int] = (),
+    ) -> None:
+        """Store ``values`` (from ``merged_values``); with ``keep`` the originals stay in memory.
+
+        A parameter whose id is in ``shared`` is another module's too, which keeps it as it is."""
         for key, value in values.items():
+            home, leaf = self.home(key)
+            place = home[leaf]
+            if id(place) in shared:
+                home[leaf] = nn.Parameter(place.detach().clone(), requires_grad=place.requires_grad)
             if keep:
-                self._originals[key] = self._parameters[key].detach().clone()  # type: ignore[union-attr]
+                self._originals[key] = place if id(place) in shared else place.detach().clone()
             self.store(key, value)
         self.merged_adapters = list(names)
         self.refresh()
@@ -175,22 +260,66 @@ class AdapterLayer(nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         for key, value in self._originals.items():
-            self.store(key, value)
+            home, leaf = self.home(key)
+            if isinstance(value, nn.Parameter):
+                home[leaf] = value
+            else:
+                self.store(key, value)
         self._originals, self.merged_adapters = {}, []
         self.refresh()
 
+    def home(self, key: str) -> tuple[dict[str, Any], str]:
+        """The dictionary that holds a base parameter or buffer, and its name there."""
+        path, _, leaf = key.rpartition(".")
+        owner = self.get_submodule(path)
+        return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+
     def store(self, key: str, value: Tensor) -> None:
         """Put a new value into a base parameter."""
-        cast(Tensor, self._parameters[key]).copy_(value)
+        home, leaf = self.home(key)
+        cast(Tensor, home[leaf]).copy_(value)
+
+    @classmethod
+    def mixing(cls, kind: type[nn.Module]) -> tuple[Any, ...]:
+        """A function and its arguments that give the class of this one mixed with ``kind``."""
+        return mixed_class, cls, kind
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copying and pickling, also of the classes that are mixed while a program runs."""
+        if self.mixed_from is None:
+            return super().__reduce_ex__(protocol)
+        return remade, self.mixed_from, self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-def cast_merged(total: Tensor, like: Tensor) -> Tensor:
-    """``total`` in the dtype of ``like``.  Raises MergeError if it is not finite there."""
+class AuxiliaryLayer(AdapterLayer):
+    """A layer of which an adapter trains more than low-rank factors: the whole of it, or rows of its "
+    "weight."""
+
+    @property
+    def _adapters(self) -> list[str]:
+        return list(self.adapter_names())
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [name for name in self._active if name in self.adapter_names()]
+
+
+def remade(mixer: Any, *parts: Any) -> AdapterLayer:
+    """An empty object of a class that was mixed while a program ran."""
+    kind = mixer(*parts)
+    return cast(AdapterLayer, kind.__new__(kind))
+
+
+def cast_merged(total: Tensor, like: Tensor, names: Collection[str]) -> Tensor:
+    """``total``, with the adapters ``names`` in it, in the dtype of ``like``.
+
+    Raises MergeError if it is not finite there."""
     merged = total.to(like.dtype)
-    if not torch.isfinite(merged).all():
+    if not like.is_meta and not torch.isfinite(merged).all():
         raise MergeError(
-            f"the merged weight is not finite in {like.dtype}: largest magnitude "
-            f"{total.abs().max().item():.4g}; merge into a wider dtype or repair the adapter"
+            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: the "
+            f"largest magnitude is {total.abs().max().item():.4g} in {like.dtype}; merge into a wider dtype "
+            "or repair the adapter"
         )
     return merged
 
@@ -235,7 +364,7 @@ def mixed_class(lora: type[AdapterLayer], kind: type[nn.Module]) -> type[Adapter
     if (lora, kind) not in _mixed_classes:
         prefix = lora.__name__.removesuffix(lora.plain_class.__name__).removesuffix(kind.__name__)
         name = f"{prefix}{kind.__name__}"
-        members = {"plain_class": kind, "__module__": __name__}
+        members = {"plain_class": kind, "__module__": __name__, "mixed_from": lora.mixing(kind)}
         _mixed_classes[lora, kind] = cast(type[AdapterLayer], type(name, (lora, kind), members))
     return _mixed_classes[lora, kind]
 
@@ -288,7 +417,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         added = type(module).added if isinstance(module, AdapterLayer) else ()
         for name, child in reversed(module._modules.items()):
             if child is not None and name not in added:
-                pending.append((f"{path}.{name}" if path else name, child))
+                inside = path if name in WRAPPED else f"{path}.{name}" if path else name
+                pending.append((inside, child))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

@@ -33,15 +33,14 @@ class ConvUpdates(LoraLayer):
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
         kind, groups = type(layer).__name__, cast(int, layer.groups)
-        found = []
+        found = super().problems(layer, spec)
         if spec.rank % groups:
             found.append(
-                f"rank {spec.rank} is no multiple of the {groups} groups of this {cls.conv.__name__}"
-            )
-        if spec.config.use_dora and groups > 1:
-            found.append(
-                f"use_dora is not for a {cls.conv.__name__} in {groups} groups, whose update is no "
-                "change of its weight"
+                f"Targeting a {kind} with groups={groups} and rank {spec.rank}. Currently, support is "
+                "limited "
+                "to conv layers where the rank is divisible by groups. Either choose a different rank or "
+                "do not "
+                "target this specific layer."
             )
         if computes_otherwise(layer, cls.conv, ["forward", "_conv_forward"]):
             found.append(
@@ -73,9 +72,25 @@ class ConvUpdates(LoraLayer):
         if self.training and self.specs[name].config.lora_dropout:
             base = cast(Tensor, super().forward(dropped.to(base.dtype)))
         channels = (-1, *[1] * len(self.kernel_size))
-        rows = row_factors(self, name, self.base_weight()).view(channels)
+        rows = self.row_factors(name).view(channels)
         base = upcast(base) if self.bias is None else upcast(base) - self.bias.view(channels)
         return (rows - 1) * base + rows * self.update(name, dropped)
+
+    def row_factors(self, name: str, weight: Tensor | None = None) -> Tensor:
+        """As the base class says.  In groups the update is no change of the weight, and PEFT's files mean the
+        norms that it takes: of the weight plus ``B A`` brought into the weight's shape."""
+        if self.groups == 1:
+            return super().row_factors(name, weight)
+        return row_factors(self.lora_magnitude_vector[name].weight, self._grouped_norms(name))
+
+    def start_norms(self, name: str) -> Tensor:
+        return super().start_norms(name) if self.groups == 1 else self._grouped_norms(name)
+
+    def _grouped_norms(self, name: str) -> Tensor:
+        lora_a, lora_b = (factor.detach() for factor in self.factors(name))
+        weight, rank = upcast(self.base_weight().detach()), lora_a.shape[0]
+        delta = (lora_b.reshape(-1, rank) @ lora_a.reshape(rank, -1)).reshape(weight.shape)
+        return (weight + self.scaling[name] * delta).flatten(1).norm(dim=1)  # type: ignore[no-any-return]
 
     def update(self, name: str, x: Tensor) -> Tensor:
         """What one adapter adds for ``x`` (batch, in, *space): (batch, out, *space), both in its dtype."""

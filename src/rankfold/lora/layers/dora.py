@@ -5,8 +5,6 @@ Liu et al. 2024 (arXiv 2402.09353), equation 5; the norm has no gradient (sectio
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +12,7 @@ from rankfold.kernels.low_rank import low_rank_update
 from rankfold.kernels.row_norm import low_rank_row_norm
 from rankfold.lora.layers.base import upcast
 
-if TYPE_CHECKING:
-    from rankfold.lora.layers.factors import LoraLayer
-
 MAGNITUDES = "lora_magnitude_vector"
-MATRIX = 2  # dimensions
 
 
 class Magnitude(nn.Module):
@@ -29,48 +23,20 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(norms)
 
 
-def start_magnitude(layer: LoraLayer, name: str) -> None:
-    """Give one adapter the row norms of its changed weight as magnitudes, so that it changes nothing yet.
-
-    Shape: (rows), or (1, rows, 1, ..) for a weight of more than two dimensions, as in PEFT.  They have
-    the dtype of the factors; PEFT rounds them to the base's dtype first."""
-    weight = layer.base_weight_for([name])
-    norms = row_norms(layer, name, weight).to(layer.factors(name)[1].dtype)
-    if weight.dim() > MATRIX:
-        norms = norms.view(1, -1, *[1] * (weight.dim() - MATRIX))
-    if MAGNITUDES not in layer._modules:
-        layer._modules[MAGNITUDES] = nn.ModuleDict()
-    layer.lora_magnitude_vector[name] = Magnitude(norms)
+def row_norms(weight: Tensor, row_dim: int, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """The norms of the rows (along ``row_dim``) of ``weight`` with ``scale * B A`` in it, (rows)."""
+    lora_a, lora_b = (factor.detach().flatten(1) for factor in factors)
+    rows = weight.detach().movedim(row_dim, 0).flatten(1)
+    return low_rank_row_norm(rows, lora_a, lora_b, scale)
 
 
-def magnitude_tensors(layer: LoraLayer, name: str) -> dict[str, nn.Parameter]:
-    """The magnitudes of one adapter by their key in PEFT's file; none if it is no DoRA adapter."""
-    held = layer.lora_magnitude_vector
-    return {MAGNITUDES: held[name].weight} if name in held else {}
-
-
-def row_norms(layer: LoraLayer, name: str, weight: Tensor) -> Tensor:
-    """The norms of the rows of ``weight`` with one adapter's update in it, (rows)."""
-    lora_a, lora_b = (factor.detach().flatten(1) for factor in layer.factors(name))
-    rows = weight.detach().movedim(cast(int, layer.row_dim), 0).flatten(1)
-    return low_rank_row_norm(rows, lora_a, lora_b, layer.scaling[name])
-
-
-def row_factors(layer: LoraLayer, name: str, weight: Tensor) -> Tensor:
+def row_factors(magnitude: Tensor, norms: Tensor) -> Tensor:
     """What each row of the changed weight is multiplied by, (rows), at least float32.
 
     The norm is rounded as the magnitudes are, so that at the start the quotient is one exactly."""
-    magnitude = layer.lora_magnitude_vector[name].weight.flatten()
-    norms = row_norms(layer, name, weight).to(magnitude.dtype)
+    magnitude = magnitude.flatten()
+    norms = norms.to(magnitude.dtype)
     return upcast(magnitude) / upcast(norms.clamp_min(torch.finfo(norms.dtype).tiny))
-
-
-def rescaled_weight(layer: LoraLayer, name: str, weight: Tensor) -> Tensor:
-    """``weight`` with one adapter in it, its update added and its rows brought to their magnitudes."""
-    factors = row_factors(layer, name, weight)
-    shape = [1] * weight.dim()
-    shape[cast(int, layer.row_dim)] = -1
-    return factors.view(shape) * (weight + layer.delta(name))
 
 
 def add_rescaled_update(

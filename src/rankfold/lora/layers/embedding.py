@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from rankfold.errors import MergeError
 from rankfold.kernels.low_rank import low_rank_delta
 from rankfold.lora.layers.base import AdapterSpec, computes_otherwise, register_layer, upcast
-from rankfold.lora.layers.dora import magnitude_tensors, row_factors
 from rankfold.lora.layers.factors import LoraLayer
 
 FACTORS = ("lora_embedding_A", "lora_embedding_B")
@@ -28,7 +27,8 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
 
     plain_class = nn.Embedding
     row_dim: ClassVar[int | None] = 1
-    by_adapter: ClassVar[tuple[str, ...]] = (*FACTORS, *LoraLayer.by_adapter)
+    own_start: ClassVar[bool] = True
+    adapter_layer_names: ClassVar[tuple[str, ...]] = (*FACTORS, *LoraLayer.adapter_layer_names)
     added: ClassVar[tuple[str, ...]] = (*FACTORS, *LoraLayer.added)
 
     def start(self) -> None:
@@ -38,7 +38,8 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        found = ["lora_bias has no place in an embedding"] if spec.config.lora_bias else []
+        found = super().problems(layer, spec)
+        found += ["lora_bias=True is not supported for Embedding"] if spec.config.lora_bias else []
         if spec.config.use_dora and layer.max_norm is not None:
             found.append("max_norm and use_dora each set the norms of the weight; take one of them")
         if not hasattr(layer, "embed_scale") and computes_otherwise(layer, nn.Embedding, ["forward"]):
@@ -60,7 +61,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         base = total = super().forward(ids, *args, **kwargs)
         for name in self.applied:
             if self.specs[name].config.use_dora:
-                rows = row_factors(self, name, self.base_weight())
+                rows = self.row_factors(name)
                 total = total + (rows - 1) * upcast(base) + rows * self.update(name, ids)
             else:
                 total = total + self.update(name, ids)
@@ -94,10 +95,9 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
             self._side(side)[spec.name] = nn.Parameter(torch.randn(shape))
 
     def start_factors(self, spec: AdapterSpec) -> None:
-        if spec.config.init_lora_weights is not False:
-            lora_a, lora_b = self.factors(spec.name)
-            nn.init.zeros_(lora_a)
-            nn.init.normal_(lora_b)
+        lora_a, lora_b = self.factors(spec.name)
+        lora_a.zero_()
+        lora_b.normal_()
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """lora_embedding_A (rank, tokens) and lora_embedding_B (features, rank) of one adapter."""
@@ -107,7 +107,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.r:
             return {}
-        return dict(zip(FACTORS, self.factors(name), strict=True)) | magnitude_tensors(self, name)
+        return dict(zip(FACTORS, self.factors(name), strict=True)) | self.magnitude_tensors(name)
 
     def delta(self, name: str) -> Tensor:
         """``scale * (B A)^T`` (tokens, features), at least float32."""

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Collection
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
+from rankfold.lora.config.data_starts import VARIANTS, MontecloraConfig, VeloraConfig, start_from_data
 from rankfold.lora.config.lora_config import changes_base
-from rankfold.lora.layers.base import HALF_DTYPES, AdapterLayer, AdapterSpec, cast_merged, upcast
-from rankfold.lora.layers.dora import MAGNITUDES, magnitude_tensors, rescaled_weight, start_magnitude
-from rankfold.lora.layers.init import (
-    Split,
-    draw_kaiming,
-    drop_spare,
-    end_split,
-    place_base,
-    split_base,
-    start_factors,
-)
+from rankfold.lora.layers.base import HALF_DTYPES, AdapterSpec, cast_merged, upcast
+from rankfold.lora.layers.dora import MAGNITUDES, Magnitude, row_factors, row_norms
+from rankfold.lora.layers.init import draw_kaiming, minor_directions, start_factors
+from rankfold.lora.layers.residual_base import ResidualBase, splitting_problems
+from rankfold.lora.layers.variants import MontecloraSampler, VeloraProjection
 
-Module = TypeVar("Module", bound=nn.Module)
+MICA = "mica"
+VELORA = "lora_velora_embed"
+MONTECLORA = "lora_monteclora_sampler"
 
+# What PEFT's layer is called where it is not called after the plain layer.
+PEFT_NAMES = {"Conv1D": "Linear", "NonDynamicallyQuantizableLinear": "Linear"}
 NO_ADAPTERS = nn.ModuleDict()
 NO_DROPOUT = nn.Identity()  # one for all layers: it holds nothing
 
@@ -39,18 +37,22 @@ def never_called(module: nn.Module, inputs: Any) -> None:
 NO_FAST_PATH = OrderedDict({0: never_called})
 
 
-class LoraLayer(AdapterLayer):
+class LoraLayer(ResidualBase):
     """Adds ``lora_A.<adapter>.weight`` and ``lora_B.<adapter>.weight`` to the state dict.
 
     A layer type implements ``make_factors``, ``delta`` and ``forward``, in which each adapter in
     ``applied`` adds its update."""
 
-    # Of these, each holds something by the adapter's name.
-    by_adapter: ClassVar[tuple[str, ...]] = (
-        *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector"),
-        *("r", "lora_alpha", "scaling", "specs"),
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDES, VELORA, MONTECLORA)
+    other_param_names: ClassVar[tuple[str, ...]] = (
+        *("lora_dropout", "r", "lora_alpha", "scaling", "specs", "use_dora"),
     )
-    added: ClassVar[tuple[str, ...]] = (*by_adapter, "split", *AdapterLayer.added)
+    added: ClassVar[tuple[str, ...]] = (*adapter_layer_names, *other_param_names, *ResidualBase.added)
+
+    # Whether VeLoRA and MonteCLoRA are supported.
+    has_variants: ClassVar[bool] = False
+    # Whether fresh factors start in the layer's own way, whatever init_lora_weights says.
+    own_start: ClassVar[bool] = False
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -58,51 +60,158 @@ class LoraLayer(AdapterLayer):
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     specs: dict[str, AdapterSpec]
-    split: Split | None  # set while an adapter's start has changed the base weight
+    use_dora: dict[str, bool]
+    lora_dropout: nn.ModuleDict
 
     def start(self) -> None:
         super().start()
-        lora_a, lora_b = bare(nn.ModuleDict), bare(nn.ModuleDict)
-        lora_a.__dict__["_forward_pre_hooks"] = NO_FAST_PATH
-        self._modules.update(lora_A=lora_a, lora_B=lora_b)
-        self.__dict__.update(r={}, lora_alpha={}, scaling={}, specs={}, split=None)
+        self.lora_A, self.lora_B, self.lora_dropout = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.lora_A.__dict__["_forward_pre_hooks"] = NO_FAST_PATH
+        self.__dict__.update(r={}, lora_alpha={}, scaling={}, specs={}, use_dora={})
 
-    def end(self) -> None:
-        if self.split is not None:
-            drop_spare(self) if self.merged else end_split(self)
-        super().end()
+    @classmethod
+    def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
+        """As the base class says, for the start of ``spec`` and for DoRA."""
+        start, name = spec.config.init_lora_weights, cls.plain_class.__name__
+        dora, splits = spec.config.use_dora, changes_base(start)
+        found = []
+        if dora and cls.row_dim is None:
+            found.append(f"{name} does not support DoRA (yet), please set use_dora to False")
+        plain = not isinstance(start, str) or start == "gaussian" or start_from_data(start)
+        found += cls._variant_problems(layer, spec)
+        if cls.own_start:
+            return found
+        if not plain and not cls.is_matrix and start != MICA:
+            found.append(
+                f"Unknown initialization: init_lora_weights={start!r} is for linear layers, not {name}"
+            )
+        elif start == "orthogonal" and spec.rank % 2:
+            found.append(
+                f"Orthogonal initialization requires the LoRA rank to be even, got {spec.rank} instead."
+            )
+        elif splits:
+            found += splitting_problems(layer, spec)
+        if (dora or splits) and isinstance(layer, LoraLayer) and layer.merged:
+            found.append(f"{layer.merged_adapters} are merged into it; unmerge_adapter() first")
+        return found
 
-    def refresh(self) -> None:
-        super().refresh()
-        if self.split is not None and not self.merged:
-            place_base(self, residual=self.split.name in self.applied)
+    @classmethod
+    def _variant_problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
+        """What keeps ``layer`` from MiCA, VeLoRA or MonteCLoRA."""
+        config, name, found = spec.config, cls.plain_class.__name__, []
+        if not cls.has_variants:
+            found += [f"{key} is not for a {name}" for key in VARIANTS if getattr(config, key) is not None]
+        if config.init_lora_weights == MICA:
+            size = min(layer.weight.shape) if isinstance(layer.weight, Tensor) else 0
+            if not (cls.is_matrix or cls.own_start):
+                found.append(f"Unknown initialization: init_lora_weights='mica' is not for a {name}")
+            elif not layer.weight.is_floating_point():  # type: ignore[operator]
+                found.append("Please initialize MiCA under float32, float16, or bfloat16.")
+            elif spec.rank > size:
+                found.append(
+                    f"MiCA requires `r` <= min(in_features, out_features) but got r={spec.rank} for a layer "
+                    f"with weight shape {tuple(layer.weight.shape)} (max usable r is {size})."  # type: ignore[arg-type]
+                )
+        return found
 
     def add_adapter(self, spec: AdapterSpec) -> None:
         """Add an adapter; its factors start as ``init_lora_weights`` says, drawn as PEFT draws them."""
+        start = spec.config.init_lora_weights
+        start = start is not False if self.own_start else start
         self.list_adapter(spec)
         self.make_factors(spec)
-        self.start_factors(spec)
+        if start is not False and not changes_base(start):
+            with torch.no_grad():
+                self.start_factors(spec)
         self.settle_factors(spec)
-        if changes_base(spec.config.init_lora_weights):
-            split_base(self, spec)
+        if changes_base(start):
+            self.split_base(spec)
+        if spec.config.init_lora_weights == MICA and not spec.without_memory:
+            self._start_minor(spec)
         if spec.config.use_dora:
-            start_magnitude(self, spec.name)
+            self._start_magnitude(spec.name)
+        if spec.config.velora_config is not None or spec.config.monteclora_config is not None:
+            self._start_variant(spec)
 
     def list_adapter(self, spec: AdapterSpec) -> None:
         """Note what ``spec`` says, and make its dropout."""
         name, dropout = spec.name, spec.config.lora_dropout
         self.r[name], self.lora_alpha[name], self.scaling[name] = spec.rank, spec.alpha, spec.scale
-        self.specs[name] = spec
-        if dropout or "lora_dropout" in self._modules:
-            held = self._modules["lora_dropout"] = self.lora_dropout
-            held[name] = nn.Dropout(dropout) if dropout else NO_DROPOUT
+        self.specs[name], self.use_dora[name] = spec, spec.config.use_dora
+        self.lora_dropout[name] = nn.Dropout(dropout) if dropout else NO_DROPOUT
 
     def make_factors(self, spec: AdapterSpec) -> None:
         """Put fresh modules for ``spec.name`` into ``lora_A`` and ``lora_B``, in PEFT's order of draws."""
         raise NotImplementedError
 
     def start_factors(self, spec: AdapterSpec) -> None:
-        start_factors(self, spec)
+        """The start of a base that stays as it is."""
+        lora_a, lora_b = self.factors(spec.name)
+        start_factors(lora_a, lora_b, spec.config.init_lora_weights, spec.rank)
+        if (bias := self.factor_bias(spec.name)) is not None:
+            bias.zero_()
+
+    @torch.no_grad()
+    def _start_minor(self, spec: AdapterSpec) -> None:
+        weight = self.base_weight().detach()
+        matrix = upcast(weight.movedim(cast(int, self.row_dim), 0))
+        lora_a, lora_b = self.factors(spec.name)
+        lora_a.zero_()
+        lora_b.copy_(minor_directions(matrix, spec.rank))
+
+    def _start_variant(self, spec: AdapterSpec) -> None:
+        """Make what a variant of training keeps beside the factors."""
+        config, lora_a = spec.config, self.factors(spec.name)[0]
+        if config.velora_config is not None:
+            velora = cast(VeloraConfig, config.velora_config)
+            held, made = VELORA, cast(nn.Module, VeloraProjection(velora, self.in_features, lora_a.data))  # type: ignore[arg-type]
+        else:
+            monteclora = cast(MontecloraConfig, config.monteclora_config)
+            held, made = MONTECLORA, MontecloraSampler(monteclora, spec.rank, lora_a.data)
+        if held not in self._modules:
+            self._modules[held] = nn.ModuleDict()
+        cast(nn.ModuleDict, self._modules[held])[spec.name] = made
+
+    def variant_tensors(self, name: str) -> dict[str, Any]:
+        """What a variant keeps beside the factors of one adapter, by its key in PEFT's file."""
+        tensors: dict[str, Any] = {}
+        if name in (held := self._modules.get(VELORA) or ()):  # type: ignore[operator]
+            tensors[VELORA] = cast(Any, held)[name].lora_velora_embed
+        if name in (held := self._modules.get(MONTECLORA) or ()):  # type: ignore[operator]
+            own = cast(Any, held)[name].state_dict(keep_vars=True)
+            tensors |= {f"{MONTECLORA}.{key}": tensor for key, tensor in own.items()}
+        return tensors
+
+    def frozen_tensors(self, name: str) -> list[Tensor]:
+        """The tensors of one adapter that are never trained."""
+        return [self.factors(name)[1]] if self.specs[name].config.init_lora_weights == MICA else []
+
+    def set_requires_grad(self, adapter_names: str | Collection[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
+        for name in names & self.r.keys():
+            for tensor in self.frozen_tensors(name):
+                tensor.requires_grad_(False)
+
+    def _start_magnitude(self, name: str) -> None:
+        """Give one adapter the row norms of its changed weight as magnitudes, so that it changes nothing yet.
+
+        Shape: (rows), or (1, rows, 1, ..) for a weight of more than two dimensions, as in PEFT.  They have
+        the dtype of the factors; PEFT rounds them to the base's dtype first."""
+        weight, lora_b = self.base_weight_for([name]), self.factors(name)[1]
+        if lora_b.is_meta:
+            norms = lora_b.new_empty(weight.shape[cast(int, self.row_dim)])
+        else:
+            norms = self.start_norms(name).to(lora_b.dtype)
+        if weight.dim() > len(("rows", "columns")):
+            norms = norms.view(1, -1, *[1] * (weight.dim() - 2))
+        if MAGNITUDES not in self._modules:
+            self._modules[MAGNITUDES] = nn.ModuleDict()
+        self.lora_magnitude_vector[name] = Magnitude(norms)
+
+    def start_norms(self, name: str) -> Tensor:
+        weight = self.base_weight_for([name])
+        return row_norms(weight, cast(int, self.row_dim), self.factors(name), self.scaling[name])
 
     def delta(self, name: str) -> Tensor:
         """The change of the base weight by one adapter, in the weight's shape, at least float32.
@@ -110,13 +219,17 @@ class LoraLayer(AdapterLayer):
         Raises MergeError where the update is no change of the weight."""
         raise NotImplementedError
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``delta`` in the dtype of the factors, as in PEFT."""
+        return self.delta(adapter).to(self.factors(adapter)[1].dtype)
+
     def adapter_names(self) -> Collection[str]:
         return self.r
 
     def drop(self, name: str) -> None:
         if self.split is not None and self.split.name == name:
-            end_split(self)
-        for key in type(self).by_adapter:
+            self.end_split()
+        for key in (*self.adapter_layer_names, *self.other_param_names):
             holder: Any = self._modules.get(key, self.__dict__.get(key))
             if holder is not None and name in holder:
                 del holder[name]
@@ -135,7 +248,12 @@ class LoraLayer(AdapterLayer):
         tensors = {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
         if (bias := self.factor_bias(name)) is not None:
             tensors["lora_B.bias"] = bias
-        return tensors | magnitude_tensors(self, name) if MAGNITUDES in self._modules else tensors
+        return tensors | self.magnitude_tensors(name) | self.variant_tensors(name)
+
+    def magnitude_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The magnitudes of one adapter by their key in PEFT's file; none if it is no DoRA adapter."""
+        held = self.lora_magnitude_vector
+        return {MAGNITUDES: held[name].weight} if name in held else {}
 
     def factor_bias(self, name: str) -> nn.Parameter | None:
         """The bias of one adapter's B, if it has one (``lora_bias``)."""
@@ -146,27 +264,38 @@ class LoraLayer(AdapterLayer):
         """The base weight as numbers, in the shape of ``delta``."""
         return cast(Tensor, self.weight)
 
-    def base_weight_for(self, names: Collection[str]) -> Tensor:
-        """The base weight that the adapters ``names`` are added to: the residual, if one of them split
-        the base weight, else the original."""
-        if self.split is None or (self.split.name in names) == self.split.in_place:
-            return self.base_weight()
-        return cast(Tensor, self.spare_weight)
+    def row_factors(self, name: str, weight: Tensor | None = None) -> Tensor:
+        """What DoRA multiplies each row of the changed weight by, (rows), at least float32."""
+        weight = self.base_weight() if weight is None else weight
+        norms = row_norms(weight, cast(int, self.row_dim), self.factors(name), self.scaling[name])
+        return row_factors(self.lora_magnitude_vector[name].weight, norms)
 
     def changed_weight(self, name: str, weight: Tensor) -> Tensor:
         """``weight`` (the base's, at least float32) with one adapter in it."""
-        if name in self.lora_magnitude_vector:
-            return rescaled_weight(self, name, weight)
-        return weight + self.delta(name)
+        changed = weight + self.delta(name)
+        if name not in self.lora_magnitude_vector:
+            return changed
+        shape = [1] * weight.dim()
+        shape[cast(int, self.row_dim)] = -1
+        return self.row_factors(name, weight).view(shape) * changed
 
     def merged_weight(self, names: Collection[str]) -> Tensor:
         """The base weight with the adapters ``names`` in it, at least float32."""
-        base = upcast(self.base_weight_for(names).detach())
+        # An adapter that stays apart may be the one whose start split the base weight.
+        base = upcast(self.base_weight_for([*names, *self._active]).detach())
         changed = [self.changed_weight(name, base) for name in names]
         return changed[0] if len(changed) == 1 else sum((weight - base for weight in changed), base)
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
-        return self.with_bias(names, cast_merged(self.merged_weight(names), self.merged_like()))
+        return self.with_bias(names, cast_merged(self.merged_weight(names), self.merged_like(), names))
+
+    def cannot_stay_apart(self, merged: Collection[str]) -> str | None:
+        apart = [n for n in self._active if n in self.r and n not in merged and self.specs[n].config.use_dora]
+        return (
+            f"the DoRA adapters {apart} are active and need the base weight; merge them too"
+            if apart
+            else None
+        )
 
     def with_bias(self, names: Collection[str], weight: Tensor) -> dict[str, Tensor]:
         """``weight`` as a merged value, beside the merged bias if there is one."""
@@ -184,44 +313,46 @@ class LoraLayer(AdapterLayer):
         bias = cast(Tensor | None, self.bias)
         if bias is None:
             raise MergeError(
-                f"lora_bias adds a bias, and this {self.plain_class.__name__} has none to merge it into"
+                "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: a "
+                f"{self.plain_class.__name__} without one has no place for it"
             )
         total = upcast(bias) + sum(self.scaling[n] * upcast(shift) for n, shift in shifts.items())
-        return cast_merged(total, bias)
+        return cast_merged(total, bias, names)
 
-    def set_scale(self, name: str, factor: float) -> None:
-        """Set the scale of one adapter to ``factor`` times what its config says."""
-        if name in self.specs:
-            self.scaling[name] = factor * self.specs[name].scale
-            self.refresh()
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scale of one adapter to ``scale`` times what its config says."""
+        if adapter in self.specs:
+            self.scaling[adapter] = scale * self.specs[adapter].scale
 
-    def scale_layer(self, factor: float) -> None:
-        """Multiply the scale of the active adapters by ``factor``."""
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters by ``scale``."""
         for name in self._active:
             if name in self.scaling:
-                self.scaling[name] *= factor
-        self.refresh()
+                self.scaling[name] *= scale
 
-    def unscale_layer(self, factor: float | None = None) -> None:
-        """Divide the scale of the active adapters by ``factor``; None sets it back to the config's."""
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters by ``scale``; None sets it back to the config's."""
         for name in self._active:
             if name in self.scaling:
-                self.scaling[name] = self.specs[name].scale if factor is None else self.scaling[name] / factor
-        self.refresh()
+                self.scaling[name] = self.specs[name].scale if scale is None else self.scaling[name] / scale
 
     def settle_factors(self, spec: AdapterSpec) -> None:
         """Move fresh factors to the device and dtype of the base, as PEFT does: through the base's dtype,
         and then to float32 where that is a half-precision one and ``spec.widen``."""
-        home = self.merged_like()
+        like = self.merged_like()
+        device = torch.device("meta") if spec.without_memory else like.device
         for parameter in self.adapter_tensors(spec.name).values():
-            if parameter.dtype == home.dtype == torch.float32 and parameter.device == home.device:
+            if parameter.dtype == like.dtype == torch.float32 and parameter.device == device:
                 continue
-            data = parameter.data.to(home.device)
-            if home.dtype.is_floating_point and data.dtype != home.dtype:
-                data = data.to(home.dtype)
+            data = parameter.data.to(device)
+            if like.dtype.is_floating_point and data.dtype != like.dtype:
+                data = data.to(like.dtype)
             if spec.widen and data.dtype in HALF_DTYPES:
                 data = data.float()
-            parameter.data = data
+            if data.is_meta:
+                torch.utils.swap_tensors(parameter, nn.Parameter(data))
+            else:
+                parameter.data = data
 
     def dropped(self, name: str, x: Tensor) -> Tensor:
         """``x`` after one adapter's dropout."""
@@ -230,10 +361,8 @@ class LoraLayer(AdapterLayer):
         return x
 
     @property
-    def lora_dropout(self) -> Any:
-        """A module of this layer only if some adapter drops anything."""
-        held = self._modules.get("lora_dropout")
-        return nn.ModuleDict(dict.fromkeys(self.r, NO_DROPOUT)) if held is None else held
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        return {name: ("lora_B",) for name in self.r if self.frozen_tensors(name)}
 
     @property
     def lora_embedding_A(self) -> Any:
@@ -244,8 +373,25 @@ class LoraLayer(AdapterLayer):
         return self._modules.get("lora_embedding_B", NO_ADAPTERS)
 
     @property
+    def lora_velora_embed(self) -> Any:
+        return self._modules.get(VELORA, NO_ADAPTERS)
+
+    @property
+    def lora_monteclora_sampler(self) -> Any:
+        return self._modules.get(MONTECLORA, NO_ADAPTERS)
+
+    @property
     def lora_magnitude_vector(self) -> Any:
-        return self._modules.get("lora_magnitude_vector", NO_ADAPTERS)
+        return self._modules.get(MAGNITUDES, NO_ADAPTERS)
+
+    @property
+    def peft_name(self) -> str:
+        """What PEFT's layer is called."""
+        plain = self.plain_class.__name__
+        return f"lora.{PEFT_NAMES.get(plain, plain)}"
+
+    def _get_name(self) -> str:
+        return self.peft_name
 
     def extra_repr(self) -> str:
         adapters = ", ".join(
@@ -253,33 +399,20 @@ class LoraLayer(AdapterLayer):
             for name in self.r
         )
         own = super().extra_repr()
-        return f"{own}{', ' if own else ''}adapters=[{adapters}]"
-
-
-# What nn.Module.__init__ puts on an object: the constants, and what makes each of the empty containers.
-CONSTANTS = {key: value for key, value in vars(nn.Module()).items() if isinstance(value, bool | None)}
-CONTAINERS = [(key, type(value)) for key, value in vars(nn.Module()).items() if key not in CONSTANTS]
-
-
-def bare(kind: type[Module]) -> Module:
-    """An object of ``kind`` as ``nn.Module.__init__`` leaves it, in half the time."""
-    module = kind.__new__(kind)
-    own = module.__dict__
-    own.update(CONSTANTS)
-    for key, container in CONTAINERS:
-        own[key] = container()
-    return module
+        if "in_features" not in own:
+            own = (
+                f"{own}{', ' if own else ''}in_features={self.in_features}, out_features={self.out_features}"
+            )
+        return f"{own}, adapters=[{adapters}]"
 
 
 def linear_factor(in_features: int, out_features: int, *, bias: bool = False) -> nn.Linear:
     """``nn.Linear(in_features, out_features, bias)`` with the same random draws, made faster."""
-    layer = bare(nn.Linear)
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
     weight = torch.empty(out_features, in_features)
     draw_kaiming(weight)
-    drawn_bias = None
+    layer._parameters["weight"] = nn.Parameter(weight)
     if bias:
-        bound = 1 / math.sqrt(in_features)
-        drawn_bias = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
-    layer.__dict__.update(in_features=in_features, out_features=out_features)
-    layer._parameters.update(weight=nn.Parameter(weight), bias=drawn_bias)
+        bound = in_features**-0.5
+        layer._parameters["bias"] = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
     return layer

@@ -16,11 +16,9 @@ from rankfold.kernels.fused_linear import can_fuse, fused_linear
 from rankfold.kernels.low_rank import add_low_rank_update, low_rank_delta
 from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.layers.base import AdapterSpec, register_layer, upcast
-from rankfold.lora.layers.dora import add_rescaled_update, row_factors
+from rankfold.lora.layers.dora import add_rescaled_update
 from rankfold.lora.layers.factors import LoraLayer, linear_factor
-from rankfold.lora.layers.inference_fast_path import LOOK, QuickUpdate, quick_update
 
-MATRIX = 2  # dimensions
 FUSED_FROM = 1 << 15  # elements of an input; below, starting the operations takes longer than they do
 
 
@@ -29,6 +27,7 @@ class LinearUpdates(LoraLayer):
 
     row_dim: ClassVar[int | None] = 0
     is_matrix: ClassVar[bool] = True
+    has_variants: ClassVar[bool] = True
 
     in_features: int
     out_features: int
@@ -43,9 +42,24 @@ class LinearUpdates(LoraLayer):
     def updated(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         """``out`` with the update of one adapter."""
         scale, x = self.scaling[name], self.dropped(name, x)
+        if self.training and self.has_variant(name):
+            return out + (scale * F.linear(self.narrow(name, x), self.factors(name)[1])).to(out.dtype)
         if self.specs[name].config.lora_bias:
             out = out + (scale * cast(Tensor, self.lora_B[name].bias)).to(out.dtype)
         return add_low_rank_update(out, x, *self.factors(name), scale)
+
+    def has_variant(self, name: str) -> bool:
+        config = self.specs[name].config
+        return config.velora_config is not None or config.monteclora_config is not None
+
+    def narrow(self, name: str, x: Tensor) -> Tensor:
+        """``x A^T`` as a variant makes it in training."""
+        lora_a = self.factors(name)[0]
+        if name in self.lora_velora_embed and torch.is_grad_enabled():
+            return cast(Tensor, self.lora_velora_embed[name](x.to(lora_a.dtype), lora_a))
+        if name in self.lora_monteclora_sampler:
+            lora_a = self.lora_monteclora_sampler[name](lora_a)
+        return F.linear(x.to(lora_a.dtype), lora_a)
 
     def rescaled(self, name: str, x: Tensor, out: Tensor, base: Tensor) -> Tensor:
         """``out`` with the update of one DoRA adapter; ``base`` is the plain layer's output for x.
@@ -56,13 +70,14 @@ class LinearUpdates(LoraLayer):
             base = cast(Tensor, super().forward(x))
         bias = self._parameters.get("bias")
         base = upcast(base) if bias is None else upcast(base) - bias
-        factors = row_factors(self, name, self.base_weight())
-        return add_rescaled_update(out, base, x, self.factors(name), factors, self.scaling[name])
+        return add_rescaled_update(
+            out, base, x, self.factors(name), self.row_factors(name), self.scaling[name]
+        )
 
     def make_factors(self, spec: AdapterSpec) -> None:
         lora_a = linear_factor(self.in_features, spec.rank)
         lora_b = linear_factor(spec.rank, self.out_features, bias=spec.config.lora_bias)
-        self.lora_A._modules[spec.name], self.lora_B._modules[spec.name] = lora_a, lora_b
+        self.lora_A[spec.name], self.lora_B[spec.name] = lora_a, lora_b
 
     def delta(self, name: str) -> Tensor:
         """``scale * B A`` (out, in), at least float32."""
@@ -70,60 +85,48 @@ class LinearUpdates(LoraLayer):
 
 
 class FusedUpdates(LinearUpdates):
-    """The update of one plain adapter made together with the layer's own product."""
+    """The update of one plain adapter made together with the layer's own product, for large inputs."""
 
-    added: ClassVar[tuple[str, ...]] = ("_quick", *LinearUpdates.added)
+    added: ClassVar[tuple[str, ...]] = ("_plain", *LinearUpdates.added)
 
-    _quick: QuickUpdate | None
+    _plain: str | None  # the adapter that is applied, if that is one and nothing but its factors
 
     def fused_base(self) -> tuple[Tensor | FrozenMatrix, Tensor | None] | None:
         """The weight and the bias as ``fused_linear`` takes them, if it can."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._quick is None or torch.compiler.is_compiling():
-            return super().forward(x, *args, **kwargs)
         out = self.fused(x)
         return super().forward(x, *args, **kwargs) if out is None else out
 
     def fused(self, x: Tensor, up: Tensor | None = None) -> Tensor | None:
         """The output for ``x``, or for silu(x) * up, as one autograd function; None for a small input and
         where there cannot be one."""
-        if type(x) is not Tensor or x.numel() < FUSED_FROM:
+        name = self._plain
+        if name is None or type(x) is not Tensor or x.numel() < FUSED_FROM or torch.compiler.is_compiling():
             return None
-        quick, base = self.quick(), self.fused_base()
-        if quick is None or base is None:
+        base, factors, mask = self.fused_base(), self.factors(name), None
+        ordinary = all(type(factor) is nn.Parameter for factor in factors)
+        if base is None or not ordinary or not can_fuse(x, base[0], *factors):
             return None
-        factors, mask = self.factors(quick.name), None
-        if not can_fuse(x, base[0], *factors):
-            return None
-        if quick.drops and self.training:
-            dropout = self.lora_dropout[quick.name]
+        if self.training and self.specs[name].config.lora_dropout:
+            dropout = self.lora_dropout[name]
             if x.device.type != "cpu" or type(dropout) is not nn.Dropout or not 0 < dropout.p < 1:
                 return None  # torch's own there
             mask = DropMask.draw(dropout.p) if dropout.training else None
-        return fused_linear(x, base, factors, self.scaling[quick.name], mask, up)
-
-    def quick(self) -> QuickUpdate | None:
-        """The one plain adapter that is applied, as it is now."""
-        if self._quick is not None and not self._quick.is_current():
-            self.__dict__["_quick"] = self._look_for_quick()
-        return self._quick
+        return fused_linear(x, base, factors, self.scaling[name], mask, up)
 
     def refresh(self) -> None:
         super().refresh()
-        self.__dict__["_quick"] = LOOK
-
-    def _look_for_quick(self) -> QuickUpdate | None:
-        if type(self) not in FUSED_CLASSES or len(self.applied) != 1:
-            return None
-        name, config = self.applied[0], self.specs[self.applied[0]].config
-        if config.lora_bias or config.use_dora:
-            return None
-        return quick_update(name, self.lora_A[name], self.lora_B[name], config.lora_dropout > 0)
+        only = self.applied[0] if len(self.applied) == 1 and type(self) in FUSED_CLASSES else None
+        if only is not None:
+            config = self.specs[only].config
+            apart = config.lora_bias or config.use_dora or self.has_variant(only)
+            only = None if apart or isinstance(self.scaling[only], Tensor) else only
+        self.__dict__["_plain"] = only
 
 
-class LoraLinear(FusedUpdates, nn.Linear):
+class LoraLinear(FusedUpdates, nn.Linear):  # type: ignore[misc]
     """``nn.Linear`` plus the low-rank updates of its active adapters.
 
     Adds the state dict keys ``lora_A.<adapter>.weight`` (rank, in) and ``lora_B.<adapter>.weight``
@@ -133,40 +136,17 @@ class LoraLinear(FusedUpdates, nn.Linear):
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        found = super().problems(layer, spec)
-        if is_torchao(layer.weight) and (spec.config.use_dora or changes_base(spec.config.init_lora_weights)):
-            found.append(
+        changing = spec.config.use_dora or changes_base(spec.config.init_lora_weights)
+        if is_torchao(layer.weight) and changing:
+            return [
                 f"its weight is a torchao {type(layer.weight).__name__}, which use_dora and the starts that "
                 "change the base weight cannot work with; dequantise(model) first"
-            )
-        return found
+            ]
+        return super().problems(layer, spec)
 
     def fused_base(self) -> tuple[Tensor | FrozenMatrix, Tensor | None] | None:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         return (weight, bias) if type(weight) is nn.Parameter else None
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        quick = self._quick
-        if (
-            quick is None
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or type(x) is not Tensor
-            or x.is_nested
-            or x.numel() >= FUSED_FROM
-        ):
-            return super().forward(x, *args, **kwargs)
-        if not quick.is_current():
-            quick = self.quick()
-        if quick is None or x.dtype is not quick.dtype or (quick.drops and self.training):
-            return super().forward(x, *args, **kwargs)
-        rows = x if x.dim() == MATRIX else x.reshape(-1, x.shape[-1])
-        own = self._parameters
-        out = F.linear(rows, own["weight"], own["bias"])  # type: ignore[arg-type]
-        if out.dtype is not quick.dtype:  # under autocast
-            return self.updated(quick.name, x, out.view(*x.shape[:-1], -1))
-        quick.add(out, rows, self.scaling[quick.name])
-        return out if x.dim() == MATRIX else out.view(*x.shape[:-1], out.shape[-1])
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
         if is_torchao(self.weight):
@@ -187,6 +167,10 @@ class LoraConv1D(LinearUpdates):
     @property
     def out_features(self) -> int:  # type: ignore[override]
         return int(cast(Tensor, self.weight).shape[1])
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        return True
 
     def delta(self, name: str) -> Tensor:
         return super().delta(name).T

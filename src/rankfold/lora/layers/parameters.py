@@ -43,7 +43,7 @@ _running: ContextVar[Mapping[int, Sums]] = ContextVar("running", default=Mapping
 class ParameterFactors(LoraLayer):
     """The adapters of one parameter; a part of the ``ParameterAdapters`` that owns the parameter."""
 
-    home: dict[str, nn.Parameter]
+    holder: dict[str, nn.Parameter]
     key: str
     shape: torch.Size
     transposed: bool
@@ -58,10 +58,14 @@ class ParameterFactors(LoraLayer):
             key = next(iter(home))
         # The dictionary, not the owner: a reference in both directions would keep a deleted model in
         # memory.  Not the parameter: a conversion of the model may exchange it.
-        self.__dict__.update(home=home, key=key, shape=value.shape)
+        self.__dict__.update(holder=home, key=key, shape=value.shape)
         # Some experts are stored as (in, out); the attribute is transformers' word for that.
         transposed = value.dim() > MATRIX and bool(getattr(owner, "is_transposed", False))
         self.__dict__["transposed"] = transposed
+
+    @property
+    def parameter_name(self) -> str:
+        return self.key
 
     @property
     def experts(self) -> int:
@@ -78,13 +82,13 @@ class ParameterFactors(LoraLayer):
     def make_factors(self, spec: AdapterSpec) -> None:
         lora_a = linear_factor(self.in_features, spec.rank * self.experts)
         lora_b = linear_factor(spec.rank * self.experts, self.out_features)
-        self.lora_A._modules[spec.name], self.lora_B._modules[spec.name] = lora_a, lora_b
+        self.lora_A[spec.name], self.lora_B[spec.name] = lora_a, lora_b
 
     def merged_like(self) -> Tensor:
-        return self.home[self.key]
+        return self.holder[self.key]
 
     def base_weight(self) -> Tensor:
-        return self.home[self.key]
+        return self.holder[self.key]
 
     def delta(self, name: str) -> Tensor:
         return expert_delta(self._updates([name]), self.shape, transposed=self.transposed)
@@ -138,6 +142,30 @@ class ParameterAdapters(AdapterLayer):
         # Not through the ModuleDict's own methods: a parameter may be called "keys" or "values".
         return cast(dict[str, ParameterFactors], self.lora_parameters._modules)
 
+    def _get_name(self) -> str:
+        return "lora.ParamWrapper"
+
+    @property
+    def outermost(self) -> ParameterFactors:
+        """The factors of the parameter whose wrapper is outermost in PEFT."""
+        return list(self.parameter_factors().values())[-1]
+
+    @property
+    def lora_A(self) -> nn.ModuleDict:
+        return self.outermost.lora_A
+
+    @property
+    def lora_B(self) -> nn.ModuleDict:
+        return self.outermost.lora_B
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        return self.outermost.scaling
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return ", ".join(([own] if own else []) + [f"parameter_name={n!r}" for n in self.parameter_factors()])
+
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
         return ["its parameters carry adapters (target_parameters); one layer cannot have both kinds"]
@@ -156,6 +184,10 @@ class ParameterAdapters(AdapterLayer):
                 part.delete_adapter(name)
             if not part.r:
                 del self.lora_parameters._modules[parameter]
+
+    @classmethod
+    def mixing(cls, kind: type[nn.Module]) -> tuple[Any, ...]:
+        return mixed_parameters, cls.parameter_names, kind
 
     def adapter_names(self) -> Collection[str]:
         return {name: None for part in self.parameter_factors().values() for name in part.r}
@@ -191,7 +223,7 @@ class ParameterAdapters(AdapterLayer):
                 )
             if carried:
                 base = part.base_weight().detach()
-                values[parameter] = cast_merged(part.added_to(upcast(base), carried), base)
+                values[parameter] = cast_merged(part.added_to(upcast(base), carried), base, carried)
         return values
 
     def refresh(self) -> None:
@@ -230,6 +262,11 @@ def parameters_class(names: frozenset[str]) -> type[ParameterAdapters]:
     """The subclass of ``ParameterAdapters`` in which ``names`` are read through ``effective``."""
     members = {name: _effective(name) for name in names} | {"parameter_names": names, "__module__": __name__}
     return cast(type[ParameterAdapters], type("ParameterAdapters", (ParameterAdapters,), members))
+
+
+def mixed_parameters(names: frozenset[str], kind: type[nn.Module]) -> type[AdapterLayer]:
+    """The class of a ``kind`` whose parameters ``names`` carry adapters."""
+    return mixed_class(parameters_class(names), kind)
 
 
 def _effective(name: str) -> property:

@@ -98,7 +98,7 @@ class QuantisedUpdates(LinearUpdates):
         # The dtype of the storage says nothing about the numbers, even if it is one of floats.
         return torch.empty(0, dtype=torch.uint8, device=cast(Tensor, self._parameters["weight"]).device)
 
-    def requantised(self, total: Tensor) -> nn.Parameter:
+    def requantised(self, total: Tensor, names: Collection[str]) -> nn.Parameter:
         """``total`` in the layer's bits, rounded with the parameters of the weight that it has now.
 
         Raises MergeError if ``total`` is not finite in the dtype that the library rounds from."""
@@ -109,7 +109,7 @@ class QuantisedUpdates(LinearUpdates):
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
         """As the base class says; raises MergeError outside of ``requantising()``, too."""
-        weight = self.requantised(self.merged_weight(names))
+        weight = self.requantised(self.merged_weight(names), names)
         if _losses.get() is None and not self._rounds:
             raise MergeError(
                 f"its weight is quantised, and rounding the merged one again would miss "
@@ -126,11 +126,18 @@ class QuantisedUpdates(LinearUpdates):
         return error / wanted if wanted else 0.0
 
     @torch.no_grad()
-    def merge(self, names: Collection[str], values: Mapping[str, Tensor], *, keep: bool) -> None:
+    def store_merged(
+        self,
+        names: Collection[str],
+        values: Mapping[str, Tensor],
+        *,
+        keep: bool,
+        shared: Collection[int] = (),
+    ) -> None:
         losses, original = _losses.get(), self.whole_weight()
         if losses is not None:
             losses[self.specs[next(iter(names))].target] = self._missed(names, values["weight"])
-        super().merge(names, values, keep=keep)
+        super().store_merged(names, values, keep=keep, shared=shared)
         self.__dict__["_rounds"] = True
         if keep:
             self._originals["weight"] = original
@@ -150,9 +157,9 @@ class QuantisedUpdates(LinearUpdates):
 class LoraLinear8bitLt(QuantisedUpdates):
     """bitsandbytes' ``Linear8bitLt`` (Dettmers et al. 2022, arXiv 2208.07339) with its updates."""
 
-    def requantised(self, total: Tensor) -> nn.Parameter:
+    def requantised(self, total: Tensor, names: Collection[str]) -> nn.Parameter:
         old = cast(Any, self._parameters["weight"])
-        weight = cast_merged(total, torch.empty(0, dtype=torch.float16)).cpu()
+        weight = cast_merged(total, torch.empty(0, dtype=torch.float16), names).cpu()
         fresh = type(old)(weight, requires_grad=False, has_fp16_weights=old.has_fp16_weights)
         return cast(nn.Parameter, fresh.to(old.device))
 
@@ -181,9 +188,9 @@ class LoraLinear4bit(QuantisedUpdates):
         super().start()
         unpack(cast(Any, self._parameters["weight"]))
 
-    def requantised(self, total: Tensor) -> nn.Parameter:
+    def requantised(self, total: Tensor, names: Collection[str]) -> nn.Parameter:
         old = cast(Any, self._parameters["weight"])
-        weight = cast_merged(total, torch.empty(0, dtype=old.quant_state.dtype))
+        weight = cast_merged(total, torch.empty(0, dtype=old.quant_state.dtype), names)
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         fresh = type(old)(weight, requires_grad=False, **{name: getattr(old, name) for name in names})
         return cast(nn.Parameter, fresh.to(old.device))

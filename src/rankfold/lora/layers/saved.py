@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.lora.config.lora_config import LoraConfig, TaskType
-from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, adapt, base_modules, restore
+from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, AuxiliaryLayer, adapt, base_modules, restore
 from rankfold.storage.layers import held_layers
 
 # PEFT 0.21.2, peft_model.py: the heads that these tasks train whole.
@@ -25,7 +24,7 @@ TASK_MODULES: dict[str, tuple[str, ...]] = {
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-class SavedModule(AdapterLayer):
+class SavedModule(AuxiliaryLayer):
     """A module of any class whose active adapter puts a trained copy in its place.
 
     Adds ``modules_to_save.<adapter>.<key>`` to the state dict for each of the module's own keys, which
@@ -39,6 +38,11 @@ class SavedModule(AdapterLayer):
     def start(self) -> None:
         super().start()
         self.modules_to_save = nn.ModuleDict()
+
+    @property
+    def original_module(self) -> nn.Module:
+        """This module: it *is* the base's; PEFT's wrapper has it inside."""
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.applied:
@@ -65,7 +69,8 @@ class SavedModule(AdapterLayer):
 
     def clash(self, names: Collection[str]) -> str | None:
         mine = [name for name in names if name in self.modules_to_save]
-        return f"each of {mine} has its own copy of it (modules_to_save)" if len(mine) > 1 else None
+        text = f"each of {mine} has its own copy of it (modules_to_save)"
+        return f"Only one adapter can be set at a time for ModulesToSaveWrapper: {text}" if mine[1:] else None
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
         values = own_tensors(self.modules_to_save[next(iter(names))])
@@ -74,21 +79,8 @@ class SavedModule(AdapterLayer):
             raise MergeError(f"the trained copy holds NaN or infinite values: {', '.join(broken)}")
         return values
 
-    @torch.no_grad()
-    def merge(self, names: Collection[str], values: Any, *, keep: bool) -> None:
-        base = self._base_tensors()
-        if keep:
-            self._originals = {key: base[key].detach().clone() for key in values}
-        super().merge(names, values, keep=False)
-
-    def store(self, key: str, value: Tensor) -> None:
-        self._base_tensors()[key].copy_(value)
-
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return (pair for pair in self.named_parameters() if not pair[0].startswith("modules_to_save."))
-
-    def _base_tensors(self) -> dict[str, Tensor]:
-        return {k: t for k, t in own_tensors(self).items() if not k.startswith("modules_to_save.")}
 
 
 class SavedSequential(SavedModule, nn.Sequential):
@@ -143,7 +135,7 @@ def with_task_modules(config: LoraConfig) -> LoraConfig:
     """``config`` with the heads in ``modules_to_save`` that its task trains whole, as in PEFT."""
     given = config.modules_to_save or []
     missing = [name for name in TASK_MODULES.get(str(config.task_type), ()) if name not in given]
-    return replace(config, modules_to_save=[*given, *missing]) if missing else config
+    return config.replaced(modules_to_save=[*given, *missing]) if missing else config
 
 
 def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -177,15 +169,19 @@ def names(entry: str, path: str) -> bool:
     return path == entry or path.endswith(f".{entry}")
 
 
-def wrong_saved(
-    found: Mapping[str, nn.Module], ties: Mapping[str, str], config: LoraConfig, *, every_entry: bool
-) -> list[str]:
-    """A problem for each entry that matches nothing (heads of the task apart) or cannot be trained whole."""
-    problems = []
+def idle_entries(found: Collection[str], config: LoraConfig) -> list[str]:
+    """A text for each entry of ``modules_to_save`` that no module answers to; heads of the task may lack."""
     optional = TASK_MODULES.get(str(config.task_type), ())
-    for entry in dict.fromkeys(config.modules_to_save or ()):
-        if every_entry and entry not in optional and not any(names(entry, path) for path in found):
-            problems.append(f"modules_to_save names {entry!r}, and no module is called that")
+    return [
+        f"modules_to_save names {entry!r}, and no module is called that"
+        for entry in dict.fromkeys(config.modules_to_save or ())
+        if entry not in optional and not any(names(entry, path) for path in found)
+    ]
+
+
+def wrong_saved(found: Mapping[str, nn.Module], ties: Mapping[str, str]) -> list[str]:
+    """A problem for each module that cannot be trained whole."""
+    problems = []
     for path, module in found.items():
         kind = type(module).__name__
         if isinstance(module, CONTAINERS):

@@ -10,23 +10,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.layers.base import HALF_DTYPES, AdapterLayer, adapt, base_modules, cast_merged
+from rankfold.lora.layers.base import (
+    HALF_DTYPES,
+    AdapterLayer,
+    AuxiliaryLayer,
+    adapt,
+    base_modules,
+    cast_merged,
+)
 from rankfold.lora.layers.saved import names as is_named
 
 INPUT_NAME = "embed_tokens"  # the input embedding of a model that cannot say which one it is; PEFT's default
 
 
-class TokenRows(nn.Module):
-    """The rows of one adapter: ``trainable_tokens_delta`` (n, D), in spite of PEFT's name for it not
-    differences but values, in the order of ``indices``."""
+class TokenIndex(nn.Module):
+    """Which rows of a vocabulary one adapter has: ``index`` (n), in the order of its rows."""
 
-    def __init__(self, indices: list[int], rows: Tensor, padding: int | None) -> None:
+    def __init__(self, indices: list[int], padding: int | None, device: torch.device) -> None:
         super().__init__()
         self.indices = list(indices)
         # The padding row is read, and never trained by way of the input: nn.Embedding's rule.
         self.padding = self.indices.index(padding) if padding in self.indices else None
-        self.trainable_tokens_delta = nn.Parameter(rows, requires_grad=False)
-        index = torch.tensor(self.indices, device=rows.device)
+        index = torch.tensor(self.indices, device=device)
         sorted_index, order = index.sort()
         for name, values in (("index", index), ("sorted_index", sorted_index), ("order", order)):
             self.register_buffer(name, values, persistent=False)
@@ -35,39 +40,55 @@ class TokenRows(nn.Module):
     sorted_index: Tensor
     order: Tensor
 
-    def read(self, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Which of ``ids`` (...) have a row here, as bools (..., 1), and the rows (..., D); those of the
-        other ids are arbitrary."""
+    def read(self, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Which of ``ids`` (...) have one of ``rows`` (n, D), as bools (..., 1), and these rows (..., D);
+        those of the other ids are arbitrary."""
         ids = ids.to(self.sorted_index.dtype).contiguous()
         place = torch.searchsorted(self.sorted_index, ids).clamp(max=len(self.indices) - 1)
         hits = self.sorted_index[place] == ids
-        rows = F.embedding(self.order[place], self.trainable_tokens_delta, self.padding)
-        return hits.unsqueeze(-1), rows.to(dtype)
+        return hits.unsqueeze(-1), F.embedding(self.order[place], rows, self.padding).to(dtype)
 
 
-class TokenLayer(AdapterLayer):
+class TokenAdapter(nn.Module):
+    """The rows of all adapters: ``trainable_tokens_delta.<adapter>`` (n, D), in spite of PEFT's name for
+    it not differences but values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trainable_tokens_delta = nn.ParameterDict()
+        self.token_indices = nn.ModuleDict()
+
+    @property
+    def trainable_tokens_original(self) -> nn.ParameterDict:
+        """PEFT keeps the base's rows here; they are in the base."""
+        return self.trainable_tokens_delta
+
+
+class TokenLayer(AuxiliaryLayer):
     """An embedding, or an output head, some rows of whose weight belong to an adapter.
 
-    Adds ``token_adapter.<adapter>.trainable_tokens_delta`` to the state dict; in the file the adapter's
+    Adds ``token_adapter.trainable_tokens_delta.<adapter>`` to the state dict; in the file the adapter's
     name is left out.  Reading ``weight`` gives the base's, not the changed one as in PEFT.
     A layer that shares its weight with another follows that one (``leader``) and holds no rows."""
 
     added: ClassVar[tuple[str, ...]] = ("token_adapter", "_names", *AdapterLayer.added)
 
     weight: Tensor
-    token_adapter: nn.ModuleDict
+    token_adapter: TokenAdapter
     _names: list[str]
 
     def start(self) -> None:
         super().start()
-        self.token_adapter, self._names = nn.ModuleDict(), []
+        self.token_adapter, self._names = TokenAdapter(), []
 
     def add_rows(self, name: str, indices: list[int], *, widen: bool) -> None:
         """Add an adapter whose rows start as the base's; float32 for a half-precision base if ``widen``."""
         weight = self._originals_in_place()
         rows = weight[torch.tensor(indices, device=weight.device)].clone()
         rows = rows.float() if widen and rows.dtype in HALF_DTYPES else rows
-        self.token_adapter[name] = TokenRows(indices, rows, getattr(self, "padding_idx", None))
+        padding = getattr(self, "padding_idx", None)
+        self.token_adapter.token_indices[name] = TokenIndex(indices, padding, rows.device)
+        self.token_adapter.trainable_tokens_delta[name] = nn.Parameter(rows, requires_grad=False)
         self._names.append(name)
 
     def follow(self, name: str, leader: TokenLayer) -> None:
@@ -75,49 +96,69 @@ class TokenLayer(AdapterLayer):
         self._leader = [leader]
         self._names.append(name)
 
-    def rows(self, name: str) -> TokenRows:
-        return cast(TokenRows, cast(TokenLayer, self.leader or self).token_adapter[name])
+    def owner(self) -> TokenAdapter:
+        return cast(TokenLayer, self.leader or self).token_adapter
+
+    def rows(self, name: str) -> Tensor:
+        return self.owner().trainable_tokens_delta[name]  # type: ignore[no-any-return]
+
+    def index(self, name: str) -> TokenIndex:
+        return cast(TokenIndex, self.owner().token_indices[name])
 
     def adapter_names(self) -> Collection[str]:
         return self._names
 
     def drop(self, name: str) -> None:
         self._names.remove(name)
-        if name in self.token_adapter:
-            del self.token_adapter[name]
+        for held in (self.token_adapter.trainable_tokens_delta, self.token_adapter.token_indices):
+            if name in held:
+                del held[name]
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
-        if name not in self.token_adapter:
-            return {}
-        rows = cast(TokenRows, self.token_adapter[name])
-        return {"token_adapter.trainable_tokens_delta": rows.trainable_tokens_delta}
+        held = self.token_adapter.trainable_tokens_delta
+        return {"token_adapter.trainable_tokens_delta": held[name]} if name in held else {}
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[0 if isinstance(self, nn.Embedding) else 1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.shape[1 if isinstance(self, nn.Embedding) else 0])
 
     def clash(self, names: Collection[str]) -> str | None:
-        mine = [index for name in names if name in self._names for index in self.rows(name).indices]
+        mine = [index for name in names if name in self._names for index in self.index(name).indices]
         twice = sorted({index for index in mine if mine.count(index) > 1}) if len(names) > 1 else []
-        return f"more than one of {list(names)} has rows for the tokens {twice}" if twice else None
+        text = f"more than one of {list(names)} has rows for the tokens {twice}"
+        return f"Only one adapter can be set at a time for TrainableTokensWrapper: {text}" if twice else None
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
         merged = self.weight.detach().clone()
         for name in names:
-            rows = self.rows(name)
-            merged[rows.index] = cast_merged(rows.trainable_tokens_delta.detach(), merged)
+            merged[self.index(name).index] = cast_merged(self.rows(name).detach(), merged, [name])
         return {"weight": merged}
 
     @torch.no_grad()
-    def merge(self, names: Collection[str], values: Mapping[str, Tensor], *, keep: bool) -> None:
+    def store_merged(
+        self,
+        names: Collection[str],
+        values: Mapping[str, Tensor],
+        *,
+        keep: bool,
+        shared: Collection[int] = (),
+    ) -> None:
         if values:
-            index = torch.cat([self.rows(name).index for name in names])
+            index = torch.cat([self.index(name).index for name in names])
             if keep:  # the rows that change, not the whole weight
                 self._originals = {"index": index, "rows": self.weight[index].clone()}
             self.weight[index] = values["weight"][index]
-        super().merge(names, {}, keep=False)
+        super().store_merged(names, {}, keep=False)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         if self._originals:
             self.weight[self._originals["index"]] = self._originals["rows"]
-        self._originals = {}
+            self._originals = {}
         super().unmerge()
 
     def _originals_in_place(self) -> Tensor:
@@ -139,14 +180,14 @@ class TokenEmbedding(TokenLayer, nn.Embedding):
         out = super().forward(input)
         scale = getattr(self, "embed_scale", None)
         for name in self.applied:
-            hits, rows = self.rows(name).read(input, self.weight.dtype)
+            hits, rows = self.index(name).read(self.rows(name), input, self.weight.dtype)
             if scale is not None:
                 rows = rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
             out = torch.where(hits, rows.to(out), out)
         return out
 
 
-class TokenLinear(TokenLayer, nn.Linear):
+class TokenLinear(TokenLayer, nn.Linear):  # type: ignore[override]
     """An output head (V, D) with an adapter's rows of its weight.
 
     Their columns of the output are worked out apart and written over the base's, so a column may differ
@@ -157,10 +198,9 @@ class TokenLinear(TokenLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         out = super().forward(input)
         for name in self.applied:
-            rows = self.rows(name)
-            index = rows.index.to(out.device)
+            index = self.index(name).index.to(out.device)
             bias = None if self.bias is None else self.bias[index]
-            columns = F.linear(input, rows.trainable_tokens_delta.to(self.weight), bias)
+            columns = F.linear(input, self.rows(name).to(self.weight), bias)
             # In place: backward through a linear layer needs its input and its weight, not its output.
             out = out.index_copy_(-1, index, columns.to(out.dtype))
         return out

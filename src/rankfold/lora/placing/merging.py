@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankfold.errors import MergeError, bullet_list
-from rankfold.lora.layers.base import AdapterLayer, adapter_layers, restore
+from rankfold.lora.layers.base import AdapterLayer, adapter_layers, base_modules, restore
 
 
 @torch.no_grad()
 def merge(model: nn.Module, names: Collection[str], *, keep: bool = True) -> None:
-    """Merge ``names``; with ``keep`` the original weights stay in memory for ``unmerge``.
+    """Merge ``names`` beside what is merged already; with ``keep`` the original weights stay in memory for
+    ``unmerge``.  A weight that other modules use too is untied first, so that only its own layer changes.
 
     The merged values are worked out twice, once to check every layer and once to store them, rather
     than held for the whole model at a time.
     Raises MergeError naming every layer that cannot be merged; the model is then as it was."""
-    for layer in _check(model, names).values():
-        carried = _carried(layer, names)
-        layer.merge(carried, _values(layer, carried), keep=keep)
+    layers = {p: layer for p, layer in adapter_layers(model) if set(names) & {*layer.adapter_names()}}
+    wanted = {path: _wanted(layer, names) for path, layer in layers.items()}
+    _check(layers, wanted)
+    shared = _shared_parameters(model)
+    for path, layer in layers.items():
+        layer.remerge(wanted[path], keep=keep, shared=shared)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -39,46 +44,31 @@ def merge_and_restore(model: nn.Module, names: Collection[str]) -> None:
         restore(layer)
 
 
-def _check(model: nn.Module, names: Collection[str]) -> dict[str, AdapterLayer]:
-    """Every layer that carries one of ``names``, all of them found fit to be merged."""
-    layers = {p: layer for p, layer in adapter_layers(model) if set(names) & set(layer.adapter_names())}
-    problems = [f"{path} is merged already; unmerge first" for path, layer in layers.items() if layer.merged]
-    problems += _shared_weights(model, layers)
+def _wanted(layer: AdapterLayer, names: Collection[str]) -> list[str]:
+    """What is merged into ``layer`` when ``names`` are, too."""
+    carried = [name for name in names if name in layer.adapter_names()]
+    return list(dict.fromkeys([*layer.merged_adapters, *carried]))
+
+
+def _check(layers: Mapping[str, AdapterLayer], wanted: Mapping[str, list[str]]) -> None:
+    """Raise MergeError naming every layer that cannot be merged."""
+    problems = []
     for path, layer in layers.items():
         try:
-            _values(layer, _carried(layer, names))
+            if clash := layer.clash(wanted[path]) or layer.cannot_stay_apart(wanted[path]):
+                raise MergeError(clash)
+            if layer.leader is None and not layer.merged:
+                layer.merged_values(wanted[path])
         except MergeError as error:
             problems.append(f"{path}: {error}")
     if problems:
         raise MergeError(bullet_list("nothing was merged:", problems))
-    return layers
 
 
-def _carried(layer: AdapterLayer, names: Collection[str]) -> list[str]:
-    return [name for name in names if name in layer.adapter_names()]
-
-
-def _values(layer: AdapterLayer, carried: list[str]) -> dict[str, Tensor]:
-    """What ``layer`` stores when ``carried`` are merged; a follower's weight is its leader's to change."""
-    if clash := layer.clash(carried):
-        raise MergeError(clash)
-    return {} if layer.leader is not None else layer.merged_values(carried)
-
-
-def _shared_weights(model: nn.Module, layers: dict[str, AdapterLayer]) -> list[str]:
-    """A problem for each weight to be merged that some other module uses too."""
-    owners = {
-        id(parameter): (f"{path}.{key}", layer)
-        for path, layer in layers.items()
-        for key, parameter in layer.base_parameters()
-        if layer.leader is None
-    }
-    problems = []
-    for path, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{key}"  # of a part of a module that is trained whole, too
-            owned, owner = owners.get(id(parameter), (name, module))
-            follows = isinstance(module, AdapterLayer) and module.leader is owner
-            if owned != name and not follows:
-                problems.append(f"{owned} is tied to {name}, which merging would change too")
-    return problems
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that several modules use, those apart that follow an adapter's layer."""
+    uses: Counter[int] = Counter()
+    for _, module in base_modules(model):
+        if not (isinstance(module, AdapterLayer) and module.leader is not None):
+            uses.update(id(parameter) for parameter in module._parameters.values() if parameter is not None)
+    return {key for key, count in uses.items() if count > 1}

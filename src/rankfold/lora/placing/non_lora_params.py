@@ -11,17 +11,25 @@ from warnings import warn
 
 from torch import Tensor, nn
 
-from rankfold.errors import ConfigError, TargetError, bullet_list
+from rankfold.errors import ConfigError, RankfoldWarning, TargetError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.layers.base import AdapterLayer, adapter_layers, base_modules
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.overrides import hold
-from rankfold.lora.layers.saved import SavedModule, find_saved, find_ties, place_saved, wrong_saved
+from rankfold.lora.layers.saved import (
+    SavedModule,
+    find_saved,
+    find_ties,
+    idle_entries,
+    place_saved,
+    wrong_saved,
+)
 from rankfold.lora.layers.tokens import TokenLayer, find_followers, find_tokens, place_tokens, wrong_tokens
+from rankfold.lora.placing.ties import says_tied
 
 
 @dataclass(frozen=True)
-class Extras:
+class NonLoraParams:
     """What one adapter trains beside its factors, found and checked; ``biases`` only says which."""
 
     saved: dict[str, nn.Module] = field(default_factory=dict)
@@ -31,23 +39,29 @@ class Extras:
     biases: str = "none"
 
 
-def find_extras(
+def find_non_lora_params(
     model: nn.Module,
     targets: Collection[str],
     config: LoraConfig,
     taken: Mapping[str, LoraConfig],
     *,
-    every_entry: bool = False,
-) -> Extras:
+    new: bool = False,
+) -> NonLoraParams:
     """What ``config`` trains beside the factors of ``targets``, on a model with the adapters ``taken``.
 
     Raises TargetError or ConfigError listing all that does not fit, before anything is changed."""
     asked = (config.modules_to_save, config.trainable_token_indices, config.ensure_weight_tying)
     if not taken and not any(asked) and config.bias == "none":
-        return Extras()
+        if new:
+            _tell_idle(model, NonLoraParams(), targets, config)
+        return NonLoraParams()
     with_bias = [name for name, other in taken.items() if other.bias != "none"]
     if config.bias != "none" and with_bias:
-        raise ConfigError(f"adapter {with_bias[0]!r} trains biases already; only one adapter may, with bias")
+        raise ConfigError(
+            "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to "
+            "'none' for all "
+            f"others: {with_bias[0]!r} trains biases already"
+        )
     modules = dict(base_modules(model))
     problems = [
         f"{path} is a target, and another adapter trains it as a whole or by rows"
@@ -55,45 +69,74 @@ def find_extras(
         if isinstance(modules.get(path), (SavedModule, TokenLayer))
     ]
     saved, tokens = find_saved(model, config), find_tokens(model, config)
-    ties = find_ties(model, saved) if config.ensure_weight_tying else {}
+    ties = find_ties(model, saved) if config.ensure_weight_tying and says_tied(model) else {}
     saved |= {p: modules[p] for p in dict.fromkeys([*ties.values(), *ties])}
     followers = find_followers(model, tokens) if tokens else {}
-    problems += wrong_saved(saved, ties, config, every_entry=every_entry)
+    problems += wrong_saved(saved, ties)
     problems += wrong_tokens(model, tokens, followers, config)
     problems += _meeting(targets, saved, {**tokens, **followers})
-    if every_entry and config.bias != "none" and not _with_bias(model, config, saved, targets):
-        problems.append(f"bias={config.bias!r} trains biases, and there is none to train")
     if config.ensure_weight_tying:
-        problems += _wrong_ties(modules, targets, tokens, {**ties, **followers}, every_entry=every_entry)
+        problems += _wrong_ties(modules, tokens)
     if problems:
         raise TargetError(bullet_list("this adapter does not fit the model:", problems))
-    if every_entry and not config.ensure_weight_tying:
-        _warn_of_ties(model, saved)
-    return Extras(saved, ties, tokens, followers, config.bias)
+    if new:
+        _tell_idle(model, NonLoraParams(saved, ties, tokens, followers, config.bias), targets, config)
+    return NonLoraParams(saved, ties, tokens, followers, config.bias)
 
 
-def _wrong_ties(
-    modules: Mapping[str, nn.Module],
-    targets: Collection[str],
-    tokens: Mapping[str, list[int]],
-    tied: Mapping[str, str],
-    *,
-    every_entry: bool,
-) -> list[str]:
+def _tell_idle(model: nn.Module, found: NonLoraParams, targets: Collection[str], config: LoraConfig) -> None:
+    """Warn of what ``config`` says and nothing in the model answers to, and of ties that will not be kept."""
+    modules, idle = dict(base_modules(model)), idle_entries(found.saved, config)
+    if config.bias != "none" and not _with_bias(model, config, found.saved, targets):
+        idle.append(f"bias={config.bias!r} trains biases, and there is none to train")
+    every = _users(modules)
+    tied = found.ties or found.followers or _is_shared(modules, targets)
+    if config.ensure_weight_tying and not (every and says_tied(model)):
+        idle.append("You have requested `ensure_weight_tying`, but no tied modules were found in the model")
+    elif config.ensure_weight_tying and not tied:
+        idle.append("You have requested `ensure_weight_tying`, but no tied modules are added")
+    if idle:
+        warn(
+            bullet_list("a part of this adapter's config has no effect:", idle), RankfoldWarning, stacklevel=6
+        )
+    if not config.ensure_weight_tying and says_tied(model):
+        _warn_of_ties(model, found.saved)
+        if shared := [path for path in targets if path in every]:
+            warn(
+                f"{', '.join(shared[:3])}: the weight is another module's too, which this adapter leaves "
+                "as it is, as "
+                "`ensure_weight_tying` is not set to True: merging will untie them",
+                RankfoldWarning,
+                stacklevel=6,
+            )
+
+
+def _wrong_ties(modules: Mapping[str, nn.Module], tokens: Mapping[str, list[int]]) -> list[str]:
     """What keeps ``ensure_weight_tying`` from being kept."""
     problems = []
     for path, indices in tokens.items():
         weight = modules[path]._parameters.get("weight")
         others = [p for p in tokens if p != path and modules[p]._parameters.get("weight") is weight]
         problems += [
-            f"{path} and {p} are tied and have different indices" for p in others if tokens[p] != indices
+            f"{path} and {p} are tied and have different indices: cannot ensure weight tying"
+            for p in others
+            if tokens[p] != indices
         ]
+    return problems
+
+
+def _users(modules: Mapping[str, nn.Module]) -> set[str]:
+    """The paths of the modules whose weight is another module's too."""
+    weights = {p: id(w) for p, m in modules.items() if (w := m._parameters.get("weight")) is not None}
+    uses = Counter(weights.values())
+    return {path for path, weight in weights.items() if uses[weight] > 1}
+
+
+def _is_shared(modules: Mapping[str, nn.Module], targets: Collection[str]) -> bool:
+    """Whether the weight of one of ``targets`` is another module's too."""
     uses = Counter(id(module._parameters.get("weight")) for module in modules.values())
     weights = [modules[path]._parameters.get("weight") for path in targets if path in modules]
-    shared = any(weight is not None and uses[id(weight)] > 1 for weight in weights)
-    if every_entry and not problems and not tied and not shared:
-        problems.append("ensure_weight_tying: nothing that this adapter trains is tied; leave it out")
-    return problems
+    return any(weight is not None and uses[id(weight)] > 1 for weight in weights)
 
 
 def _meeting(targets: Collection[str], saved: Collection[str], tokens: Collection[str]) -> list[str]:
@@ -124,8 +167,10 @@ def _warn_of_ties(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
                 if user not in inside and id(parameter) in shared:
                     warn(
                         f"{path}.{shared[id(parameter)]} is tied to {other}.{key}: the copy that "
-                        "modules_to_save trains is not, and cannot be merged; untie the base if it shall be",
-                        stacklevel=2,
+                        "modules_to_save trains is not, as `ensure_weight_tying` is not set to True: "
+                        "merging will untie them",
+                        RankfoldWarning,
+                        stacklevel=6,
                     )
 
 
@@ -143,13 +188,15 @@ def _with_bias(
     return found
 
 
-def place_extras(model: nn.Module, extras: Extras, name: str, config: LoraConfig, *, widen: bool) -> None:
-    """Put into ``model`` what ``find_extras`` found, after the factors of the adapter ``name``."""
-    place_saved(extras.saved, extras.ties, name, config)
-    place_tokens(model, extras.tokens, extras.followers, name, widen=widen)
-    if extras.biases != "none":
+def place_non_lora_params(
+    model: nn.Module, others: NonLoraParams, name: str, config: LoraConfig, *, widen: bool
+) -> None:
+    """Put into ``model`` what ``find_non_lora_params`` found, after the factors of the adapter ``name``."""
+    place_saved(others.saved, others.ties, name, config)
+    place_tokens(model, others.tokens, others.followers, name, widen=widen)
+    if others.biases != "none":
         targets = [path for path, layer in adapter_layers(model) if _is_target(layer, name)]
-        owners = _with_bias(model, config, extras.saved, targets)
+        owners = _with_bias(model, config, others.saved, targets)
         hold(model, name, {f"{p}.bias" if p else "bias": cast(Tensor, m.bias) for p, m in owners.items()})
 
 

@@ -13,8 +13,7 @@ from rankfold.lora.config.data_starts import start_from_data
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.layers.base import HALF_DTYPES, AdapterLayer, AdapterSpec, adapter_layers
 from rankfold.lora.layers.parameters import ParameterAdapters, adapt_parameter, base_value
-from rankfold.lora.placing.inject import alpha_of, rank_of
-from rankfold.lora.placing.targets import find_parameters
+from rankfold.lora.placing.targets import alpha_of, find_parameters, rank_of
 
 # What an adapted module has that a plain one has not; a module of any class may be adapted.
 ADAPTER_WORDS = {*dir(ParameterAdapters), *ParameterAdapters.added} - {*dir(nn.Module)}
@@ -29,19 +28,15 @@ def parameter_targets(model: nn.Module) -> list[str]:
     return [f"{path}.{name}" for path, layer in owners for name in layer.parameter_factors()]
 
 
-def checked_parameters(
-    model: nn.Module, targets: Collection[str], config: LoraConfig, *, new: bool
-) -> list[str]:
+def checked_parameters(model: nn.Module, targets: Collection[str], config: LoraConfig) -> list[str]:
     """The parameters that ``target_parameters`` means, all of them fit for adapters; ``targets`` are the
     modules that the same adapter adapts.
 
     Raises listing every parameter that cannot be adapted (TargetError) and every option that has no
-    meaning for one (ConfigError).  With ``new`` every entry must match, and no rank be too large."""
-    parameters = find_parameters(model, config, every_entry=new)
+    meaning for one (ConfigError)."""
+    parameters = find_parameters(model, config)
     options = _wrong_options(config) if parameters else []
     wrong = [f"{name} {problem}" for name in parameters for problem in _problems(model, name, targets)]
-    if new and not wrong:
-        options += _large_ranks(model, parameters, config)
     if options or wrong:
         kind = ConfigError if options else TargetError
         raise kind(bullet_list("target_parameters cannot be used in this way:", [*options, *wrong]))
@@ -60,7 +55,11 @@ def _wrong_options(config: LoraConfig) -> list[str]:
     start = config.init_lora_weights
     if not isinstance(start, bool) and start != "gaussian" and not start_from_data(start):
         names.append("init_lora_weights")
-    return [f"{name}={getattr(config, name)!r} does not work with target_parameters" for name in names]
+    return [
+        f"lora.ParamWrapper does not work with {name}={getattr(config, name)!r}: it does not work with "
+        "target_parameters"
+        for name in names
+    ]
 
 
 def _problems(model: nn.Module, target: str, targets: Collection[str]) -> list[str]:
@@ -71,8 +70,12 @@ def _problems(model: nn.Module, target: str, targets: Collection[str]) -> list[s
     hidden = sorted({*dir(owner)} & ADAPTER_WORDS) if not is_adapted else []
     other_kind = is_adapted and not isinstance(owner, ParameterAdapters)
     problems = {
-        "belongs to the model itself, for which PEFT's files have no name": not path,
-        f"belongs to {path}, which target_modules means too; one layer cannot have both": path in targets,
+        "belongs to the model itself: Targeting an nn.Parameter on the top-level module is not "
+        "supported, PEFT's files "
+        "have no name for it": not path,
+        f"belongs to {path}, which target_modules means too. Trying to wrap an `nn.Parameter` of layer "
+        f"'{path}' of "
+        f"type {kind.removeprefix('Lora')}, which is not a valid target.": path in targets,
         f"belongs to {path}, which carries another kind of adapter already ({kind})": other_kind,
         f"belongs to a {kind}, which does not read it as an attribute": isinstance(owner, UNREADING),
         f"has {value.dim()} dimensions; it takes 2 or 3": value.dim() not in (MATRIX, MATRIX + 1),
@@ -82,22 +85,13 @@ def _problems(model: nn.Module, target: str, targets: Collection[str]) -> list[s
     return [problem for problem, holds in problems.items() if holds][:1]
 
 
-def _large_ranks(model: nn.Module, parameters: Collection[str], config: LoraConfig) -> list[str]:
-    too_large = []
-    for target in parameters:
-        path, _, name = target.rpartition(".")
-        rows, columns = base_value(model.get_submodule(path), name).shape[-2:]
-        if (rank := rank_of(target, config)) > min(rows, columns):
-            too_large.append(f"{target}: rank {rank} exceeds what {rows}x{columns} matrices can hold")
-    return too_large
-
-
 def inject_parameters(
-    model: nn.Module, parameters: Collection[str], config: LoraConfig, name: str, *, widen: bool = True
+    model: nn.Module, parameters: Collection[str], config: LoraConfig, name: str, **memory: bool
 ) -> None:
-    """Add the adapter ``name`` to the parameters of these dotted names, all of them found fit for it."""
+    """Add the adapter ``name`` to the parameters of these dotted names, all of them found fit for it;
+    ``memory`` are words of AdapterSpec."""
     for target in parameters:
         path, _, own = target.rpartition(".")
         rank, alpha = rank_of(target, config), alpha_of(target, config)
         owner = adapt_parameter(model.get_submodule(path), own)
-        owner.add_adapter(AdapterSpec(name, target, rank, alpha, config, widen))
+        owner.add_adapter(AdapterSpec(name, target, rank, alpha, config, **memory))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Collection, Iterator, Set
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from rankfold.errors import ConfigError, TargetError, nearest
+from rankfold.errors import ConfigError, NoMatchError, RankfoldWarning, TargetError, bullet_list, nearest
 from rankfold.lora.config.lora_config import LoraConfig, TaskType
 from rankfold.lora.layers.base import base_modules
 
@@ -47,22 +49,20 @@ USUAL_TARGETS: dict[str, list[str] | str] = {
 }
 
 
-def find_targets(model: nn.Module, config: LoraConfig, *, every_entry: bool = True) -> list[str]:
+def find_targets(model: nn.Module, config: LoraConfig, *, new: bool = True) -> list[str]:
     """The dotted names of the modules to adapt, in ``named_modules`` order.
 
-    Raises TargetError if nothing matches, and, with ``every_entry``, if any listed name matches
-    nothing: a misspelt entry beside good ones would otherwise train less than was asked for.  With
-    ``target_parameters`` there need be no module."""
-    names = module_names(model)
-    wanted = resolve(model, config)
+    With ``target_parameters`` there need be no module.  For a ``new`` adapter, what ``config`` names and the
+    model has not is told in one warning: less would be trained than was asked for.
+    Raises NoMatchError if nothing matches."""
+    names, wanted = module_names(model), resolve(model, config)
     targets = [name for name in names if is_target(name, wanted, config)]
-    unmatched: list[str] = []
-    if every_entry and not isinstance(wanted, str) and config.target_modules is not None:
-        unmatched = sorted(wanted - {ending for name in names for ending in _endings(name)})
-    may_be_none = bool(config.target_parameters) and not (every_entry and wanted)
-    if unmatched or not (targets or may_be_none):
-        entries = [wanted] if isinstance(wanted, str) else sorted(wanted)
-        raise TargetError(_nothing_matched(unmatched or entries, names, config))
+    parameters = find_parameters(model, config)
+    if not targets and not parameters:
+        raise NoMatchError(nothing_matched(names, wanted, config))
+    if new and (idle := _idle(names, targets, parameters, wanted, config)):
+        headline = "a part of this adapter's config has no effect:"
+        warnings.warn(bullet_list(headline, idle), RankfoldWarning, stacklevel=5)
     return targets
 
 
@@ -71,28 +71,58 @@ def module_names(model: nn.Module) -> list[str]:
     return [name for name, _ in base_modules(model) if name]
 
 
-def find_parameters(model: nn.Module, config: LoraConfig, *, every_entry: bool = True) -> list[str]:
+def find_parameters(model: nn.Module, config: LoraConfig) -> list[str]:
     """The dotted names of the parameters that ``target_parameters`` means, in the order of their modules.
 
     PEFT's rule (``_inject_parameters``): an entry is the whole name or its dotted ending, but the whole
-    name only in a module with a parametrisation; layers_to_transform and exclude_modules do not count.
-    Raises TargetError if an entry matches nothing, or, without ``every_entry``, if there is no target at
-    all."""
-    entries, found, matched = set(config.target_parameters or ()), [], set()
-    known = []
+    name only in a module with a parametrisation; layers_to_transform and exclude_modules do not count."""
+    entries, found = {*(config.target_parameters or ())}, []
     for path, module in base_modules(model) if entries else ():
         for own in _parameter_names(module):
             name = f"{path}.{own}" if path else own
-            endings = [name] if is_parametrized(module) else _endings(name)
-            known.append(own)
-            if hits := entries.intersection(endings):
+            if entries.intersection([name] if is_parametrized(module) else _endings(name)):
                 found.append(name)
-                matched |= hits
-    unmatched = sorted(entries - matched)
-    if unmatched and (every_entry or not (found or config.target_modules)):
-        words = [f"{entry!r}{nearest(entry.rpartition('.')[2], known)}" for entry in unmatched]
-        raise TargetError(f"target_parameters matched no parameter: {', '.join(words)}")
     return found
+
+
+def _idle(
+    names: list[str], targets: list[str], parameters: list[str], wanted: Set[str] | str, config: LoraConfig
+) -> list[str]:
+    """What ``config`` says and nothing in the model answers to; PEFT's own words are part of the texts."""
+    said = []
+    if config.target_modules and not targets:
+        said.append(f"target_modules={_shown(config.target_modules)} were set but no module was matched.")
+    elif not isinstance(wanted, str) and config.target_modules is not None:
+        unmatched = sorted(wanted - {ending for name in names for ending in _endings(name)})
+        said += [f"target_modules: nothing is called {entry!r}{_near(entry, names)}" for entry in unmatched]
+    endings = {ending for name in parameters for ending in _endings(name)}
+    if config.target_parameters and not parameters:
+        said.append(f"target_parameters={config.target_parameters} were set but no parameter was matched.")
+    elif unmatched := sorted({*(config.target_parameters or ())} - endings):
+        said.append(f"target_parameters: no parameter is called {', '.join(map(repr, unmatched))}")
+    if config.exclude_modules and not any(_matches(name, config.exclude_modules) for name in names):
+        said.append(
+            f"You have passed exclude_modules={_shown(config.exclude_modules)} but no modules were excluded. "
+            "Please check that exclude_modules was set correctly."
+        )
+    return [*said, *_idle_limits([*targets, *parameters], wanted, config)]
+
+
+def _idle_limits(found: list[str], wanted: Set[str] | str, config: LoraConfig) -> list[str]:
+    """The patterns and layer numbers that no target in ``found`` answers to."""
+    said = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        idle = [key for key in getattr(config, field) if not any(_has_pattern(name, key) for name in found)]
+        if idle:
+            said.append(
+                f"The following {field} keys did not match any targeted module and were ignored: "
+                f"{sorted(idle)}."
+            )
+    layers = config.layers_to_transform
+    for layer in {*layers} if isinstance(layers, (list, tuple)) else () if layers is None else {layers}:
+        if not any(is_target(name, wanted, replace(config, layers_to_transform=[layer])) for name in found):
+            said.append(f"layers_to_transform: no target is in layer {layer}")
+    return said
 
 
 def _parameter_names(module: nn.Module) -> list[str]:
@@ -107,37 +137,51 @@ def resolve(model: nn.Module, config: LoraConfig) -> Set[str] | str:
         return _all_linear(model, config)
     if wanted is not None:
         return wanted if isinstance(wanted, str) else frozenset(wanted)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = type_of(model)
     if model_type not in USUAL_TARGETS and config.target_parameters:
         return frozenset()
     if model_type not in USUAL_TARGETS:
         raise TargetError(
-            f"no usual target modules are known for model type {model_type!r}; "
-            'set target_modules, for example to "all-linear"'
+            "Please specify `target_modules` or `target_parameters`in `peft_config`: no usual targets "
+            "are known "
+            f'for model type {model_type!r}; set target_modules, for example to "all-linear"'
         )
     usual = USUAL_TARGETS[model_type]
     return usual if isinstance(usual, str) else frozenset(usual)
+
+
+def type_of(model: nn.Module) -> str | None:
+    """The ``model_type`` in the config of a transformers model."""
+    config = getattr(model, "config", None)
+    found: Any = config.to_dict() if config is not None and hasattr(config, "to_dict") else config
+    return found.get("model_type") if isinstance(found, dict) else getattr(found, "model_type", None)
 
 
 def is_target(name: str, wanted: Set[str] | str, config: LoraConfig) -> bool:
     """PEFT's rule (``check_target_module_exists``): excluded names and all of ``modules_to_save`` lose; a
     pattern matches the whole name; an entry matches the name or its dotted ending, the latter only in
     the chosen layers."""
-    if config.exclude_modules and _matches(name, config.exclude_modules):
-        return False
-    if any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ()):
+    if is_left_out(name, config):
         return False
     if isinstance(wanted, str):
         return _matches(name, wanted)
     return name in wanted or (_listed(name, wanted) and _in_chosen_layer(name, config))
 
 
+def is_left_out(name: str, config: LoraConfig) -> bool:
+    """Whether ``exclude_modules`` or ``modules_to_save`` keep a module from being a target."""
+    if config.exclude_modules and _matches(name, config.exclude_modules):
+        return True
+    return any(f".{saved}." in f".{name}." for saved in config.modules_to_save or ())
+
+
 def pattern_value(name: str, pattern: dict[str, float], default: float) -> float:
     """The value of the first ``rank_pattern``/``alpha_pattern`` key that matches, else ``default``."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    return next((value for key, value in pattern.items() if _has_pattern(name, key)), default)
+
+
+def _has_pattern(name: str, key: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def shortest_list(targets: list[str], names: list[str]) -> list[str] | str:
@@ -210,13 +254,72 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
     return head
 
 
-def _nothing_matched(entries: list[str], names: list[str], config: LoraConfig) -> str:
+def nothing_matched(names: list[str], wanted: Set[str] | str, config: LoraConfig) -> str:
+    """Why no module is a target; PEFT's own words are part of the text."""
+    out = [name for name in names if is_left_out(name, config)]
+    limits = ""
+    if config.layers_to_transform is not None:
+        limits = f" Note: You specified 'layers_to_transform': {config.layers_to_transform}."
+    if config.layers_pattern:
+        limits += f" You also specified 'layers_pattern': {config.layers_pattern}."
+    if out and len(out) == len(names):
+        return (
+            "All modules were excluded. This is likely unintended. Check your `target_modules`, "
+            "`exclude_modules` and `modules_to_save` configuration."
+        )
+    if not wanted:
+        entries = {*(config.target_parameters or ())}
+        return (
+            "No `target_modules` passed but also no `target_parameters` found. Please check the values "
+            f"for these arguments. target_parameters={sorted(entries)} matched no parameter"
+        )
+    words = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    hint = f"; {_examples(words, names)}"
+    if isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR:
+        hint = (
+            "; a string is a regular expression for a module's whole dotted name, such as "
+            f"{_example_pattern(config.target_modules, names)}; for the name itself give a list, "
+            f"[{config.target_modules!r}]"
+        )
+    if out:
+        return (
+            "No modules were targeted for adaptation. This might be caused by a combination of "
+            "mismatched target "
+            "modules and excluded modules. Please check your `target_modules` and `exclude_modules` "
+            "configuration. You may also have only targeted modules that are marked to be saved "
+            f"(`modules_to_save`).{limits} Wanted: {_shown(wanted)}{hint}"
+        )
+    return (
+        f"Target modules {_shown(wanted)} not found in the base model. Please check the target modules and "
+        f"try again.{limits} target_modules matched no module{hint}"
+    )
+
+
+def _shown(entries: Collection[str] | str) -> str:
+    return repr(entries) if isinstance(entries, str) else "{" + ", ".join(map(repr, sorted(entries))) + "}"
+
+
+def _example_pattern(word: str, names: list[str]) -> str:
+    ending = next((n for n in names if n == word or n.endswith(f".{word}")), None)
+    return repr(rf".*\.{word}" if ending and ending != word else ".*_proj")
+
+
+def _near(entry: str, names: list[str]) -> str:
+    endings = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    return nearest(entry.rpartition(".")[2], endings)
+
+
+def _examples(words: list[str], names: list[str]) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    words = [entry.rpartition(".")[2] for entry in entries]
-    near = list(dict.fromkeys(m for w in words for m in difflib.get_close_matches(w, endings, n=2)))
+    last = [word.rpartition(".")[2] for word in words]
+    near = list(dict.fromkeys(m for w in last for m in difflib.get_close_matches(w, endings, n=2)))
     examples = near or [name for name in endings if not name.isdigit()][:8] or names[:8]
-    layers = config.layers_to_transform
-    limits = f" within layers_to_transform={layers}" if layers is not None else ""
-    limits += f" outside exclude_modules={config.exclude_modules}" if config.exclude_modules else ""
-    hint = "nearest names" if near else "the model has, for example"
-    return f"target_modules matched no module{limits}: {entries}; {hint}: {', '.join(examples)}"
+    return f"{'nearest names' if near else 'the model has, for example'}: {', '.join(examples)}"
+
+
+def rank_of(target: str, config: LoraConfig) -> int:
+    return int(pattern_value(target, dict(config.rank_pattern), config.r))
+
+
+def alpha_of(target: str, config: LoraConfig) -> float:
+    return pattern_value(target, config.alpha_pattern, config.lora_alpha)

@@ -18,11 +18,25 @@ from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, adapt, adapter_layers, base_modules
 from rankfold.lora.layers.embedding import LoraEmbedding
+from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.linear import LoraLinear
 from rankfold.lora.layers.saved import names as is_named
-from rankfold.lora.placing.inject import alpha_of, rank_of
+from rankfold.lora.placing.targets import alpha_of, rank_of
 
 FACTOR_KEYS = ("lora_A.weight", "lora_B.weight")
+
+
+class TiedFactor(nn.Module):
+    """One of the leader's factors as a follower shows it; no parameter of its own."""
+
+    def __init__(self, layer: LoraLayer, name: str, side: int) -> None:
+        super().__init__()
+        self.__dict__.update(layer=layer, name=name, side=side)
+
+    @property
+    def weight(self) -> Tensor:
+        found: Tensor = self.__dict__["layer"].factors(self.__dict__["name"])[self.__dict__["side"]]
+        return found
 
 
 class TiedHead(LoraLinear):
@@ -36,6 +50,8 @@ class TiedHead(LoraLinear):
         """Let the adapter of ``leader`` that ``spec`` names count here too."""
         self._leader = [leader]
         self.list_adapter(spec)
+        for side, held in enumerate((self.lora_A, self.lora_B)):
+            held[spec.name] = TiedFactor(self, spec.name, side)
 
     def factors(self, name: str) -> tuple[Any, Any]:
         """A (rank, in) and B (out, rank): views of the embedding's B (in, rank) and A (rank, out)."""
@@ -51,13 +67,35 @@ class TiedHead(LoraLinear):
         return {}  # the leader's merged weight is this layer's too
 
 
+class TiedEmbedding(LoraEmbedding):
+    """An embedding without factors of its own: it computes with those of ``leader``, another embedding."""
+
+    plain_class = nn.Embedding
+
+    def follow(self, spec: AdapterSpec, leader: LoraEmbedding) -> None:
+        self._leader = [leader]
+        self.list_adapter(spec)
+
+    def factors(self, name: str) -> tuple[Any, Any]:
+        return cast(LoraEmbedding, self.leader).factors(name)
+
+    def adapter_tensors(self, name: str) -> dict[str, Any]:
+        return {key: factor.detach() for key, factor in super().adapter_tensors(name).items()}
+
+    def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
+        return {}
+
+
+FOLLOWERS = (TiedHead, TiedEmbedding)
+
+
 def find_heads(model: nn.Module, targets: Collection[str], config: LoraConfig) -> dict[str, str]:
     """The heads whose weight is that of an embedding, one of the two in ``targets``, each with the
     embedding's name; none unless ``config.ensure_weight_tying``.
 
     Raises TargetError listing every tie that cannot be kept."""
     modules = dict(base_modules(model))
-    users_of = _users_of_weights(modules)
+    users_of = _users_of_weights(modules) if says_tied(model) else {}
     heads: dict[str, str] = {}
     problems = []
     for target in targets:
@@ -66,13 +104,18 @@ def find_heads(model: nn.Module, targets: Collection[str], config: LoraConfig) -
             continue
         if config.ensure_weight_tying:
             heads |= dict.fromkeys([path for path in users if path != users[0]], users[0])
-        elif any(isinstance(modules[path], TiedHead) for path in users):
+        elif any(isinstance(modules[path], FOLLOWERS) for path in users):
             problems.append(f"{target} is tied for one adapter and not for another (ensure_weight_tying)")
     for head, embedding in heads.items():
         problems += _wrong_tie(modules, head, embedding, config)
     if problems:
         raise TargetError(bullet_list("these targets cannot be adapted together:", problems))
     return heads
+
+
+def says_tied(model: nn.Module) -> bool:
+    """Whether equal weights are meant to be one: a config may say that they only happen to be."""
+    return getattr(getattr(model, "config", None), "tie_word_embeddings", True) is not False
 
 
 def _users_of_weights(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
@@ -87,7 +130,8 @@ def _users_of_weights(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
 def _wrong_tie(modules: Mapping[str, nn.Module], head: str, embedding: str, config: LoraConfig) -> list[str]:
     problems = []
     leader, follower = modules[embedding], modules[head]
-    if not isinstance(leader, nn.Embedding) or type(follower) not in (nn.Linear, TiedHead):
+    fits = type(follower) in (nn.Linear, nn.Embedding, *FOLLOWERS)
+    if not isinstance(leader, nn.Embedding) or not fits:
         problems.append(
             f"{embedding} and {head} are tied: factors of an embedding and of linear heads can be, and not "
             f"those of a {_plain(leader)} and a {_plain(follower)}"
@@ -99,7 +143,7 @@ def _wrong_tie(modules: Mapping[str, nn.Module], head: str, embedding: str, conf
     if any(of(head, config) != of(embedding, config) for of in (rank_of, alpha_of)):
         problems.append(f"{embedding} and {head} are tied and have different ranks or alphas by the patterns")
     if isinstance(leader, LoraEmbedding):
-        carried = follower.r if isinstance(follower, TiedHead) else ()
+        carried = follower.r if isinstance(follower, FOLLOWERS) else ()
         problems += [
             f"{head} is tied for one adapter and not for {n!r}" for n in leader.r if n not in carried
         ]
@@ -130,7 +174,8 @@ def spelt_with_leaders(wanted: Collection[str] | str, heads: Mapping[str, str]) 
 def place_heads(model: nn.Module, heads: Mapping[str, str], config: LoraConfig, name: str) -> None:
     """Let the adapter ``name`` of each embedding count in its head."""
     for head, embedding in heads.items():
-        layer = cast(TiedHead, adapt(model.get_submodule(head), TiedHead))
+        module = model.get_submodule(head)
+        layer = cast(Any, adapt(module, TiedEmbedding if isinstance(module, nn.Embedding) else TiedHead))
         leader = cast(LoraEmbedding, model.get_submodule(embedding))
         layer.follow(AdapterSpec(name, head, rank_of(head, config), alpha_of(head, config), config), leader)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankfold.errors import AdapterError
 from rankfold.lora import LoraConfig
 from rankfold.lora.files.renames import PREFIX
-from rankfold.lora.placing.inject import alpha_of
+from rankfold.lora.placing.targets import alpha_of
 
 FACTOR = re.compile(r"(?P<path>.+?)\.(?P<key>lora_[A-Za-z_]+(?:\.weight|\.bias)?)")
 A_KEYS, B_KEYS = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")

@@ -7,7 +7,7 @@ from torch import nn
 
 from rankfold import LoraConfig, get_peft_model
 from rankfold.errors import TargetError
-from rankfold.lora.placing.inject import no_garbage_collection
+from rankfold.lora.placing.placement import no_garbage_collection
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,8 @@ def test_every_parameter_of_the_base_is_frozen_and_every_new_one_trained():
     )
     base = dict(net.named_parameters())
     net[2][0].weight.requires_grad_(False)
-    model = get_peft_model(net, LoraConfig(target_modules=["0", "2.0"], r=2))
+    with pytest.warns(UserWarning, match="running statistics of 1 normalisation"):
+        model = get_peft_model(net, LoraConfig(target_modules=["0", "2.0"], r=2))
     assert not any(parameter.requires_grad for parameter in base.values())
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 4

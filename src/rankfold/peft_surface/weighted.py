@@ -1,0 +1,185 @@
+"""One adapter made of several: PEFT's ``add_weighted_adapter``.
+
+"svd" and "cat" are the weighted sum of the updates, the first cut to a rank, the second exact.  "linear"
+and the others without "svd" combine A with A and B with B, so that products of one adapter's A with
+another's B come into it: PEFT's results, which equal the weighted sum for a single adapter only.
+TIES: Yadav et al. 2023, arXiv 2306.01708; DARE: Yu et al. 2023, arXiv 2311.03099."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rankfold.errors import ConfigError
+from rankfold.lora.layers.base import adapter_layers
+from rankfold.lora.layers.factors import LoraLayer
+from rankfold.lora.layers.parameters import ParameterAdapters
+from rankfold.lora.layers.saved import SavedModule
+
+if TYPE_CHECKING:
+    from rankfold.peft_surface.tuner import LoraModel
+
+METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+KINDS = ("svd", "cat", *METHODS, *(f"{method}_svd" for method in METHODS if method != "linear"))
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How updates become one; the words of PEFT's call.
+
+    ``density``: the share of values that the pruning methods keep.  ``svd_clamp``: the quantile at which the
+    factors of "svd" are cut off."""
+
+    kind: str = "svd"
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_full_matrices: bool = True  # the result does not depend on it
+    svd_driver: str | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+
+
+def add_weighted_adapter(
+    tuner: LoraModel, adapters: Sequence[str], weights: Sequence[float], name: str, how: Combination
+) -> None:
+    """Put the adapter ``name``, ``sum(weights[i] * adapters[i])`` combined as ``how`` says, beside the
+    others.
+
+    Raises ConfigError for adapters that cannot be combined so; nothing is changed then."""
+    kind, rank = _checked(tuner, adapters, weights, how)
+    first = tuner.peft_config[adapters[0]]
+    config = replace(
+        first,
+        r=rank,
+        lora_alpha=math.sqrt(rank) if first.use_rslora else rank,
+        target_modules=_all_targets(tuner, adapters),
+        rank_pattern={},
+        alpha_pattern={},
+        init_lora_weights=True,
+        use_dora=False,
+    )
+    tuner.add(name, config)
+    with torch.no_grad():
+        for _, layer in adapter_layers(tuner.model):
+            if isinstance(layer, LoraLayer) and name in layer.r:
+                _fill(
+                    layer,
+                    name,
+                    [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer.r],
+                    kind,
+                    how,
+                )
+    tuner.set_requires_grad(name, False)
+
+
+def _checked(
+    tuner: LoraModel, adapters: Sequence[str], weights: Sequence[float], how: Combination
+) -> tuple[str, int]:
+    """The kind of combination, and the rank of its result."""
+    configs = [tuner.peft_config[name] for name in adapters]
+    kind = "linear" if len(adapters) == 1 else how.kind
+    ranks = [max([config.r, *config.rank_pattern.values()]) for config in configs]
+    kinds = {isinstance(config.target_modules, str) for config in configs}
+    saved = [layer for _, layer in adapter_layers(tuner.model) if isinstance(layer, SavedModule)]
+    twice = [layer for layer in saved if len({*adapters} & {*layer.adapter_names()}) > 1]
+    faults = {
+        f"Invalid combination_type: {how.kind!r} is none of {', '.join(KINDS)}": how.kind not in KINDS,
+        f"there are {len(adapters)} adapters and {len(weights)} weights": len(weights) != len(adapters),
+        "All adapters must have the same r value when using combination_type linear, ties, dare_ties or "
+        f"dare_linear, got {ranks}; take 'cat' or 'svd'": kind in METHODS and len(set(ranks)) > 1,
+        "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+        f"{len(twice)} such instance(s).": bool(twice),
+        "add_weighted_adapter does not support targeting nn.Parameter": any(
+            isinstance(layer, ParameterAdapters) for _, layer in adapter_layers(tuner.model)
+        ),
+        "all adapters should follow the same target modules type, either str or list/set": len(kinds) > 1,
+        "an adapter with DoRA is no sum, and cannot be combined": any(c.use_dora for c in configs),
+        f"{kind} needs density, the share of values to keep": how.density is None
+        and kind not in ("linear", "cat", "svd"),
+    }
+    if problems := [text for text, holds in faults.items() if holds]:
+        raise ConfigError(f"these adapters cannot be combined: {'; '.join(problems)}")
+    if kind == "cat":
+        return kind, sum(ranks)
+    return kind, (how.svd_rank or max(ranks)) if kind.endswith("svd") else ranks[0]
+
+
+def _all_targets(tuner: LoraModel, adapters: Sequence[str]) -> set[str] | str:
+    wanted = [tuner.peft_config[name].target_modules for name in adapters]
+    if all(isinstance(each, str) for each in wanted):
+        return "|".join(f"({each})" for each in dict.fromkeys(wanted))
+    return {name for each in wanted for name in each or ()}
+
+
+def _fill(layer: LoraLayer, name: str, parts: list[tuple[str, float]], kind: str, how: Combination) -> None:
+    """Give the factors of ``name`` their values from those of ``parts``, names with weights."""
+    lora_a, lora_b = layer.factors(name)
+    lora_a.zero_()
+    lora_b.zero_()
+    if not parts:
+        raise ConfigError(f"No matching LoRAs found for {layer.specs[name].target}")
+    if kind == "cat":
+        rows = torch.cat([layer.factors(n)[0] * (w * layer.scaling[n]) for n, w in parts])
+        columns = torch.cat([layer.factors(n)[1] for n, _ in parts], dim=1)
+        lora_a[: rows.shape[0]].copy_(rows)
+        lora_b[:, : columns.shape[1]].copy_(columns)
+    elif kind.endswith("svd"):
+        method = kind.removesuffix("svd").removesuffix("_") or "linear"
+        deltas = [layer.delta(n) for n, _ in parts]
+        total = combined(method, deltas, [w for _, w in parts], how)
+        factors = _cut(total.movedim(layer.row_dim or 0, 0).flatten(1), layer.r[name], how)
+        for place, value in zip((lora_a, lora_b), factors, strict=True):
+            place.copy_(value.reshape(place.shape))
+    else:
+        shares = [w * layer.scaling[n] for n, w in parts]
+        signed = [math.copysign(math.sqrt(abs(share)), share) for share in shares]
+        lora_a.copy_(combined(kind, [layer.factors(n)[0] for n, _ in parts], signed, how))
+        lora_b.copy_(combined(kind, [layer.factors(n)[1] for n, _ in parts], [abs(s) for s in signed], how))
+
+
+def _cut(matrix: Tensor, rank: int, how: Combination) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank), whose product is the best approximation of ``matrix`` (out, in)."""
+    options: dict[str, Any] = {"driver": how.svd_driver} if how.svd_driver else {}
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False, **options)
+    found = min(rank, len(s))
+    lora_a, lora_b = matrix.new_zeros(rank, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], rank)
+    lora_a[:found], lora_b[:, :found] = vh[:found], u[:, :found] * s[:found]
+    if how.svd_clamp is not None:
+        limit = torch.quantile(torch.cat([lora_b.flatten(), lora_a.flatten()]), how.svd_clamp)
+        lora_a, lora_b = lora_a.clamp(-limit, limit), lora_b.clamp(-limit, limit)
+    return lora_a, lora_b
+
+
+def combined(method: str, tensors: Sequence[Tensor], weights: Sequence[float], how: Combination) -> Tensor:
+    """The tensors, all of one shape, as one."""
+    density = how.density or 0.0
+    if method in ("ties", "magnitude_prune"):
+        tensors = [_pruned(tensor, density) for tensor in tensors]
+    elif method.startswith("dare"):
+        tensors = [_dropped(tensor, density) for tensor in tensors]
+    stack = torch.stack([tensor * weight for tensor, weight in zip(tensors, weights, strict=True)])
+    if not method.endswith("ties"):
+        return stack.sum(0)
+    plain = torch.stack(list(tensors))
+    signs = plain.sign() if how.majority_sign_method == "frequency" else plain
+    agreed = plain.sign() == torch.where(signs.sum(0) >= 0, 1, -1)
+    return (stack * agreed).sum(0) / agreed.sum(0).clamp(min=1)
+
+
+def _pruned(tensor: Tensor, density: float) -> Tensor:
+    """``tensor`` with all but its largest values zero."""
+    kept = tensor.flatten().abs().topk(int(density * tensor.numel())).indices
+    mask = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    mask[kept] = 1
+    return tensor * mask.view(tensor.shape)
+
+
+def _dropped(tensor: Tensor, density: float) -> Tensor:
+    """``tensor`` with values left out at random, the others scaled so that the mean stays."""
+    mask = torch.bernoulli(torch.full_like(tensor, density))
+    return tensor * mask / density
