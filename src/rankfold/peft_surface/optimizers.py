@@ -51,8 +51,8 @@ class LoraFAOptimizer(Optimizer):
     """AdamW that trains B of each pair and leaves A as it is; B's gradient is brought nearest to full
     fine-tuning's, ``g (A A^T)^-1 / scale^2``.  Zhang et al. 2023, arXiv 2308.03303.
 
-    A group holds "params", their "names" and "scaling_factors" (None for what is no factor), each A
-    before its B.  Other parameters get AdamW's step."""
+    A group holds "params", their "names" and "scaling_factors" (None for what is no factor); a B belongs to
+    the A of its name.  Other parameters get AdamW's step."""
 
     def __init__(
         self,
@@ -78,13 +78,11 @@ class LoraFAOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lora_a: Tensor | None = None
-            for parameter, name, scale in zip(group["params"], group["names"], _scales(group), strict=True):
-                if "lora" in name and lora_a is None:
-                    lora_a = parameter
-                elif parameter.grad is not None:
-                    self._update(parameter, group, _projected(parameter.grad, lora_a, scale))
-                    lora_a = None
+            named = dict(zip(group["names"], group["params"], strict=True))
+            for (name, parameter), scale in zip(named.items(), _scales(group), strict=True):
+                first = named.get(name.replace("_B.", "_A.")) if "lora" in name else None
+                if first is not parameter and parameter.grad is not None:
+                    self._update(parameter, group, _projected(parameter.grad, first, scale))
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any], gradient: Tensor) -> None:

@@ -139,7 +139,7 @@ def load_onto(
 
     Raises AdapterError listing all that does not fit, ConfigError for the name; nothing is changed then."""
     model, before, known = tuner.model, tuner.targeted_module_names, name in tuner.peft_config
-    config = with_task_modules(config)
+    config.modules_to_save = with_task_modules(config).modules_to_save
     if known and (differences := differing(config, tuner.peft_config[name])):
         raise AdapterError(bullet_list(f"{source.folder} is of another adapter:", differences))
     stored = read_adapter(source, config, model)

@@ -56,6 +56,10 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
     forward = forward_of(*TEXT, *DECODER, "labels", *FORM)
 
+    def generate(self, **kwargs: Any) -> Any:
+        """``PeftModel.generate``; inputs by name only, as in PEFT."""
+        return super().generate(**kwargs)
+
 
 class PeftModelForQuestionAnswering(PeftModel):
     """A model that finds the answer in a text.  ``token_type_ids`` and ``position_ids`` reach the base

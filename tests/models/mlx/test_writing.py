@@ -365,6 +365,7 @@ def test_an_adapter_in_mlxs_layout_is_not_loaded_as_it_is_and_the_way_is_told(fo
         PeftModel.from_pretrained(model_of(folders[False]), tmp_path / "mlx")
 
 
+@pytest.mark.filterwarnings("ignore:a part of this adapter.s config has no effect")
 def test_the_command_writes_mlx_and_back(folders, tmp_path):
     save_adapted(folders[False], tmp_path / "hf", target_modules=["q_proj"], rank_pattern={"layers.1": 2})
     done = rankfold_command("convert", tmp_path / "hf", tmp_path / "mlx", "--layout", "mlx")

@@ -109,7 +109,7 @@ class _Converter:
             return Conversion(out, keys, [*told, *self._told_of_mlx(source)])
         save_adapter(source.tensors, source.config, out, source.facts, source.facts.base)
         first = [] if told else [f"{len(source.tensors)} tensors in the layout {layout}", "exact"]
-        return Conversion(out, list(source.config.target_modules or ()), [*first, *told])
+        return Conversion(out, sorted(source.config.target_modules or ()), [*first, *told])
 
     def _translated(self, source: Unpacked, wanted: str) -> tuple[Unpacked, list[str]]:
         if self.base.layout is None:
