@@ -63,7 +63,7 @@ def model_options(function: F) -> F:
         multiple=True,
         metavar="FAULT",
         help="load an adapter in spite of a fault, which is then told: missing, unexpected, shape, "
-        "non_finite, base or hash; may be given several times",
+        "non_finite, base, hash or option; may be given several times",
     )(function)
     function = click.option("--model", help="base model: folder, .gguf file or hub id [the adapter's]")(
         function
