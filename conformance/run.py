@@ -1,10 +1,9 @@
 """Run PEFT's own LoRA tests against rankfold, and say how many of those that PEFT passes hold.
 
-    python conformance/run.py                 all files, rankfold; writes conformance/results.json
-    python conformance/run.py --peft          the same tests on PEFT itself; writes
-    conformance/baseline.txt.gz python conformance/run.py --sample        the fixed sample only; exit
-    status 1 unless every test of it passes python conformance/run.py test_config     some files; prints
-    what fails, and writes nothing
+    python conformance/run.py               all files; writes conformance/results.json
+    python conformance/run.py --peft        the same on PEFT itself; writes conformance/baseline.txt.gz
+    python conformance/run.py --sample      the fixed sample; exit status 1 unless all of it passes
+    python conformance/run.py test_config   some files; prints what fails, and writes nothing
 
 PEFT's tests come from its source package, the models of the hub that they name are stood in for by tiny ones
 with random weights (``tiny_hub.py``), and ``peft`` is bound to rankfold by ``peft_alias.py``."""

@@ -81,7 +81,7 @@ def test_the_optimizers_step_as_pefts(both):
         losses = []
         for adapted, maker in zip(both, (make, theirs_make), strict=True):
             model = copy.deepcopy(adapted)
-            model.delete_adapter("two")  # beside another adapter PEFT pairs the factors wrongly
+            model.delete_adapter("two")  # beside another adapter PEFT 0.21.2 raises TypeError
             model.set_adapter("one")
             extra = {"optimizer_cls": torch.optim.AdamW} if "loraplus_lr_ratio" in options else {}
             optimizer = maker(model=model, lr=1e-2, **options, **extra)
