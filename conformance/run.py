@@ -81,7 +81,7 @@ def prepare() -> None:
 
 def environment(target: str) -> dict[str, str]:
     own = {"HF_HOME": str(WORK / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
-    return {**os.environ, **own, "CONFORMANCE_TARGET": target, "PYTHONPATH": str(HERE)}
+    return {**os.environ, **own, "CONFORMANCE_TARGET": target, "PYTHONPATH": f"{HERE}:{HERE.parent / 'src'}"}
 
 
 def run(target: str, selection: list[str], log: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from rankfold.train.listener import Listener
 from rankfold.train.run import decide
 
 BEGUN = {".lock", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json"}
-ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "rankfold.json"}
+ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "rankfold.json"}
 FINISHED = BEGUN | ADAPTER | {"report.html"}
 
 

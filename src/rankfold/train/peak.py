@@ -14,7 +14,7 @@ WIDE_TENSORS = 3  # of the widest layer's output, which a backward has at a time
 LOGIT_TENSORS = 3  # of a chunk: logits, shares, and what one is made into the other by
 # A process has more than what is in use: memory freed among small things that stay is not used again, but
 # where large blocks stay apart (models/heap.py).  Fitted to the measured runs of tests/train/test_peak.py.
-WASTE = 1.1
+WASTE = 1.3
 MARGIN = 1.15  # what a run takes is within this factor of what is said
 HIDDEN_BYTES = 8  # of each feature of the last hidden states, and of their gradient
 

@@ -66,7 +66,7 @@ def save_adapter(
     facts: AdapterMetadata,
     base: BaseFingerprint | None,
 ) -> None:
-    """Write an adapter: PEFT's two files and ``rankfold.json``.  No README.md, and never in several parts.
+    """Write an adapter: PEFT's two files and ``rankfold.json``, never in several parts.
 
     The config comes last, so a folder that has one has the weights too; after a half overwritten folder
     the hashes in ``rankfold.json`` do not fit.  Raises OutputError."""
