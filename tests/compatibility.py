@@ -5,12 +5,15 @@ of them and writes a row for each feature whose tests passed."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "peft-compatibility.md"
+RESULTS = Path(__file__).parents[1] / "conformance" / "results.json"
 HEAD = """\
 # Compatibility with PEFT
 
@@ -21,6 +24,16 @@ directions where files are concerned.
 | feature | PEFT | rankfold | tested by |
 |---|---|---|---|
 """
+
+
+OWN_TESTS = """
+## PEFT's own tests
+
+`make conformance` runs the LoRA tests of PEFT's source package with rankfold in the place of `peft`. The first
+column counts what PEFT itself passes here, the second what of that is about things that rankfold has.
+
+| file | PEFT passes | of these count | rankfold passes | share |
+|---|---|---|---|---|"""
 
 
 class Row:
@@ -54,7 +67,32 @@ def rows_of(items: Iterable[pytest.Item], failed: set[str]) -> list[Row]:
 def page_of(rows: list[Row]) -> str:
     from importlib.metadata import version
 
-    return HEAD.format(peft=version("peft")) + "".join(f"{row}\n" for row in rows)
+    return HEAD.format(peft=version("peft")) + "".join(f"{row}\n" for row in rows) + own_tests()
+
+
+def own_tests() -> str:
+    """What the last ``make conformance`` measured on PEFT's own tests, and why what fails does."""
+    table = json.loads(RESULTS.read_text())
+    lines = [OWN_TESTS]
+    for file, row in {**table, "**all**": _sum(table.values())}.items():
+        share = row["passed"] / row["counted"]
+        lines.append(f"| {file} | {row['peft']:,} | {row['counted']:,} | {row['passed']:,} | {share:.1%} |")
+    lines += ["", "These do not count:", "", "| tests | that |", "|---|---|"]
+    apart = sum((Counter(row["apart"]) for row in table.values()), Counter())
+    lines += [f"| {count} | {text} |" for text, count in apart.most_common()]
+    lines += ["", "These count and fail:", "", "| test | here |", "|---|---|"]
+    failed = {}
+    for row in table.values():
+        for test, why in row["failed"].items():
+            failed.setdefault((test.rpartition("::")[2].partition("[")[0], why), []).append(test)
+    for (name, why), tests in failed.items():
+        lines.append(f"| `{name}`{f' ({len(tests)} cases)' if len(tests) > 1 else ''} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sum(rows: Iterable[dict]) -> dict[str, int]:
+    rows = list(rows)
+    return {key: sum(row[key] for row in rows) for key in ("peft", "counted", "passed")}
 
 
 class Writer:

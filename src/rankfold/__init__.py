@@ -14,7 +14,7 @@ _NAMES = {
     "errors": "RankfoldError RankfoldWarning",
     "lora.config.data_starts": "CordaConfig EvaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig",
     "lora.config.lora_config": "LoraConfig LoraRuntimeConfig PeftType TaskType",
-    "lora.layers.base": "register_layer",
+    "lora.layers.registry": "register_layer",
     "lora.layers.factors": "LoraLayer",
     "lora.layers.variants": "MontecloraSampler",
     "lora.layers.quantised": "requantising",

@@ -1,11 +1,10 @@
 """The error tree.  The command line prints these as one sentence and exits with status 2.
 
 RankfoldError
- +- ConfigError      (ValueError)    a LoraConfig or a recipe that cannot be meant
- |   +- BatchError      (TypeError)   a batch of several adapters where rows cannot be told
+ +- ConfigError      (ValueError and TypeError)  a LoraConfig, a recipe or a call that cannot be meant
  +- TargetError      (ValueError)    target patterns that match nothing, or a layer type without LoRA
  |   +- NoMatchError                nothing at all is a target
- +- AdapterError     (ValueError and RuntimeError)  an adapter on disk that cannot be loaded as it is
+ +- AdapterError     (ValueError, RuntimeError and TypeError)  an adapter on disk that cannot be loaded as it is
  +- MergeError       (ValueError and RuntimeError)  a merge that would damage the model
  +- DataError        (ValueError)    rows that cannot be read or trained on
  +- ModelError       (ValueError)    a base model that cannot be found or used
@@ -28,12 +27,8 @@ class RankfoldError(Exception):
     """Base of every error a user can cause or mend."""
 
 
-class ConfigError(RankfoldError, ValueError):
+class ConfigError(RankfoldError, ValueError, TypeError):
     pass
-
-
-class BatchError(ConfigError, TypeError):
-    """A batch whose rows are several adapters', in a layer that does not see rows."""
 
 
 class TargetError(RankfoldError, ValueError):
@@ -44,7 +39,7 @@ class NoMatchError(TargetError):
     """No module is a target: PEFT's NoMatchingPeftModuleError."""
 
 
-class AdapterError(RankfoldError, ValueError, RuntimeError):
+class AdapterError(RankfoldError, ValueError, RuntimeError, TypeError):
     pass
 
 

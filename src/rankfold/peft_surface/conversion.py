@@ -17,8 +17,9 @@ from rankfold.errors import AdapterError, ConfigError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.adapter_reader import AdapterSource, StoredAdapter, read_weights
 from rankfold.lora.files.checkpoint import file_tensors, fill_adapter
-from rankfold.lora.layers.base import adapter_layers, upcast
+from rankfold.lora.layers.base import upcast
 from rankfold.lora.layers.factors import LoraLayer
+from rankfold.lora.layers.registry import adapter_layers
 
 CLOSE = (
     1e-4  # of the largest weight: what the start's parts may differ by, beside rounding to the base's dtype

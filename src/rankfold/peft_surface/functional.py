@@ -18,8 +18,9 @@ from rankfold.lora.files.adapter_reader import FLOATS, LoadResult, adapter_folde
 from rankfold.lora.files.checkpoint import file_tensors, fill, fitting
 from rankfold.lora.files.renames import PREFIX, renamed
 from rankfold.lora.files.saved_embeddings import bring, embedding_tensors, find_brought
-from rankfold.lora.layers.base import WRAPPED, AdapterLayer, adapter_layers, base_modules
+from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.overrides import HeldParameters
+from rankfold.lora.layers.registry import WRAPPED, adapter_layers, base_modules
 from rankfold.lora.layers.saved import SavedModule
 from rankfold.lora.placing.targets import find_targets
 from rankfold.peft_surface.model import PeftModel
@@ -42,10 +43,11 @@ def inject_adapter_in_model(
     Raises what ``get_peft_model`` raises; ``model`` is then as it was."""
     if state_dict is not None:
         peft_config = _with_targets_of(state_dict, peft_config, model)
-    if isinstance(model, LoraModel):
-        model.add(adapter_name, peft_config, without_memory=low_cpu_mem_usage)
+    inner = unwrapped(model)
+    if isinstance(inner, LoraModel):
+        inner.add(adapter_name, peft_config, without_memory=low_cpu_mem_usage)
     else:
-        LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage)
+        LoraModel(inner, peft_config, adapter_name, low_cpu_mem_usage)
     return model
 
 
@@ -231,7 +233,7 @@ def _set_base_biases(model: nn.Module, given: Mapping[str, Tensor]) -> set[str]:
     own = {
         key: parameters[path]
         for key, tensor in given.items()
-        if (path := key.removeprefix(PREFIX)) in parameters
+        if (path := key.removeprefix(PREFIX).replace(".base_layer.", ".")) in parameters
         and path.endswith("bias")
         and parameters[path].shape == tensor.shape
     }

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from rankfold.lora.config.lora_config import LoraConfig, PeftType
-from rankfold.lora.layers.base import AdapterLayer, base_modules
+from rankfold.lora.layers.base import AdapterLayer
+from rankfold.lora.layers.registry import base_modules
 from rankfold.lora.placing.targets import ALL_LINEAR, is_left_out, is_target, resolve, shortest_list
 from rankfold.peft_surface.tuner import LoraModel
 

@@ -14,8 +14,8 @@ from rankfold.errors import AdapterError, ConfigError, MergeError, RankfoldWarni
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.checkpoint import file_tensors
 from rankfold.lora.files.renames import PREFIX
-from rankfold.lora.layers.base import adapter_layers
 from rankfold.lora.layers.factors import LoraLayer
+from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.placing.targets import alpha_of, rank_of
 from rankfold.peft_surface.functional import load_peft_weights, tuner_of, unwrapped
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import BatchError, ConfigError, MergeError, bullet_list
+from rankfold.errors import ConfigError, MergeError, bullet_list
 from rankfold.lora.layers.attention import LoraMultiheadAttention
-from rankfold.lora.layers.base import AdapterLayer, adapter_layers
+from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.overrides import HeldParameters
 from rankfold.lora.layers.parameters import ParameterAdapters
+from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.layers.saved import SavedModule
 
 # Modules of ``modules_to_save`` whose output has a row for each row of the input.
@@ -40,7 +41,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
         )
     wrong = [text for path, layer in layers.items() if (text := _cannot_tell_rows(path, layer))]
     if wrong:
-        raise BatchError(bullet_list("a batch cannot be shared among adapters here:", wrong))
+        raise ConfigError(bullet_list("a batch cannot be shared among adapters here:", wrong))
     encoder = encoder_of(model) if beams > 1 else None
     inside = {id(module) for module in encoder.modules()} if encoder is not None else set()
     repeated = [name for name in names for _ in range(beams)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,23 +82,35 @@ class LoraFAOptimizer(Optimizer):
             for (name, parameter), scale in zip(named.items(), _scales(group), strict=True):
                 first = named.get(name.replace("_B.", "_A.")) if "lora" in name else None
                 if first is not parameter and parameter.grad is not None:
-                    self._update(parameter, group, _projected(parameter.grad, first, scale))
+                    gradient = _projected(parameter.grad, first, scale)
+                    self._update(parameter, gradient, group, *_state_names(name, paired=first is not None))
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], gradient: Tensor) -> None:
-        state = self.state[parameter]
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], key: str, ending: str
+    ) -> None:
+        state = cast(dict[str, Any], self.state)[key]
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+            state["step"] = 0
+        first, second = (
+            state.setdefault(name + ending, torch.zeros_like(parameter)) for name in ("exp_avg", "exp_avg_sq")
+        )
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        first.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         size = group["lr"]
         if group["correct_bias"]:
             size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-        parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-size)
+        parameter.addcdiv_(first, second.sqrt().add_(group["eps"]), value=-size)
         if group["weight_decay"] > 0:
             parameter.add_(parameter, alpha=-group["lr"] * group["weight_decay"])
+
+
+def _state_names(name: str, *, paired: bool) -> tuple[str, str]:
+    """Under which key a parameter's state is kept, and what its moments' names end in: those of PEFT, so
+    that a run goes on with a state that PEFT saved, and the other way round."""
+    return (f"{name.partition('lora')[0]}lora", "_B") if paired else (name, "")
 
 
 def _scales(group: dict[str, Any]) -> list[float | None]:

@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from rankfold.errors import AdapterError
-from rankfold.lora.layers.base import AdapterLayer, adapter_layers
+from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.overrides import HeldParameters, file_path
 from rankfold.lora.layers.parameters import ParameterAdapters
+from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.layers.saved import SavedModule
 from rankfold.lora.layers.tokens import TokenLayer
 from rankfold.peft_surface.findings import count_parameters

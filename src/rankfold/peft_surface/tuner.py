@@ -15,8 +15,8 @@ from rankfold.errors import ConfigError, MergeError, nearest
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, LoadResult
-from rankfold.lora.layers.base import adapter_layers
 from rankfold.lora.layers.factors import LoraLayer
+from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.layers.variants import MontecloraSampler
 from rankfold.lora.placing import merging
 from rankfold.lora.placing.non_lora_params import check_together

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import ConfigError
-from rankfold.lora.layers.base import adapter_layers
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.parameters import ParameterAdapters
+from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.layers.saved import SavedModule
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankfold.lora.layers.base import base_modules
+from rankfold.lora.layers.registry import base_modules
 from rankfold.models.adapters.modalities import ModelParts, model_parts
 from rankfold.storage.forms import FORMS, INT8
 from rankfold.storage.layers import can_hold

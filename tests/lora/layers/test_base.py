@@ -10,8 +10,9 @@ from torch import nn
 from conftest import randomise
 from rankfold import LoraConfig, get_peft_model
 from rankfold.errors import MergeError
-from rankfold.lora.layers.base import AdapterSpec, adapt, restore
+from rankfold.lora.layers.base import AdapterSpec
 from rankfold.lora.layers.linear import LoraLinear
+from rankfold.lora.layers.registry import adapt, restore
 
 
 def adapted(layer: nn.Linear, **options) -> LoraLinear:

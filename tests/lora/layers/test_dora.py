@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import ConfigError
-from rankfold.lora.layers.base import adapter_layers
+from rankfold.lora.layers.registry import adapter_layers
 
 TARGETS = ["first", "second"]
 

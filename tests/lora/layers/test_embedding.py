@@ -12,8 +12,8 @@ from torch import nn
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import ConfigError, MergeError
-from rankfold.lora.layers.base import LORA_CLASSES, register_layer
 from rankfold.lora.layers.embedding import LoraEmbedding
+from rankfold.lora.layers.registry import LORA_CLASSES, register_layer
 from rankfold.lora.placing.placement import remove
 
 OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": ["emb"]}

@@ -20,7 +20,7 @@ from transformers import (
 from conftest import randomise
 from rankfold import LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import AdapterError, ConfigError, MergeError, RankfoldWarning
-from rankfold.lora.layers.base import HELD
+from rankfold.lora.layers.registry import HELD
 
 SIZES = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
 EMBED, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"

@@ -28,7 +28,7 @@ from rankfold.lora.files.adapter_reader import (
 )
 from rankfold.lora.files.fingerprint import BaseFingerprint
 from rankfold.lora.files.renames import PREFIX
-from rankfold.lora.layers.base import adapter_layers
+from rankfold.lora.layers.registry import adapter_layers
 
 SHOWN_PER_KIND = 5
 OTHER_NAMES = (

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rankfold.lora.layers.base import AdapterLayer, adapter_layers, base_modules
+from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.overrides import HeldParameters
+from rankfold.lora.layers.registry import adapter_layers, base_modules
 from rankfold.lora.layers.tokens import TokenLayer
 from rankfold.storage.forms import INT8, ROUNDED_Q4_0
 from rankfold.storage.layers import HeldLayer, held_layers

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rankfold.errors import AdapterError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.renames import PREFIX, transformers_renames
-from rankfold.lora.layers.base import lora_class
+from rankfold.lora.layers.registry import lora_class
 from rankfold.lora.layers.saved import names as is_named
 from rankfold.lora.placing.targets import alpha_of, module_names, rank_of, shortest_list
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankfold.errors import ConfigError
-from rankfold.lora.layers.base import base_modules
+from rankfold.lora.layers.registry import base_modules
 
 PREFIX = "base_model.model."
 

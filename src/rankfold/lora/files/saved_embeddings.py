@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from rankfold.errors import AdapterError, ConfigError, RankfoldWarning
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.renames import PREFIX
-from rankfold.lora.layers.base import AdapterLayer, adapter_layers, base_modules
+from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.overrides import file_path, hold, holder_of, own_original
+from rankfold.lora.layers.registry import adapter_layers, base_modules
 from rankfold.lora.layers.saved import SavedModule
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # PEFT 0.21.2, utils/constants.py

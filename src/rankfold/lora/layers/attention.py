@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rankfold.kernels.low_rank import low_rank_delta
-from rankfold.lora.layers.base import AdapterSpec, adapt, register_layer, upcast
+from rankfold.lora.layers.base import AdapterSpec, upcast
 from rankfold.lora.layers.factors import LoraLayer, linear_factor
+from rankfold.lora.layers.registry import adapt, register_layer
 
 # PEFT 0.21.2 adds the update of out_proj twice (MultiheadAttention.merge adds it and then calls
 # out_proj.merge), merged or not, so this is what an adapter in one of its files means.
@@ -51,13 +52,22 @@ class ShownWeight(LoraLayer):
             shown = self._shown.get(get_ident())
             if shown is not None:
                 return shown
-        base = self.base_weight()
+        base = self._parameters.get(self.weight_name)
+        if base is None or hasattr(base, "_fsdp_flattened"):
+            return self._while_cut(base)
         total = wide = upcast(base)
         for name in self.applied:
-            total = total + (
-                self.changed_weight(name, wide) - wide if self.row_dim == 0 else self.delta(name)
-            )
+            if "weight" not in self.lora_B[name]._parameters:
+                return self._while_cut(base)
+            by_rows = self.row_dim == 0
+            total = total + (self.changed_weight(name, wide) - wide if by_rows else self.delta(name))
         return total.to(base.dtype)
+
+    def _while_cut(self, base: Tensor | None) -> Tensor:
+        """The bare weight, which FSDP takes away, asks for, compares and writes back outside of a forward."""
+        if base is None:
+            raise AttributeError(self.weight_name)
+        return base
 
     def make_factors(self, spec: AdapterSpec) -> None:
         rows, columns = self.base_weight().shape

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.kernels.low_rank import low_rank_delta
-from rankfold.lora.layers.base import AdapterSpec, computes_otherwise, register_layer, upcast
+from rankfold.lora.layers.base import AdapterSpec, upcast
 from rankfold.lora.layers.dora import row_factors
 from rankfold.lora.layers.factors import LoraLayer
+from rankfold.lora.layers.registry import computes_otherwise, register_layer
 
 
 class ConvUpdates(LoraLayer):

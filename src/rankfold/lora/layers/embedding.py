@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from rankfold.errors import MergeError
 from rankfold.kernels.low_rank import low_rank_delta
-from rankfold.lora.layers.base import AdapterSpec, computes_otherwise, register_layer, upcast
+from rankfold.lora.layers.base import AdapterSpec, upcast
 from rankfold.lora.layers.factors import LoraLayer
+from rankfold.lora.layers.registry import computes_otherwise, register_layer
 
 FACTORS = ("lora_embedding_A", "lora_embedding_B")
 

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
-from rankfold.lora.config.data_starts import VARIANTS, MontecloraConfig, VeloraConfig, start_from_data
+from rankfold.lora.config.data_starts import VARIANTS, start_from_data
 from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.layers.base import HALF_DTYPES, AdapterSpec, cast_merged, upcast
 from rankfold.lora.layers.dora import MAGNITUDES, Magnitude, row_factors, row_norms
 from rankfold.lora.layers.init import draw_kaiming, minor_directions, start_factors
 from rankfold.lora.layers.residual_base import ResidualBase, splitting_problems
-from rankfold.lora.layers.variants import MontecloraSampler, VeloraProjection
+from rankfold.lora.layers.variants import MONTECLORA, VELORA, start_variant, variant_tensors
 
 MICA = "mica"
-VELORA = "lora_velora_embed"
-MONTECLORA = "lora_monteclora_sampler"
 
 # What PEFT's layer is called where it is not called after the plain layer.
 PEFT_NAMES = {"Conv1D": "Linear", "NonDynamicallyQuantizableLinear": "Linear"}
@@ -78,7 +76,13 @@ class LoraLayer(ResidualBase):
         if dora and cls.row_dim is None:
             found.append(f"{name} does not support DoRA (yet), please set use_dora to False")
         plain = not isinstance(start, str) or start == "gaussian" or start_from_data(start)
-        found += cls._variant_problems(layer, spec)
+        found += [
+            f"{key} is not for a {name}"
+            for key in VARIANTS
+            if getattr(spec.config, key) and not cls.has_variants
+        ]
+        if start == MICA:
+            found += cls._minor_problems(layer, spec)
         if cls.own_start:
             return found
         if not plain and not cls.is_matrix and start != MICA:
@@ -96,23 +100,21 @@ class LoraLayer(ResidualBase):
         return found
 
     @classmethod
-    def _variant_problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        """What keeps ``layer`` from MiCA, VeLoRA or MonteCLoRA."""
-        config, name, found = spec.config, cls.plain_class.__name__, []
-        if not cls.has_variants:
-            found += [f"{key} is not for a {name}" for key in VARIANTS if getattr(config, key) is not None]
-        if config.init_lora_weights == MICA:
-            size = min(layer.weight.shape) if isinstance(layer.weight, Tensor) else 0
-            if not (cls.is_matrix or cls.own_start):
-                found.append(f"Unknown initialization: init_lora_weights='mica' is not for a {name}")
-            elif not layer.weight.is_floating_point():  # type: ignore[operator]
-                found.append("Please initialize MiCA under float32, float16, or bfloat16.")
-            elif spec.rank > size:
-                found.append(
-                    f"MiCA requires `r` <= min(in_features, out_features) but got r={spec.rank} for a layer "
-                    f"with weight shape {tuple(layer.weight.shape)} (max usable r is {size})."  # type: ignore[arg-type]
-                )
-        return found
+    def _minor_problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
+        """What keeps ``layer`` from MiCA's start."""
+        if not (cls.is_matrix or cls.own_start):
+            name = cls.plain_class.__name__
+            return [f"Unknown initialization: init_lora_weights='mica' is not for a {name}"]
+        weight = layer.weight
+        if not (isinstance(weight, Tensor) and weight.is_floating_point()):
+            return ["Please initialize MiCA under float32, float16, or bfloat16."]
+        size = min(weight.shape)
+        wrong = f"MiCA requires `r` <= min(in_features, out_features) but got r={spec.rank} for a layer with "
+        return (
+            [f"{wrong}weight shape {tuple(weight.shape)} (max usable r is {size})."]
+            if spec.rank > size
+            else []
+        )
 
     def add_adapter(self, spec: AdapterSpec) -> None:
         """Add an adapter; its factors start as ``init_lora_weights`` says, drawn as PEFT draws them."""
@@ -131,7 +133,7 @@ class LoraLayer(ResidualBase):
         if spec.config.use_dora:
             self._start_magnitude(spec.name)
         if spec.config.velora_config is not None or spec.config.monteclora_config is not None:
-            self._start_variant(spec)
+            start_variant(self, spec)
 
     def list_adapter(self, spec: AdapterSpec) -> None:
         """Note what ``spec`` says, and make its dropout."""
@@ -158,29 +160,6 @@ class LoraLayer(ResidualBase):
         lora_a, lora_b = self.factors(spec.name)
         lora_a.zero_()
         lora_b.copy_(minor_directions(matrix, spec.rank))
-
-    def _start_variant(self, spec: AdapterSpec) -> None:
-        """Make what a variant of training keeps beside the factors."""
-        config, lora_a = spec.config, self.factors(spec.name)[0]
-        if config.velora_config is not None:
-            velora = cast(VeloraConfig, config.velora_config)
-            held, made = VELORA, cast(nn.Module, VeloraProjection(velora, self.in_features, lora_a.data))  # type: ignore[arg-type]
-        else:
-            monteclora = cast(MontecloraConfig, config.monteclora_config)
-            held, made = MONTECLORA, MontecloraSampler(monteclora, spec.rank, lora_a.data)
-        if held not in self._modules:
-            self._modules[held] = nn.ModuleDict()
-        cast(nn.ModuleDict, self._modules[held])[spec.name] = made
-
-    def variant_tensors(self, name: str) -> dict[str, Any]:
-        """What a variant keeps beside the factors of one adapter, by its key in PEFT's file."""
-        tensors: dict[str, Any] = {}
-        if name in (held := self._modules.get(VELORA) or ()):  # type: ignore[operator]
-            tensors[VELORA] = cast(Any, held)[name].lora_velora_embed
-        if name in (held := self._modules.get(MONTECLORA) or ()):  # type: ignore[operator]
-            own = cast(Any, held)[name].state_dict(keep_vars=True)
-            tensors |= {f"{MONTECLORA}.{key}": tensor for key, tensor in own.items()}
-        return tensors
 
     def frozen_tensors(self, name: str) -> list[Tensor]:
         """The tensors of one adapter that are never trained."""
@@ -248,7 +227,7 @@ class LoraLayer(ResidualBase):
         tensors = {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
         if (bias := self.factor_bias(name)) is not None:
             tensors["lora_B.bias"] = bias
-        return tensors | self.magnitude_tensors(name) | self.variant_tensors(name)
+        return tensors | self.magnitude_tensors(name) | variant_tensors(self, name)
 
     def magnitude_tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The magnitudes of one adapter by their key in PEFT's file; none if it is no DoRA adapter."""
@@ -392,6 +371,8 @@ class LoraLayer(ResidualBase):
 
     def _get_name(self) -> str:
         return self.peft_name
+
+    __repr__ = nn.Module.__repr__  # Conv1D of transformers has one of its own
 
     def extra_repr(self) -> str:
         adapters = ", ".join(

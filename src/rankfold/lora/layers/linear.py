@@ -15,9 +15,10 @@ from rankfold.kernels.frozen import FrozenMatrix
 from rankfold.kernels.fused_linear import can_fuse, fused_linear
 from rankfold.kernels.low_rank import add_low_rank_update, low_rank_delta
 from rankfold.lora.config.lora_config import changes_base
-from rankfold.lora.layers.base import AdapterSpec, register_layer, upcast
+from rankfold.lora.layers.base import AdapterSpec, upcast
 from rankfold.lora.layers.dora import add_rescaled_update
 from rankfold.lora.layers.factors import LoraLayer, linear_factor
+from rankfold.lora.layers.registry import register_layer
 
 FUSED_FROM = 1 << 15  # elements of an input; below, starting the operations takes longer than they do
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
-from rankfold.lora.layers.base import HELD, AdapterLayer
+from rankfold.lora.layers.base import AdapterLayer
+from rankfold.lora.layers.registry import HELD
 from rankfold.lora.layers.saved import SavedModule
 from rankfold.lora.layers.tokens import TokenLayer
 

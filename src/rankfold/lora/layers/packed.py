@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.kernels.frozen import FrozenMatrix
-from rankfold.lora.layers.base import AdapterSpec, become, register_layer
+from rankfold.lora.layers.base import AdapterSpec
 from rankfold.lora.layers.embedding import LoraEmbedding
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.linear import FUSED_CLASSES, FusedUpdates, LoraLinear
+from rankfold.lora.layers.registry import become, register_layer
 from rankfold.storage.layers import HeldEmbedding, HeldLayer, HeldLinear, held_layers, release
 
 

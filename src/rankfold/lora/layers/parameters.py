@@ -24,16 +24,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rankfold.errors import MergeError
 from rankfold.kernels.experts import MATRIX, Update, add_expert_updates, expert_delta
-from rankfold.lora.layers.base import (
-    AdapterLayer,
-    AdapterSpec,
-    adapt,
-    become,
-    cast_merged,
-    mixed_class,
-    upcast,
-)
+from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, cast_merged, mixed_class, upcast
 from rankfold.lora.layers.factors import LoraLayer, linear_factor
+from rankfold.lora.layers.registry import adapt, become
 
 # By owner (its id) and parameter, the sums made in the calls of forward that are running in this thread.
 Sums = dict[tuple[str, bool, bool], Tensor]

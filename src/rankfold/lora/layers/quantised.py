@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.lora.config.lora_config import changes_base
-from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, become, cast_merged, register_layer
+from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, cast_merged
 from rankfold.lora.layers.linear import LinearUpdates, LoraLinear, is_torchao
+from rankfold.lora.layers.registry import become, register_layer
 
 EIGHT_BIT = "bitsandbytes.nn.modules.Linear8bitLt"
 FOUR_BIT = "bitsandbytes.nn.modules.Linear4bit"

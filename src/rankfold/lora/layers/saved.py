@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.lora.config.lora_config import LoraConfig, TaskType
-from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, AuxiliaryLayer, adapt, base_modules, restore
+from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, AuxiliaryLayer
+from rankfold.lora.layers.registry import adapt, base_modules, restore
 from rankfold.storage.layers import held_layers
 
 # PEFT 0.21.2, peft_model.py: the heads that these tasks train whole.

@@ -7,14 +7,17 @@ PEFT's names."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.lora.config.data_starts import MontecloraConfig, VeloraConfig
+from rankfold.lora.layers.base import AdapterSpec
 
+VELORA = "lora_velora_embed"
+MONTECLORA = "lora_monteclora_sampler"
 EPSILON = 1e-6
 
 
@@ -124,3 +127,29 @@ class MontecloraSampler(nn.Module):
         normal = 0.5 * self.config.num_samples * (drawn.sum() - drawn.log().sum() - rank)
         entropy = (self.expert_weights**2).sum() if self.config.use_entropy else 0.0
         return self.config.kl_loss_weight * (dirichlet + wishart + normal) + entropy
+
+
+def start_variant(layer: Any, spec: AdapterSpec) -> None:
+    """Make what a variant keeps beside the factors of ``layer``."""
+    config, lora_a = spec.config, layer.factors(spec.name)[0]
+    if config.velora_config is not None:
+        velora = cast(VeloraConfig, config.velora_config)
+        held, made = VELORA, cast(nn.Module, VeloraProjection(velora, layer.in_features, lora_a.data))
+    else:
+        monteclora = cast(MontecloraConfig, config.monteclora_config)
+        held, made = MONTECLORA, MontecloraSampler(monteclora, spec.rank, lora_a.data)
+    if held not in layer._modules:
+        layer._modules[held] = nn.ModuleDict()
+    layer._modules[held][spec.name] = made
+
+
+def variant_tensors(layer: Any, name: str) -> dict[str, Any]:
+    """What a variant keeps beside the factors of one adapter, by its key in PEFT's file."""
+    held: dict[str, Any] = layer._modules
+    tensors: dict[str, Any] = {}
+    if name in held.get(VELORA, ()):
+        tensors[VELORA] = held[VELORA][name].lora_velora_embed
+    if name in held.get(MONTECLORA, ()):
+        own = held[MONTECLORA][name].state_dict(keep_vars=True)
+        tensors |= {f"{MONTECLORA}.{key}": tensor for key, tensor in own.items()}
+    return tensors

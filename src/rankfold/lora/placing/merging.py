@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from rankfold.errors import MergeError, bullet_list
-from rankfold.lora.layers.base import AdapterLayer, adapter_layers, base_modules, restore
+from rankfold.lora.layers.base import AdapterLayer
+from rankfold.lora.layers.registry import adapter_layers, base_modules, restore
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from rankfold.errors import ConfigError, RankfoldWarning, TargetError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.layers.base import AdapterLayer, adapter_layers, base_modules
+from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.overrides import hold
+from rankfold.lora.layers.registry import adapter_layers, base_modules
 from rankfold.lora.layers.saved import (
     SavedModule,
     find_saved,

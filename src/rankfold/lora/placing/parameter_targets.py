@@ -11,8 +11,9 @@ from rankfold.errors import ConfigError, TargetError, bullet_list
 from rankfold.kernels.experts import MATRIX
 from rankfold.lora.config.data_starts import start_from_data
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.layers.base import HALF_DTYPES, AdapterLayer, AdapterSpec, adapter_layers
+from rankfold.lora.layers.base import HALF_DTYPES, AdapterLayer, AdapterSpec
 from rankfold.lora.layers.parameters import ParameterAdapters, adapt_parameter, base_value
+from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.placing.targets import alpha_of, find_parameters, rank_of
 
 # What an adapted module has that a plain one has not; a module of any class may be adapted.
@@ -70,9 +71,8 @@ def _problems(model: nn.Module, target: str, targets: Collection[str]) -> list[s
     hidden = sorted({*dir(owner)} & ADAPTER_WORDS) if not is_adapted else []
     other_kind = is_adapted and not isinstance(owner, ParameterAdapters)
     problems = {
-        "belongs to the model itself: Targeting an nn.Parameter on the top-level module is not "
-        "supported, PEFT's files "
-        "have no name for it": not path,
+        "belongs to the model itself: Targeting an nn.Parameter on the top-level module is not supported "
+        f"(parameter '{name}'): PEFT's files have no name for it": not path,
         f"belongs to {path}, which target_modules means too. Trying to wrap an `nn.Parameter` of layer "
         f"'{path}' of "
         f"type {kind.removeprefix('Lora')}, which is not a valid target.": path in targets,

@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from rankfold.errors import ConfigError, RankfoldWarning, TargetError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig, changes_base
 from rankfold.lora.config.names import check_adapter_name
-from rankfold.lora.layers.base import (
+from rankfold.lora.layers.base import AdapterLayer, AdapterSpec
+from rankfold.lora.layers.factors import LoraLayer
+from rankfold.lora.layers.init import refuse_start_from_data
+from rankfold.lora.layers.registry import (
     LORA_CLASSES,
-    AdapterLayer,
-    AdapterSpec,
     adapt,
     adapter_layers,
     base_modules,
     lora_class,
     restore,
 )
-from rankfold.lora.layers.factors import LoraLayer
-from rankfold.lora.layers.init import refuse_start_from_data
 from rankfold.lora.layers.saved import with_task_modules
 from rankfold.lora.placing.non_lora_params import NonLoraParams, find_non_lora_params, place_non_lora_params
 from rankfold.lora.placing.parameter_targets import checked_parameters, inject_parameters, owners_of

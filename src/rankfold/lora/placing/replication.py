@@ -15,7 +15,7 @@ from torch import nn
 
 from rankfold.errors import ConfigError
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.layers.base import adapter_layers
+from rankfold.lora.layers.registry import adapter_layers
 
 # Under this name a model remembers what it was made of.
 MARK = "_layer_replication"

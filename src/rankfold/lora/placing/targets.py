@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rankfold.errors import ConfigError, NoMatchError, RankfoldWarning, TargetError, bullet_list, nearest
 from rankfold.lora.config.lora_config import LoraConfig, TaskType
-from rankfold.lora.layers.base import base_modules
+from rankfold.lora.layers.registry import base_modules
 
 ALL_LINEAR = "all-linear"
 CLASSIFIER_NAMES = ("score", "classifier")

@@ -12,7 +12,7 @@ from torch import nn
 
 from rankfold.errors import ConfigError, TargetError, bullet_list, nearest
 from rankfold.lora import LoraConfig
-from rankfold.lora.layers.base import base_modules
+from rankfold.lora.layers.registry import base_modules
 from rankfold.lora.placing.targets import find_targets, module_names, shortest_list
 from rankfold.settings import split_at_commas
 
