@@ -31,8 +31,8 @@ conformance: $(VENV)/.conformance
 	$(BIN)/python conformance/run.py
 
 check: $(VENV)/.tested
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks conformance
+	$(BIN)/ruff check src tests benchmarks conformance
 	$(BIN)/mypy
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -7,8 +7,9 @@
     python conformance/run.py test_config   some files; prints what fails, and writes nothing
 
 PEFT's tests come from its source package, the models of the hub that they name are stood in for by tiny ones
-with random weights (``tiny_hub.py``), and ``peft`` is bound to rankfold by ``peft_alias.py``.  ``expected.py`` says which of
-them do not count and why others fail; exit status 1 if it has no word for one that does."""
+with random weights (``tiny_hub.py``), and ``peft`` is bound to rankfold by ``peft_alias.py``.
+``expected.py`` says which tests do not count and why others fail; without a word of it for one that
+fails the exit status is 1."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ directions where files are concerned.
 OWN_TESTS = """
 ## PEFT's own tests
 
-`make conformance` runs the LoRA tests of PEFT's source package with rankfold in the place of `peft`. The first
-column counts what PEFT itself passes here, the second what of that is about things that rankfold has.
+`make conformance` runs the LoRA tests of PEFT's source package with rankfold in the place of `peft`. The
+first column counts what PEFT itself passes here, the second what of that is about things that rankfold has.
 
 | file | PEFT passes | of these count | rankfold passes | share |
 |---|---|---|---|---|"""

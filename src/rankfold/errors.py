@@ -4,7 +4,7 @@ RankfoldError
  +- ConfigError      (ValueError and TypeError)  a LoraConfig, a recipe or a call that cannot be meant
  +- TargetError      (ValueError)    target patterns that match nothing, or a layer type without LoRA
  |   +- NoMatchError                nothing at all is a target
- +- AdapterError     (ValueError, RuntimeError and TypeError)  an adapter on disk that cannot be loaded as it is
+ +- AdapterError     (ValueError, RuntimeError, TypeError)  an adapter on disk that cannot be loaded as it is
  +- MergeError       (ValueError and RuntimeError)  a merge that would damage the model
  +- DataError        (ValueError)    rows that cannot be read or trained on
  +- ModelError       (ValueError)    a base model that cannot be found or used

@@ -94,6 +94,40 @@ def test_the_optimizers_step_as_pefts(both):
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.peft("a state of LoRA-FA's optimiser, both ways", "same", "same")
+def test_a_lora_fa_run_goes_on_with_the_state_that_peft_saved(both):
+    from peft.optimizers import create_lorafa_optimizer
+
+    import rankfold.optimizers as own
+
+    ids = torch.arange(8).reshape(2, 4)
+    models = [copy.deepcopy(model) for model in both]
+    for model in models:
+        model.delete_adapter("two")
+        model.set_adapter("one")
+    made = [
+        make(model=model, lr=1e-2, r=3, lora_alpha=5)
+        for make, model in zip((own.create_lorafa_optimizer, create_lorafa_optimizer), models, strict=True)
+    ]
+
+    def step(k: int) -> None:
+        models[k](input_ids=ids, labels=ids).loss.backward()
+        made[k].step()
+        made[k].zero_grad()
+
+    for k in range(2):
+        step(k)
+    states = [optimizer.state_dict()["state"] for optimizer in made]
+    assert states[0].keys() == states[1].keys()
+    assert all(states[0][key].keys() == states[1][key].keys() for key in states[0])
+    for k in range(2):  # each goes on with the other's
+        made[k].load_state_dict(copy.deepcopy(made[1 - k].state_dict()))
+    for k in range(2):
+        step(k)
+    losses = [model(input_ids=ids, labels=ids).loss.item() for model in models]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_lora_fa_pairs_the_factors_of_each_adapter_by_name(both):
     from rankfold.optimizers import create_lorafa_optimizer
 

@@ -256,3 +256,10 @@ def test_gpt2_passes_between_peft_and_rankfold(targets, tmp_path):
     again = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "theirs")
     torch.testing.assert_close(again(ids).logits, fresh(ids).logits)
     torch.testing.assert_close(again.merge_and_unload()(ids).logits, fresh(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_conv1d_is_printed_with_its_adapters():
+    model = get_peft_model(conv1d(), LoraConfig(r=2, target_modules="all-linear"))
+    printed = [repr(layer) for layer in model.modules() if isinstance(layer, LoraConv1D)]
+    assert printed
+    assert all(text.startswith("lora.Linear(") and "default: rank=2" in text for text in printed)
