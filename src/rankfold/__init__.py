@@ -42,8 +42,7 @@ _NAMES = {
     "peft_surface.status": "get_layer_status get_model_status",
     "peft_surface.tasks": (
         "PeftMixedModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
-        "PeftModelForSeq2SeqLM "
-        "PeftModelForSequenceClassification PeftModelForTokenClassification"
+        "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
     ),
     "peft_surface.tuner": "LoraModel",
     "train.recipe": "Recipe",

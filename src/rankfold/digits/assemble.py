@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankfold.compat import name_special_tokens, tiling_image_processor
 from rankfold.models.base.load import Base
 from rankfold.models.base.processors import without_video
 from rankfold.models.base.quiet import quiet_transformers
@@ -62,13 +63,12 @@ def assemble(language: Base, tower: Tower, folder: Path, seed: int) -> None:
 
 def _processor(tokenizer: Any, tower: Tower) -> Any:
     from transformers import InternVLProcessor
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     names = list(dict.fromkeys(IMAGE_TOKENS.values()))
     tokenizer.add_special_tokens({"additional_special_tokens": names})
-    tokenizer._set_model_specific_special_tokens(IMAGE_TOKENS)
+    name_special_tokens(tokenizer, IMAGE_TOKENS)
     tokenizer.chat_template = TEMPLATE
-    images = GotOcr2ImageProcessorPil(
+    images = tiling_image_processor(
         size={"height": tower.image_side, "width": tower.image_side},
         image_mean=GREY_MEAN,
         image_std=GREY_STD,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankfold.compat import softmax_gradient
+
 BLOCK = 96  # queries at a time, and only the keys up to the last of them: what is hidden is mostly not made
 LONGEST = 1024  # tokens; for longer rows torch's kernel is the faster one
 
@@ -51,7 +53,7 @@ class _CausalAttention(torch.autograd.Function):
             arrived = _by_group(grad[:, place], key)
             by_value[:, seen] += torch.bmm(weights.transpose(1, 2), arrived)
             by_weights = torch.bmm(arrived, value[:, seen].transpose(1, 2))
-            by_scores = torch.ops.aten._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+            by_scores = softmax_gradient(by_weights, weights)
             by_scores *= ctx.scale
             by_query[:, place] = _by_head(torch.bmm(by_scores, key[:, seen]), query, place)
             by_key[:, seen] += torch.bmm(by_scores.transpose(1, 2), _by_group(query[:, place], key))

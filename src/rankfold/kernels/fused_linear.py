@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from rankfold.compat import looked_into
 from rankfold.kernels.dropout import DropMask
 from rankfold.kernels.frozen import FrozenMatrix, product, transposed_product
 
@@ -68,16 +68,6 @@ def _computed_in(x: Tensor, weight: Tensor | FrozenMatrix, *factors: Tensor) -> 
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) if dtypes <= {*CAST} else None
     return dtypes.pop() if len(dtypes) == 1 else None
-
-
-def looked_into() -> bool:
-    """Whether something is at work that must see, or could not pass, the inside of an autograd function."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    )
 
 
 class _FusedLinear(torch.autograd.Function):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankfold.compat import looked_into
 from rankfold.kernels.causal_attention import LONGEST, causal_attention
-from rankfold.kernels.fused_linear import looked_into
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ def warn_of_name(name: str) -> None:
     if name and name in PREFIX_OF_TENSORS:
         warnings.warn(
             f"Adapter name '{name}' should not be contained in the prefix '{PREFIX_OF_TENSORS}'. This may "
-            "lead to "
-            "reinitialization of the adapter weights during loading: PEFT does not read such a file",
+            "lead to reinitialization of the adapter weights during loading: PEFT does not read such a file",
             RankfoldWarning,
             stacklevel=4,
         )
@@ -47,8 +46,7 @@ def warn_of_starts_together(configs: Collection[LoraConfig]) -> None:
         if len(starts) > 1 and start in starts:
             warnings.warn(
                 f"{shown} changes the base weights of the model and should thus not be used with other "
-                "adapters. "
-                f"Consider converting the {shown} adapter into a normal LoRA adapter "
+                f"adapters. Consider converting the {shown} adapter into a normal LoRA adapter "
                 "(save_pretrained with path_initial_model_for_weight_conversion).",
                 stacklevel=5,
             )

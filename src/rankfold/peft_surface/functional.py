@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.compat import COMPILED, FULLY_SHARDED, WRAPPED
 from rankfold.errors import AdapterError, ConfigError, NoMatchError, RankfoldWarning, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.adapter_reader import FLOATS, LoadResult, adapter_folder, bad_values, read_weights
@@ -20,7 +21,7 @@ from rankfold.lora.files.renames import PREFIX, renamed
 from rankfold.lora.files.saved_embeddings import bring, embedding_tensors, find_brought
 from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.overrides import HeldParameters
-from rankfold.lora.layers.registry import WRAPPED, adapter_layers, base_modules
+from rankfold.lora.layers.registry import adapter_layers, base_modules
 from rankfold.lora.layers.saved import SavedModule
 from rankfold.lora.placing.targets import find_targets
 from rankfold.peft_surface.model import PeftModel
@@ -55,12 +56,11 @@ def _with_targets_of(tensors: Mapping[str, Tensor], config: LoraConfig, model: n
     """``config`` with exactly the targets that the keys of ``tensors`` name."""
     if config.target_parameters:
         raise ConfigError(
-            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses "
-            "`target_parameters`. This "
-            "is not supported -- when using `target_parameters`, please inject the adapter without the "
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. "
+            "This is not supported -- when using `target_parameters`, please inject the adapter without the "
             "state_dict."
         )
-    keys = [key.removeprefix(PREFIX).replace("_orig_mod.", "") for key in tensors if ".lora_" in key]
+    keys = [key.removeprefix(PREFIX).replace(f"{COMPILED}.", "") for key in tensors if ".lora_" in key]
     paths = {re.split(r"\.lora_", key)[0].replace(".base_layer", "") for key in keys}
     try:
         with warnings.catch_warnings():
@@ -76,9 +76,8 @@ def _with_targets_of(tensors: Mapping[str, Tensor], config: LoraConfig, model: n
         texts.append(f"The state_dict contained these additional target modules: {more}. ")
     if texts:
         warnings.warn(
-            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config "
-            "and the "
-            "provided state_dict. This is not necessarily an issue and can be ignored if this was the "
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and "
+            "the provided state_dict. This is not necessarily an issue and can be ignored if this was the "
             "intent. " + "".join(texts),
             RuntimeWarning,
             stacklevel=3,
@@ -169,7 +168,7 @@ def get_peft_model_state_dict(
     has no wrapper.
 
     ``state_dict``: take the values from there, by ``model``'s own names; AdapterError if any is missing."""
-    if state_dict is None and "_fsdp_wrapped_module" in model._modules:
+    if state_dict is None and FULLY_SHARDED in model._modules:
         state_dict = model.state_dict()  # gathers what is cut
     model = unwrapped(model)
     tuner = tuner_of(model)

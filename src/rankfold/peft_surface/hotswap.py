@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.compat import is_compiled
 from rankfold.errors import AdapterError, ConfigError, MergeError, RankfoldWarning
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.checkpoint import file_tensors
@@ -68,7 +69,7 @@ def hotswap_adapter_from_state_dict(
         raise AdapterError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(extra)}."
         )
-    compiled = hasattr(model, "_orig_mod")
+    compiled = is_compiled(model)
     groups = {
         id(factor): groups
         for layer in layers.values()
@@ -126,16 +127,15 @@ def prepare_model_for_compiled_hotswap(
 
     Raises ConfigError for a model that is compiled already (unless ``check_compiled`` is "warn" or "ignore"),
     that carries no adapter, or has a larger rank."""
-    if hasattr(model, "_orig_mod"):
+    if is_compiled(model):
         _tell_compiled(check_compiled)
     layers = [
         layer for _, layer in adapter_layers(tuner_of(unwrapped(model)).model) if isinstance(layer, LoraLayer)
     ]
     if not layers:
         raise ConfigError(
-            "No adapter layers found on the model, make sure to call "
-            "`prepare_model_for_compiled_hotswap` after "
-            "the adapter has been loaded"
+            "No adapter layers found on the model, make sure to call `prepare_model_for_compiled_hotswap` "
+            "after the adapter has been loaded"
         )
     for layer in layers:
         for name in layer.r:
@@ -171,9 +171,8 @@ def _pad(layer: LoraLayer, name: str, rank: int) -> None:
         )
     if rank % groups:
         raise ConfigError(
-            f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank {rank}, but the "
-            "target rank is "
-            f"not divisible by {groups}. Please choose a target rank that is divisible by {groups}."
+            f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank {rank}, but the target "
+            f"rank is not divisible by {groups}. Please choose a target rank that is divisible by {groups}."
         )
     lora_a, lora_b = layer.factors(name)
     wide_a = lora_a.new_zeros(rank, *lora_a.shape[1:])

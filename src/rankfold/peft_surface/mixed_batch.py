@@ -36,8 +36,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
     if merged := sorted({name for layer in layers.values() for name in layer.merged_adapters}):
         raise MergeError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` "
-            "first. "
-            f"Merged: {', '.join(merged)}"
+            f"first. Merged: {', '.join(merged)}"
         )
     wrong = [text for path, layer in layers.items() if (text := _cannot_tell_rows(path, layer))]
     if wrong:
@@ -88,9 +87,8 @@ def _cannot_tell_rows(path: str, layer: AdapterLayer) -> str | None:
     """Why the rows of a batch cannot be told apart where ``layer`` is called."""
     if isinstance(layer, ParameterAdapters):
         return (
-            f"{path}: lora.ParamWrapper does not support mixed adapter batches yet: its module sees "
-            "tokens, not the "
-            "rows that they are of"
+            f"{path}: lora.ParamWrapper does not support mixed adapter batches yet: its module sees tokens, "
+            "not the rows that they are of"
         )
     if isinstance(layer, LoraMultiheadAttention):
         return (

@@ -376,16 +376,14 @@ def get_peft_model(
 
     if isinstance(model, PeftModel) or vars(model).get("peft_config"):
         warnings.warn(
-            "You are trying to modify a model with PEFT for a second time. If you want to reload the "
-            "model with a "
-            "different config, make sure to call `.unload()` before.",
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model "
+            "with a different config, make sure to call `.unload()` before.",
             stacklevel=2,
         )
     if revision is not None and peft_config.revision not in (None, revision):
         warnings.warn(
             f"peft config has already set base model revision to {peft_config.revision}, overwriting with "
-            "revision "
-            f"{revision}",
+            f"revision {revision}",
             stacklevel=2,
         )
     if revision is not None:

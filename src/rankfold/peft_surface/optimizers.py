@@ -153,8 +153,7 @@ def create_lorafa_optimizer(
     if wrong:
         raise ConfigError(
             f"`use_rslora={use_rslora}` was passed to create_lorafa_optimizer, but the active adapters "
-            f"{wrong} have "
-            "it set differently in the model config"
+            f"{wrong} have it set differently in the model config"
         )
     named = list(model.named_parameters())
     for name, parameter in named:

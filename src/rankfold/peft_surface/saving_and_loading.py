@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from rankfold.compat import WRAPPED
 from rankfold.errors import AdapterError, ConfigError, RankfoldWarning, TargetError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.config.names import check_adapter_name
@@ -65,8 +66,7 @@ def warn_of_parts(tensors: Mapping[str, Tensor]) -> None:
     if flat:
         warnings.warn(
             f"{len(flat)} factors are not matrices ({flat[0]}): these look like DeepSpeed ZeRO-3 / FSDP "
-            "shards. "
-            "Gather them before saving, or the file is of no use",
+            "shards. Gather them before saving, or the file is of no use",
             RankfoldWarning,
             stacklevel=4,
         )
@@ -94,9 +94,9 @@ def taken_from(
 
 
 def _without_wrappers(name: str) -> str:
-    for part in ("_fsdp_wrapped_module.", "_orig_mod.", "module."):
-        name = name.removeprefix(part) if part == "module." else name.replace(part, "")
-    return name.removeprefix(PREFIX)
+    for part in WRAPPED:
+        name = name.replace(f"{part}.", "")
+    return name.removeprefix("module.").removeprefix(PREFIX)
 
 
 def named_as_in_model(result: LoadResult, model: nn.Module, wanted: Mapping[str, Tensor]) -> LoadResult:
@@ -106,8 +106,7 @@ def named_as_in_model(result: LoadResult, model: nn.Module, wanted: Mapping[str,
     if missing:
         warnings.warn(
             f"Found missing adapter keys while loading the checkpoint: {missing}. They keep their fresh "
-            "values. "
-            f"{OTHER_NAMES if result.unexpected_keys else ''}",
+            f"values. {OTHER_NAMES if result.unexpected_keys else ''}",
             RankfoldWarning,
             stacklevel=6,
         )

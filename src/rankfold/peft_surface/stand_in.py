@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import nn
 
+from rankfold.compat import COMPILED
+
 ASKING = ("_is_peft_model", "is_peft_model")
 LIBRARIES = ("transformers.trainer", "accelerate.", "trl.")
 # Names that their modules would have from PEFT, where they ask by more than one call.
@@ -71,7 +73,7 @@ def _answering(own: Any) -> Any:
         from rankfold.peft_surface.model import PeftModel
 
         inner = getattr(model, "module", model)
-        return isinstance(getattr(inner, "_orig_mod", inner), PeftModel) or own(model)
+        return isinstance(getattr(inner, COMPILED, inner), PeftModel) or own(model)
 
     is_peft_model.knows_rankfold = True  # type: ignore[attr-defined]
     return is_peft_model

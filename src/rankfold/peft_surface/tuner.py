@@ -75,8 +75,7 @@ class LoraModel(nn.Module):
         if known:
             warnings.warn(
                 "Already found a `peft_config` attribute in the model. This will lead to having multiple "
-                "adapters "
-                f"in the model ({', '.join(known)}). Make sure to know what you are doing!",
+                f"adapters in the model ({', '.join(known)}). Make sure to know what you are doing!",
                 stacklevel=4,
             )
         vars(model).setdefault(WORD, {})

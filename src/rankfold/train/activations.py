@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from rankfold.compat import attention_of, fused_cpu_attention, storage_place
 from rankfold.train.trial import can_recompute, recompute_activations
 
 NAME = "rankfold_counted"
@@ -80,20 +81,16 @@ def _forward(base: Any, shape: Shape, dtype: torch.dtype) -> None:
 
 
 def _kept_bytes(model: Any, forward: Callable[[Any], None]) -> int:
-    known = {_place(tensor) for tensor in chain(model.parameters(), model.buffers())}
+    known = {storage_place(tensor) for tensor in chain(model.parameters(), model.buffers())}
     held: dict[int, Tensor] = {}  # so that no place is given out twice
 
     def count(tensor: Tensor) -> Tensor:
-        held.setdefault(_place(tensor), tensor)
+        held.setdefault(storage_place(tensor), tensor)
         return tensor
 
     with saved_tensors_hooks(count, lambda tensor: tensor):
         forward(model)
     return sum(t.untyped_storage().nbytes() for place, t in held.items() if place not in known)
-
-
-def _place(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _sees_trained(base: Any) -> bool:
@@ -109,7 +106,7 @@ def _ask_for_no_numbers(base: Any) -> None:
     for module in base.modules():
         if isinstance(getattr(module, "rope_type", None), str):
             module.rope_type = "default"
-    if getattr(base.config, "_attn_implementation", None) == "sdpa":
+    if attention_of(base.config) == "sdpa":
         AttentionInterface.register(NAME, _attention)
         base.set_attn_implementation(NAME)
 
@@ -117,6 +114,5 @@ def _ask_for_no_numbers(base: Any) -> None:
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, _ = kernel(query, key, value, is_causal=True, scale=options.get("scaling"))
+    out = fused_cpu_attention(query, key, value, options.get("scaling"))
     return out.transpose(1, 2).contiguous(), None

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankfold.compat import COMPILER, layers_kept_whole
 from rankfold.errors import ConfigError
-
-COMPILER = ("torch._dynamo", "torch._inductor")  # whose errors are about compiling, not about the model
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The layers of a transformers model that it says must not be torn apart."""
     base = model.get_base_model()
-    kinds = set(getattr(base, "_no_split_modules", None) or ())
+    kinds = layers_kept_whole(base)
     return [module for module in base.modules() if type(module).__name__ in kinds]
 
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from conftest import randomise
 from rankfold import LoraConfig, PeftModel, dequantise, get_peft_model, prepare_model_for_kbit_training
+from rankfold.compat import unpack_four_bit
 from rankfold.errors import ConfigError, MergeError, ModelError
-from rankfold.lora.layers.quantised import requantising, unpack
+from rankfold.lora.layers.quantised import requantising
 
 ROWS, COLUMNS = 128, 64  # bitsandbytes repacks whole blocks of 64 columns only
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "2"]}
@@ -404,7 +405,7 @@ def test_a_weight_that_was_repacked_for_inference_is_unpacked(nested, x):
     randomise(model)
     model.train()(x).sum().backward()
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_" in n)
-    unpack(net[0].weight)  # a second time changes nothing
+    unpack_four_bit(net[0].weight)  # a second time changes nothing
     torch.testing.assert_close(net[0].base_weight(), weights[0], rtol=1e-2, atol=0)
 
 

@@ -115,8 +115,7 @@ class VeloraConfig(SubConfig):
         "num_groups": "`num_groups` should be positive, got {0}.",
         "scale": "`scale` should be positive, got {0}.",
         "init_type": "Unsupported `init_type` {0!r}. Supported values are 'batch_average_once', "
-        "'batch_average', and "
-        "'random'.",
+        "'batch_average', and 'random'.",
     }
 
     num_groups: int = 64

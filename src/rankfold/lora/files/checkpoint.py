@@ -32,9 +32,8 @@ from rankfold.lora.layers.registry import adapter_layers
 
 SHOWN_PER_KIND = 5
 OTHER_NAMES = (
-    "If the file has the same layers under other names, give key_mapping={pattern: replacement}; both "
-    "are matched "
-    "without base_model.model."
+    "If the file has the same layers under other names, give key_mapping={pattern: replacement}; both are "
+    "matched without base_model.model."
 )
 
 

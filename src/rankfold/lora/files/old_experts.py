@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankfold.compat import conversions, renames_one_by_one
 from rankfold.errors import AdapterError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.files.renames import PREFIX, transformers_renames
+from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.layers.registry import lora_class
 from rankfold.lora.layers.saved import names as is_named
 from rankfold.lora.placing.targets import alpha_of, module_names, rank_of, shortest_list
@@ -89,7 +88,7 @@ def _old_experts(
             rest[key] = tensor
             continue
         if match[1] not in found:
-            follow = follow or transformers_renames(model)
+            follow = follow or renames_one_by_one(model)
             found[match[1]] = OldExperts(match[1], follow(f"{match[1]}.").removesuffix("."))
         if found[match[1]].owner not in modules:
             rest[key] = tensor
@@ -100,10 +99,8 @@ def _old_experts(
 
 def _fusions(model: nn.Module) -> dict[str, list[str]]:
     """For each fused parameter of ``model`` the layers it was made of, in their order, by transformers."""
-    library: Any = sys.modules.get("transformers.conversion_mapping")
-    steps = library.get_model_conversion_mapping(model, add_legacy=False) if library else []
     found = {}
-    for step in steps:
+    for step in conversions(model):
         kinds = [type(operation).__name__ for operation in getattr(step, "operations", None) or ()]
         if kinds and kinds == list(STACKING[: len(kinds)]) and len(step.target_patterns) == 1:
             parts = [pattern.rstrip("$").removesuffix(".weight") for pattern in step.source_patterns]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from rankfold.compat import is_flattened
 from rankfold.kernels.low_rank import low_rank_delta
 from rankfold.lora.layers.base import AdapterSpec, upcast
 from rankfold.lora.layers.factors import LoraLayer, linear_factor
@@ -53,7 +54,7 @@ class ShownWeight(LoraLayer):
             if shown is not None:
                 return shown
         base = self._parameters.get(self.weight_name)
-        if base is None or hasattr(base, "_fsdp_flattened"):
+        if base is None or is_flattened(base):
             return self._while_cut(base)
         total = wide = upcast(base)
         for name in self.applied:

@@ -38,10 +38,8 @@ class ConvUpdates(LoraLayer):
         if spec.rank % groups:
             found.append(
                 f"Targeting a {kind} with groups={groups} and rank {spec.rank}. Currently, support is "
-                "limited "
-                "to conv layers where the rank is divisible by groups. Either choose a different rank or "
-                "do not "
-                "target this specific layer."
+                "limited to conv layers where the rank is divisible by groups. Either choose a different "
+                "rank or do not target this specific layer."
             )
         if computes_otherwise(layer, cls.conv, ["forward", "_conv_forward"]):
             found.append(

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from rankfold.compat import unpack_four_bit
 from rankfold.errors import MergeError
 from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, cast_merged
@@ -187,7 +188,7 @@ class LoraLinear4bit(QuantisedUpdates):
 
     def start(self) -> None:
         super().start()
-        unpack(cast(Any, self._parameters["weight"]))
+        unpack_four_bit(cast(Any, self._parameters["weight"]))
 
     def requantised(self, total: Tensor, names: Collection[str]) -> nn.Parameter:
         old = cast(Any, self._parameters["weight"])
@@ -211,26 +212,12 @@ def dequantised(layer: nn.Module, weight: Tensor | None = None) -> Tensor:
         return cast(Tensor, held.dequantize()).float()
     library = importlib.import_module("bitsandbytes.functional")
     if hasattr(held, "quant_state"):
-        unpack(held)
+        unpack_four_bit(held)
         state = copy.copy(held.quant_state)
         state.dtype = torch.float32  # else the numbers would be rounded to the dtype of long ago
         return cast(Tensor, library.dequantize_4bit(held.data, state))
     scales = held.SCB if held.SCB is not None else cast(Any, layer.state).SCB
     return cast(Tensor, library.int8_vectorwise_dequant(held.data, scales))
-
-
-def unpack(weight: Any) -> None:
-    """Undo what bitsandbytes does to a 4-bit weight in a call without gradients on an AVX512-BF16 CPU.
-
-    The bits come back as they were; the scales stay rounded to bfloat16, as the packed layer has them."""
-    state = weight.quant_state
-    if not getattr(state, "packing_format_for_cpu", False):
-        return
-    library = importlib.import_module("bitsandbytes.functional")
-    scales = state.absmax.T.reshape(-1).float()
-    state.original_nested = False  # else it would round the scales a second time, to 8 bits
-    weight.data, weight.quant_state = library._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    weight.quant_state.absmax = scales  # without nesting it leaves them in the packed order
 
 
 def is_quantised(layer: nn.Module) -> bool:

@@ -12,13 +12,10 @@ from typing import Any, cast
 
 from torch import nn
 
+from rankfold.compat import HOOKED_FORWARD, WRAPPED
 from rankfold.lora.layers.base import AdapterLayer, mixed_class
 
-OWN_FORWARDS = {"forward", "_old_forward"}  # the latter is accelerate's
-
-
-# Under these names torch's wrappers hold a module; they are no part of a path.
-WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+OWN_FORWARDS = {"forward", HOOKED_FORWARD}
 
 
 # Under this name a model holds the adapter layer that is none of its modules: ``held.HeldParameters``.

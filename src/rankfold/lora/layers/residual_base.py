@@ -119,9 +119,8 @@ def splitting_problems(layer: nn.Module, spec: AdapterSpec) -> list[str]:
         return [f"the start of {split.name!r} has changed its base weight already; merge or delete that one"]
     if weight.dtype not in SPLITTABLE:
         return [
-            "Please initialize PiSSA and OLoRA under float32, float16, or bfloat16: this start changes "
-            "the base "
-            f"weight, and this one is {weight.dtype}; dequantise it first"
+            "Please initialize PiSSA and OLoRA under float32, float16, or bfloat16: this start changes the "
+            f"base weight, and this one is {weight.dtype}; dequantise it first"
         ]
     if spec.rank > min(weight.shape):
         return [f"rank {spec.rank} exceeds what its weight of {tuple(weight.shape)} can hold"]

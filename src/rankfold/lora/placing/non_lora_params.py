@@ -59,9 +59,8 @@ def find_non_lora_params(
     with_bias = [name for name, other in taken.items() if other.bias != "none"]
     if config.bias != "none" and with_bias:
         raise ConfigError(
-            "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to "
-            "'none' for all "
-            f"others: {with_bias[0]!r} trains biases already"
+            "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' "
+            f"for all others: {with_bias[0]!r} trains biases already"
         )
     modules = dict(base_modules(model))
     problems = [
@@ -104,9 +103,8 @@ def _tell_idle(model: nn.Module, found: NonLoraParams, targets: Collection[str],
         _warn_of_ties(model, found.saved)
         if shared := [path for path in targets if path in every]:
             warn(
-                f"{', '.join(shared[:3])}: the weight is another module's too, which this adapter leaves "
-                "as it is, as "
-                "`ensure_weight_tying` is not set to True: merging will untie them",
+                f"{', '.join(shared[:3])}: the weight is another module's too, which this adapter leaves as "
+                "it is, as `ensure_weight_tying` is not set to True: merging will untie them",
                 RankfoldWarning,
                 stacklevel=6,
             )

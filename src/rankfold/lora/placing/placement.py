@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from rankfold.compat import HOOKED_FORWARD
 from rankfold.errors import ConfigError, RankfoldWarning, TargetError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig, changes_base
 from rankfold.lora.config.names import check_adapter_name
@@ -191,9 +192,8 @@ def _tell_running_statistics(modules: Mapping[str, nn.Module], others: NonLoraPa
     if changing:
         warnings.warn(
             f"training mode changes the running statistics of {len(changing)} normalisation layers of the "
-            "base "
-            f"({', '.join(changing[:3])}), which are no part of the adapter: name them in modules_to_save to "
-            "save them with it, or keep these layers in eval mode",
+            f"base ({', '.join(changing[:3])}), which are no part of the adapter: name them in "
+            "modules_to_save to save them with it, or keep these layers in eval mode",
             stacklevel=5,
         )
 
@@ -205,8 +205,7 @@ def _tell_layers(targets: Mapping[str, nn.Module], config: LoraConfig) -> None:
     if config.lora_bias and without:
         warnings.warn(
             f"`lora_bias=True` was passed but the targeted layer of type {plain[without[0]].__name__} has "
-            "no bias. "
-            "This means that merging LoRA weights won't be possible.",
+            "no bias. This means that merging LoRA weights won't be possible.",
             RankfoldWarning,
             stacklevel=5,
         )
@@ -314,7 +313,7 @@ def check_layers(modules: Mapping[str, nn.Module], specs: Mapping[str, AdapterSp
 
 def replaced_forward(layer: nn.Module) -> bool:
     """Whether the object holds a ``forward`` of its own that does not end in that of its class."""
-    innermost = layer.__dict__.get("_old_forward", layer.__dict__.get("forward"))
+    innermost = layer.__dict__.get(HOOKED_FORWARD, layer.__dict__.get("forward"))
     return innermost is not None and getattr(innermost, "__func__", None) is not type(layer).forward
 
 

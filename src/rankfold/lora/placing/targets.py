@@ -283,9 +283,8 @@ def nothing_matched(names: list[str], wanted: Set[str] | str, config: LoraConfig
         )
     if out:
         return (
-            "No modules were targeted for adaptation. This might be caused by a combination of "
-            "mismatched target "
-            "modules and excluded modules. Please check your `target_modules` and `exclude_modules` "
+            "No modules were targeted for adaptation. This might be caused by a combination of mismatched "
+            "target modules and excluded modules. Please check your `target_modules` and `exclude_modules` "
             "configuration. You may also have only targeted modules that are marked to be saved "
             f"(`modules_to_save`).{limits} Wanted: {_shown(wanted)}{hint}"
         )

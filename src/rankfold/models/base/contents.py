@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankfold.compat import gguf_names, names_in_checkpoints, safetensors_files
 from rankfold.errors import ModelError
 from rankfold.models.base.find import BaseSource
 from rankfold.models.internvl.loading import native_readers
@@ -80,21 +81,13 @@ def _by_names_of(model: Any, found: Contents) -> Contents:
     """``found`` by the names that ``model`` has for what older versions of transformers called otherwise.
 
     Raises ModelError for a tensor that would have to be put together from several."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    steps = get_model_conversion_mapping(model)
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
-    meta, prefix = model.state_dict(), model.base_model_prefix
     renamed = {}
-    for key, read in found.items():
-        name, converter = rename_source_key(key, renamings, converters, prefix, meta)
-        if converter is not None and key not in meta:
+    for key, (name, is_made) in names_in_checkpoints(model, found).items():
+        if is_made:
             raise ModelError(
                 f"{key} must be put together with others, which held weights cannot; leave stored out"
             )
-        renamed[key if key in meta else name] = read
+        renamed[name] = found[key]
     return renamed
 
 
@@ -102,15 +95,9 @@ def _by_names_of(model: Any, found: Contents) -> Contents:
 def _safetensors(location: str | Path) -> Iterator[Contents]:
     """What is in the safetensors files of a folder or hub model."""
     from safetensors import safe_open
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-    index = cached_file(location, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    files = (
-        get_checkpoint_shard_files(location, index)[0]
-        if index
-        else [cached_file(location, "model.safetensors")]
-    )
     with ExitStack() as stack:
+        files = safetensors_files(location)
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         yield {key: _reader(file, key) for file in opened for key in file.keys()}  # noqa: SIM118
 
@@ -122,19 +109,12 @@ def _reader(file: Any, key: str) -> Callable[[], Content]:
 def _gguf(path: Path, model: Any) -> Contents:
     """What is in a GGUF file, by the names and in the order of rows of ``model``."""
     from gguf import GGUFReader
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
 
     reader = GGUFReader(path)
     architecture = str(reader.fields["general.architecture"].contents())
-    kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-    if kind.__name__ not in ROW_WISE:
+    processor, names = gguf_names(model, architecture)
+    if type(processor).__name__ not in ROW_WISE:
         raise ModelError(f"the weights of a {architecture} cannot be kept as they are; leave stored out")
-    processor = kind(config=model.config.to_dict())
-    names = get_gguf_hf_weights_map(model, processor)
     return {
         names[tensor.name]: partial(_read, path, tensor, processor)
         for tensor in reader.tensors

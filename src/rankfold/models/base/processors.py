@@ -6,14 +6,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from rankfold.compat import image_text_model, processor_class
 from rankfold.errors import ModelError
 
 
 def sees_images(config: Any) -> bool:
     """Whether transformers has an image-text-to-text model for this config."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
+    return image_text_model(config) and hasattr(config, "vision_config")
 
 
 def load_processor(location: str | Path, config: Any) -> Any:
@@ -21,13 +20,12 @@ def load_processor(location: str | Path, config: Any) -> Any:
 
     Raises ModelError if transformers knows none for this model."""
     import transformers
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     described, _ = transformers.ProcessorMixin.get_processor_dict(location)
     named = described.get("processor_class")
     kind = getattr(transformers, named, None) if isinstance(named, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.ProcessorMixin)):
-        kind = PROCESSOR_MAPPING.get(type(config), None)
+        kind = processor_class(config)
     if kind is None:
         raise ModelError(f"transformers has no processor for a model of type {config.model_type!r}")
     return without_video(kind).from_pretrained(location)

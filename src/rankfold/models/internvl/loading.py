@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfold.compat import name_special_tokens, tiling_image_processor
 from rankfold.errors import ModelError, bullet_list
 from rankfold.models.base.processors import without_video
 from rankfold.models.internvl.chat import IMAGE_TOKEN, IMAGE_TOKENS, chat_template
@@ -88,12 +89,10 @@ def load_original_processor(folder: Path, config: Any, tokenizer_folder: Path | 
 
 def image_processor_of(original: Mapping[str, Any], config: Any) -> Any:
     """What cuts images into tiles as the original config says, ``config`` being its native one."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
     chat = {**CHAT_DEFAULTS, **original}
     side = chat["force_image_size"] or config.vision_config.image_size[0]
     tiles = (chat["min_dynamic_patch"], chat["max_dynamic_patch"]) if chat["dynamic_image_size"] else (1, 1)
-    return GotOcr2ImageProcessorPil(
+    return tiling_image_processor(
         size={"height": side, "width": side},
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
@@ -118,7 +117,7 @@ def load_original_tokenizer(folder: Path) -> Any:
     if missing:
         raise ModelError(f"the tokenizer in {folder} lacks InternVL's tokens {', '.join(missing)}")
     # Given to the constructor they would be added where they are missing.
-    tokenizer._set_model_specific_special_tokens(IMAGE_TOKENS)
+    name_special_tokens(tokenizer, IMAGE_TOKENS)
     opening = tokenizer("x").input_ids[0] == tokenizer.bos_token_id
     tokenizer.chat_template = chat_template(opens_with_bos=bool(opening))
     return tokenizer

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rankfold.compat import is_compiled
 from rankfold.kernels.cross_entropy import CHUNK_LOGITS, LossForm, head_cross_entropy, linear_cross_entropy
 from rankfold.storage.layers import HeldLinear
 
@@ -84,9 +85,7 @@ def output_head(model: Any, inputs: dict[str, Tensor]) -> OutputHead | str:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "get_output_embeddings"):
         return "the model does not say which module is its output head"
-    if any(
-        getattr(part, "_compiled_call_impl", None) or hasattr(part, "_orig_mod") for part in (model, base)
-    ):
+    if is_compiled(model) or is_compiled(base):
         return "a compiled model is one graph from tokens to logits"
     module = base.get_output_embeddings()
     if model not in _heads or _heads[model][0] is not module:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.kernels.fused_linear import looked_into
+from rankfold.compat import looked_into
 from rankfold.kernels.rms_norm import rms_norm
 from rankfold.lora.layers.linear import FUSED_FROM
 from rankfold.models.running.same_code import same_code

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rankfold.compat import attention_of, sdpa
 from rankfold.kernels.rows_apart import Rows, attention_of_rows, rows_of
 
 NAME = "rankfold_rows_apart"
@@ -26,9 +27,8 @@ def attend_rows_apart(model: Any) -> str:
     Meant for CPUs; on a GPU transformers' own choice (flash or flex attention) knows the rows by itself.
     A model with attention that torch's kernel does not compute (soft-capped, with sinks) keeps its own."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
-    chosen = getattr(model.config, "_attn_implementation", None)
+    chosen = attention_of(model.config)
     if chosen == NAME:
         return ""
     if model.device.type != "cpu":
@@ -36,10 +36,10 @@ def attend_rows_apart(model: Any) -> str:
     if chosen != REPLACED:
         return f"the model computes its attention by {chosen}, which has no form for rows apart"
     AttentionInterface.register(NAME, rows_apart_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, sdpa()[1])
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation(NAME)
-    return "" if model.config._attn_implementation == NAME else "the model's attention cannot be replaced"
+    return "" if attention_of(model.config) == NAME else "the model's attention cannot be replaced"
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # the rows differ in every block, so there is no one program of it
@@ -49,11 +49,7 @@ def rows_apart_attention(
     """transformers' sdpa attention, row by row where ``attention_mask`` holds several rows apart."""
     rows = _rows_of(module, query, key, attention_mask, options)
     if rows is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **options
-        )
+        found: tuple[Tensor, None] = sdpa()[0](module, query, key, value, attention_mask, **options)
         return found
     dropout, scaling = options.get("dropout", 0.0), options.get("scaling")
     return attention_of_rows(query, key, value, rows, scaling, dropout), None
