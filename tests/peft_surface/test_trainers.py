@@ -31,11 +31,7 @@ CONFIG = {
     "target_modules": "all-linear",
     "task_type": "CAUSAL_LM",
 }
-QUIET = [
-    "ignore:.*pin_memory.*",  # no accelerator here
-    "ignore:.*scalar may lead to unexpected:UserWarning",
-]
-pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+pytestmark = pytest.mark.filterwarnings("ignore:.*scalar may lead to unexpected:UserWarning")
 
 
 class Rows(torch.utils.data.Dataset):
