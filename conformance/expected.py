@@ -44,6 +44,10 @@ DIFFERENCES = {
     r"multiple_adapters_with_trainable_token_indices": (
         "a tied head has no tokens of its own: it reads those of the embedding, also in what is saved"
     ),
+    r"mixed_adapter_batches_partly_overlapping": (
+        "the rows of an adapter are computed by themselves, which rounds otherwise than the whole batch; "
+        "without a seed the test's margin of 1e-5 is not always enough"
+    ),
     r"mixed_adapter_batches_lora_with_dora_raises": "DoRA adapters work in a mixed batch",
     r"(pissa|olora)_(rank|alpha)_pattern_and_rslora_raises": (
         "that conversion works: the scale of each layer is known here; the file means the same, which is "

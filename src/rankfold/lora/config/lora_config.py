@@ -266,7 +266,7 @@ class LoraConfig:
             mlx = "; it is mlx's: rankfold convert ADAPTER OUT --layout hf"
         if got is None and not mlx:
             raise AdapterError(
-                f"{where} is no adapter's: the {cls.__name__} config that is trying to be loaded is missing "
+                f"{where} is no adapter's. The {cls.__name__} config that is trying to be loaded is missing "
                 "required keys: {'peft_type'}."
             )
         if got != "LORA":
