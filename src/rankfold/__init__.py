@@ -17,7 +17,6 @@ _NAMES = {
     "lora.layers.registry": "register_layer",
     "lora.layers.factors": "LoraLayer",
     "lora.layers.variants": "MontecloraSampler",
-    "lora.layers.quantised": "requantising",
     "models.base.auto": (
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "

@@ -154,7 +154,6 @@ def test_another_base_of_the_same_form_is_refused_on_loading(tmp_path):
     ("options", "message"),
     [
         ({"init_lora_weights": "pissa", "target_modules": ["1"]}, "changes the base weight"),
-        ({"r": 7, "target_modules": ["1"]}, "rank 7 exceeds its smaller side, 6"),
         ({"modules_to_save": ["1"], "target_modules": ["0"]}, "1 .HeldLinear. holds weights in few bytes"),
         (
             {"trainable_token_indices": {"0": [1]}, "target_modules": ["1"]},
@@ -165,6 +164,11 @@ def test_another_base_of_the_same_form_is_refused_on_loading(tmp_path):
 def test_what_would_train_or_change_held_weights_is_refused_by_name(options, message):
     with pytest.raises((ConfigError, TargetError), match=message):
         get_peft_model(net("Q4_0"), LoraConfig(**CONFIG | options))
+
+
+def test_a_rank_beyond_a_held_weight_is_told_of():
+    with pytest.warns(UserWarning, match="rank exceeds.*\n.*1: rank 7 on a "):
+        get_peft_model(net("Q4_0"), LoraConfig(**CONFIG | {"r": 7, "target_modules": ["1"]}))
 
 
 def test_half_precision_bases_get_float32_factors():

@@ -57,6 +57,8 @@ class AdapterLayer(nn.Module):
     # The class that this one was mixed from, and what it was made of (see ``mixed_class``).
     mixed_from: ClassVar[tuple[Any, ...] | None] = None
     quantization_backend: ClassVar[str | None] = None
+    # The share of a merged update that the layer's storage has no room for.
+    update_missed: float = 0.0
 
     merged_adapters: list[str]
     applied: tuple[str, ...]

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.kernels.frozen import FrozenMatrix
-from rankfold.lora.layers.base import AdapterSpec
 from rankfold.lora.layers.embedding import LoraEmbedding
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.linear import FUSED_CLASSES, FusedUpdates, LoraLinear
@@ -26,11 +24,6 @@ class HeldUpdates(HeldLayer, LoraLayer):
     """The low-rank updates of a layer with a held weight.
 
     DoRA takes its norms from the expanded weight, which it makes in every call."""
-
-    @classmethod
-    def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        found, size = super().problems(layer, spec), min(cast(HeldLayer, layer).shape)
-        return [*found, f"rank {spec.rank} exceeds its smaller side, {size}"] if spec.rank > size else found
 
     def base_weight(self) -> Tensor:
         return self.expanded_weight()

@@ -1,8 +1,7 @@
 """LoRA for weights that a library keeps in 8 or 4 bits: bitsandbytes' linear layers, torchao's tensors.
 
-A merged weight does not fit such a layer: rounded to its few bits again it misses the update by a good
-part of it, often by all of it.  So a merge is refused, and there are two ways round: ``dequantise`` the
-layers first, after which merging is exact, or merge inside ``requantising()``, which says what was lost.
+A merged weight does not fit such a layer: rounded to its few bits again it misses a part of the update, which
+is told.  After ``dequantise`` merging is exact.
 
 bitsandbytes is looked up where it is used only; a layer of its own classes is there to prove it loaded."""
 
@@ -10,10 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -34,30 +30,6 @@ EXTRAS = (
     "support_avx512bf16_for_cpu",
 )
 
-_losses: ContextVar[dict[str, float] | None] = ContextVar("_losses", default=None)
-
-
-@contextmanager
-def requantising() -> Iterator[None]:
-    """Within the block quantised layers may be merged: the merged weight is rounded to their bits again.
-
-    Warns at the end how many layers that were, and by how much the rounding misses the adapter's update at
-    most, as a share of that update.  ``unmerge_adapter`` gives back the exact bits all the same.  What was
-    merged so once may be merged again without asking, as ``disable_adapter`` does."""
-    losses: dict[str, float] = {}
-    token = _losses.set(losses)
-    try:
-        yield
-    finally:
-        _losses.reset(token)
-        if losses:
-            worst = max(losses, key=lambda target: losses[target])
-            warnings.warn(
-                f"{len(losses)} quantised layers were merged and rounded again, which misses up to "
-                f"{losses[worst]:.0%} of the adapter's update ({worst}); dequantise(model) merges exactly",
-                stacklevel=3,
-            )
-
 
 class QuantisedUpdates(LinearUpdates):
     """The low-rank updates of a linear layer with a quantised weight.
@@ -66,25 +38,16 @@ class QuantisedUpdates(LinearUpdates):
     the dtype of the base part.  It is a tensor of its own: bitsandbytes' output may be a view.
     DoRA takes its norms from the dequantised weight, which it makes in every call, as PEFT does."""
 
-    added: ClassVar[tuple[str, ...]] = ("_rounds", *LinearUpdates.added)
-
-    _rounds: bool  # whether a merge may round the weight without asking
-
-    def start(self) -> None:
-        super().start()
-        self.__dict__["_rounds"] = False
+    added: ClassVar[tuple[str, ...]] = ("update_missed", *LinearUpdates.added)
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
         found = super().problems(layer, spec)
         weight, start = cast(Tensor, layer.weight), spec.config.init_lora_weights
-        size = min(cast(int, layer.in_features), cast(int, layer.out_features))
         if getattr(weight, "quant_state", None) is None and weight.dtype != torch.int8:
             found.append('its weight is not quantised yet; model.to("cpu") or another device does that')
         if changes_base(start):
             found.append(f"init_lora_weights={start!r} changes the base weight, and this one is quantised")
-        if spec.rank > size:
-            found.append(f"rank {spec.rank} exceeds its smaller side, {size}")
         return found
 
     def updated(self, name: str, x: Tensor, out: Tensor) -> Tensor:
@@ -110,15 +73,7 @@ class QuantisedUpdates(LinearUpdates):
         )
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
-        """As the base class says; raises MergeError outside of ``requantising()``, too."""
-        weight = self.requantised(self.merged_weight(names), names)
-        if _losses.get() is None and not self._rounds:
-            raise MergeError(
-                f"its weight is quantised, and rounding the merged one again would miss "
-                f"{self._missed(names, weight):.0%} of the update; dequantise(model) first for an exact "
-                "merge, or merge within requantising()"
-            )
-        return self.with_bias(names, weight)
+        return self.with_bias(names, self.requantised(self.merged_weight(names), names))
 
     def _missed(self, names: Collection[str], weight: Tensor) -> float:
         """How far ``weight``, merged and rounded, is from the exact sum, as a share of the update."""
@@ -136,11 +91,9 @@ class QuantisedUpdates(LinearUpdates):
         keep: bool,
         shared: Collection[int] = (),
     ) -> None:
-        losses, original = _losses.get(), self.whole_weight()
-        if losses is not None:
-            losses[self.specs[next(iter(names))].target] = self._missed(names, values["weight"])
+        original = self.whole_weight()
+        self.__dict__["update_missed"] = self._missed(names, values["weight"])
         super().store_merged(names, values, keep=keep, shared=shared)
-        self.__dict__["_rounds"] = True
         if keep:
             self._originals["weight"] = original
 
@@ -243,7 +196,7 @@ def to_float(layer: nn.Linear, dtype: torch.dtype) -> None:
         layer.bias.data = layer.bias.data.to(dtype)
     if not _is_bitsandbytes(layer):
         return
-    for name in ("_rounds", *EXTRAS):
+    for name in ("update_missed", *EXTRAS):
         layer.__dict__.pop(name, None)
     if isinstance(layer, QuantisedUpdates):
         become(layer, LoraLinear)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 
-from rankfold.errors import MergeError, bullet_list
+from rankfold.errors import MergeError, RankfoldWarning, bullet_list
 from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.registry import adapter_layers, base_modules, restore
 
@@ -27,6 +28,7 @@ def merge(model: nn.Module, names: Collection[str], *, keep: bool = True) -> Non
     shared = _shared_parameters(model)
     for path, layer in layers.items():
         layer.remerge(wanted[path], keep=keep, shared=shared)
+    _tell_of_rounding({path: layer.update_missed for path, layer in layers.items() if layer.update_missed})
 
 
 def unmerge(model: nn.Module) -> None:
@@ -64,6 +66,17 @@ def _check(layers: Mapping[str, AdapterLayer], wanted: Mapping[str, list[str]]) 
             problems.append(f"{path}: {error}")
     if problems:
         raise MergeError(bullet_list("nothing was merged:", problems))
+
+
+def _tell_of_rounding(missed: Mapping[str, float]) -> None:
+    if missed:
+        worst = max(missed, key=lambda path: missed[path])
+        warnings.warn(
+            f"{len(missed)} quantised layers were merged and rounded again (rounding errors), which misses "
+            f"up to {missed[worst]:.0%} of the adapter's update ({worst}); dequantise(model) merges exactly",
+            RankfoldWarning,
+            stacklevel=5,
+        )
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -41,6 +41,7 @@ from rankfold.lora.placing.targets import (
     shortest_list,
 )
 from rankfold.lora.placing.ties import find_heads, place_heads, spelt_with_leaders, with_leaders
+from rankfold.storage.layers import HeldLayer
 
 
 @dataclass(frozen=True)
@@ -168,16 +169,23 @@ def _tell_large_ranks(targets: Mapping[str, nn.Module], config: LoraConfig) -> N
     """Warn where a rank is larger than the weight's dimensions, so that a smaller one would say the same."""
     too_large = []
     for name, module in targets.items():
-        rank, own = rank_of(name, config), module._parameters
-        weight = own["in_proj_weight"] if "in_proj_weight" in own else getattr(module, "weight", None)
-        # A 4-bit weight (which has a quant_state) may be stored as floats, but not in its own shape.
-        if isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(weight, "quant_state"):
-            rows, columns = weight.shape[0], weight.shape[1:].numel() * getattr(module, "groups", 1)
-            if rank > min(rows, columns):
-                too_large.append(f"{name}: rank {rank} on a {rows}x{columns} weight")
+        rank, (rows, columns) = rank_of(name, config), _matrix_of(module)
+        if rank > min(rows, columns):
+            too_large.append(f"{name}: rank {rank} on a {rows}x{columns} weight")
     if too_large:
         headline = "the rank exceeds what these weights can hold, and costs more than it can bring:"
         warnings.warn(bullet_list(headline, too_large, shown=3), stacklevel=5)
+
+
+def _matrix_of(module: nn.Module) -> Sequence[int]:
+    """The rows and columns of the weight that an adapter is added to, taken as a matrix."""
+    if isinstance(module, HeldLayer):
+        return module.shape
+    if isinstance(module, nn.Linear):  # whose weight may be stored in another shape
+        return module.out_features, module.in_features
+    name = "in_proj_weight" if "in_proj_weight" in module._parameters else "weight"
+    weight = cast(Tensor, getattr(module, name))
+    return weight.shape[0], weight.shape[1:].numel() * cast(int, getattr(module, "groups", 1))
 
 
 def _tell_running_statistics(modules: Mapping[str, nn.Module], others: NonLoraParams) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from rankfold.errors import AdapterError, ModelError, bullet_list
 from rankfold.lora import LoraConfig
 from rankfold.lora.config.lora_config import changes_base
+from rankfold.lora.files.lora_weights import Pair, of_rank, padded, pair_of, pair_tensors, sorted_out
 from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.placing.targets import shortest_list
-from rankfold.models.adapters.lora_weights import Pair, padded, pair_of, pair_tensors, sorted_out
-from rankfold.models.internvl.factors import join_pairs, of_rank, split_pair
+from rankfold.models.internvl.factors import join_pairs, split_pair
 from rankfold.models.internvl.names import Layout
 from rankfold.models.internvl.weights import to_native, to_original
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import AdapterError
-from rankfold.models.adapters.lora_weights import Pair
+from rankfold.lora.files.lora_weights import Pair
 from rankfold.models.internvl.groups import Groups
 
 
@@ -75,19 +75,3 @@ def _joined_rows(pairs: Sequence[Pair | None], groups: Groups) -> dict[str, Tens
         ]
         joined[key] = groups.join(parts[0], parts[1], parts[2])
     return joined
-
-
-def of_rank(pair: Pair, rank: int) -> tuple[Pair, float]:
-    """The nearest pair of ``rank``, and its error: what is lost of ``B @ A`` by Frobenius norm, relative.
-
-    By the singular values of the core between the factors' QR forms, in float64 (Eckart & Young 1936)."""
-    if rank >= pair.rank:
-        return pair, 0.0
-    left, right = torch.linalg.qr(pair.B.double()), torch.linalg.qr(pair.A.double().T)
-    u, s, vt = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    whole = float(s.square().sum())
-    error = (float(s[rank:].square().sum()) / whole) ** 0.5 if whole else 0.0
-    root = s[:rank].sqrt()
-    b = (left.Q @ (u[:, :rank] * root)).to(pair.B.dtype)
-    a = ((root[:, None] * vt[:rank]) @ right.Q.T).to(pair.A.dtype)
-    return replace(pair, A=a.contiguous(), B=b.contiguous()), error

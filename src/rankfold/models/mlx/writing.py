@@ -19,7 +19,7 @@ from rankfold.errors import AdapterError, OutputError, bullet_list
 from rankfold.files import write_whole
 from rankfold.lora import LoraConfig
 from rankfold.lora.config.lora_config import CONFIG_NAME, changes_base
-from rankfold.models.adapters.lora_weights import Pair, is_embedding, padded, pair_of, sorted_out
+from rankfold.lora.files.lora_weights import Pair, is_embedding, padded, pair_of, sorted_out
 from rankfold.models.adapters.metadata import AdapterMetadata
 from rankfold.models.mlx.layout import MAGNITUDE, MLX_WEIGHTS, RECORD, MlxBase, Unpacked
 

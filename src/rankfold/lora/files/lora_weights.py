@@ -1,4 +1,4 @@
-"""The low-rank pair of each module, as it stands in an adapter's file."""
+"""The low-rank pair of each module as it stands in an adapter's file, and what can be done with it there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import AdapterError
-from rankfold.lora import LoraConfig
+from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.placing.targets import alpha_of
 
@@ -84,3 +84,19 @@ def padded(pair: Pair, rank: int) -> Pair:
     a = torch.cat([pair.A, pair.A.new_zeros(more, pair.A.shape[1])])
     b = torch.cat([pair.B, pair.B.new_zeros(pair.B.shape[0], more)], 1)
     return replace(pair, A=a, B=b)
+
+
+def of_rank(pair: Pair, rank: int) -> tuple[Pair, float]:
+    """The nearest pair of ``rank``, and its error: what is lost of ``B @ A`` by Frobenius norm, relative.
+
+    By the singular values of the core between the factors' QR forms, in float64 (Eckart & Young 1936)."""
+    if rank >= pair.rank:
+        return pair, 0.0
+    left, right = torch.linalg.qr(pair.B.double()), torch.linalg.qr(pair.A.double().T)
+    u, s, vt = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    whole = float(s.square().sum())
+    error = (float(s[rank:].square().sum()) / whole) ** 0.5 if whole else 0.0
+    root = s[:rank].sqrt()
+    b = (left.Q @ (u[:, :rank] * root)).to(pair.B.dtype)
+    a = ((root[:, None] * vt[:rank]) @ right.Q.T).to(pair.A.dtype)
+    return replace(pair, A=a.contiguous(), B=b.contiguous()), error
