@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ def test_no_two_rooms_import_each_other():
     may_import = rules()
     for room, allowed in may_import.items():
         assert not {other for other in allowed - LEAVES if room in may_import[other]}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """By what a module imports when it is imported itself."""
+    names = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in FILES}
+    graph = {}
+    for name, path in names.items():
+        found = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        inside = {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+        graph[name] = ({node.module for node in found} | inside) & names.keys()
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
 def test_every_room_has_its_rule():

@@ -78,3 +78,8 @@ def is_quick(pattern: str) -> bool:
     key = pattern.removeprefix(r"(.*\.)?")
     rest, runs = RUN.subn("", key)
     return runs <= MAX_RUNS and not QUANTIFIERS.search(rest)
+
+
+def is_named(entry: str, path: str) -> bool:
+    """Whether ``entry`` is ``path`` or its dotted ending."""
+    return path == entry or path.endswith(f".{entry}")

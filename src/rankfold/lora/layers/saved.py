@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.lora.config.lora_config import LoraConfig, TaskType
+from rankfold.lora.config.patterns import is_named
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, AuxiliaryLayer
 from rankfold.lora.layers.registry import adapt, base_modules, restore
 from rankfold.storage.layers import held_layers
@@ -147,7 +148,7 @@ def find_saved(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for path, module in base_modules(model) if entries else ():
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if path and not inside and any(names(entry, path) for entry in entries):
+        if path and not inside and any(is_named(entry, path) for entry in entries):
             found[path] = module
     return found
 
@@ -165,18 +166,13 @@ def find_ties(model: nn.Module, found: Mapping[str, nn.Module]) -> dict[str, str
     return ties
 
 
-def names(entry: str, path: str) -> bool:
-    """Whether ``entry`` is ``path`` or its dotted ending."""
-    return path == entry or path.endswith(f".{entry}")
-
-
 def idle_entries(found: Collection[str], config: LoraConfig) -> list[str]:
     """A text for each entry of ``modules_to_save`` that no module answers to; heads of the task may lack."""
     optional = TASK_MODULES.get(str(config.task_type), ())
     return [
         f"modules_to_save names {entry!r}, and no module is called that"
         for entry in dict.fromkeys(config.modules_to_save or ())
-        if entry not in optional and not any(names(entry, path) for path in found)
+        if entry not in optional and not any(is_named(entry, path) for path in found)
     ]
 
 

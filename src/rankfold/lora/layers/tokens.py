@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.patterns import is_named
 from rankfold.lora.layers.base import HALF_DTYPES, AdapterLayer, AuxiliaryLayer, cast_merged
 from rankfold.lora.layers.registry import adapt, base_modules
-from rankfold.lora.layers.saved import names as is_named
 
 INPUT_NAME = "embed_tokens"  # the input embedding of a model that cannot say which one it is; PEFT's default
 

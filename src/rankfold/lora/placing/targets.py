@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rankfold.errors import ConfigError, NoMatchError, RankfoldWarning, TargetError, bullet_list, nearest
 from rankfold.lora.config.lora_config import LoraConfig, TaskType
+from rankfold.lora.config.patterns import is_named
 from rankfold.lora.layers.registry import base_modules
 
 ALL_LINEAR = "all-linear"
@@ -299,7 +300,7 @@ def _shown(entries: Collection[str] | str) -> str:
 
 
 def _example_pattern(word: str, names: list[str]) -> str:
-    ending = next((n for n in names if n == word or n.endswith(f".{word}")), None)
+    ending = next((n for n in names if is_named(word, n)), None)
     return repr(rf".*\.{word}" if ending and ending != word else ".*_proj")
 
 

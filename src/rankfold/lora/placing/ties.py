@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from rankfold.errors import AdapterError, TargetError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.patterns import is_named
 from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec
 from rankfold.lora.layers.embedding import LoraEmbedding
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.linear import LoraLinear
 from rankfold.lora.layers.registry import adapt, adapter_layers, base_modules
-from rankfold.lora.layers.saved import names as is_named
 from rankfold.lora.placing.targets import alpha_of, rank_of
 
 FACTOR_KEYS = ("lora_A.weight", "lora_B.weight")

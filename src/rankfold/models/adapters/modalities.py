@@ -12,6 +12,7 @@ from torch import nn
 
 from rankfold.errors import ConfigError, TargetError, bullet_list, nearest
 from rankfold.lora import LoraConfig
+from rankfold.lora.config.patterns import is_named
 from rankfold.lora.layers.registry import base_modules
 from rankfold.lora.placing.targets import find_targets, module_names, shortest_list
 from rankfold.settings import split_at_commas
@@ -97,7 +98,8 @@ def adapter_scope(
     config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
     everywhere = find_targets(model, config)
     found = [name for name in everywhere if parts.part_of(name) in adapted and not _inside(name, saved)]
-    unmatched = [] if isinstance(targets, str) else [entry for entry in targets if not _meant(entry, found)]
+    entries = [] if isinstance(targets, str) else targets
+    unmatched = [entry for entry in entries if not any(is_named(entry, name) for name in found)]
     if unmatched or not found:
         raise TargetError(_nothing_there(unmatched or [str(targets)], adapted, everywhere, parts))
     names = module_names(model)
@@ -133,7 +135,7 @@ def _check_parts(train: Sequence[str], whole: Collection[str], parts: ModelParts
 def _nothing_there(
     entries: Sequence[str], adapted: Sequence[Part], everywhere: Sequence[str], parts: ModelParts
 ) -> str:
-    elsewhere = [name for name in everywhere if any(_meant(entry, [name]) for entry in entries)] or everywhere
+    elsewhere = [name for name in everywhere if any(is_named(entry, name) for entry in entries)] or everywhere
     places = {IN_WORDS.get(str(parts.part_of(name)), "head") for name in elsewhere}
     where = " and ".join(IN_WORDS[part] for part in adapted)
     return (
@@ -157,12 +159,8 @@ def _inside(name: str, modules: Collection[str]) -> bool:
     return any(not module or name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def _meant(entry: str, found: Sequence[str]) -> bool:
-    return any(name == entry or name.endswith(f".{entry}") for name in found)
-
-
 def _short_name(name: str, names: Sequence[str]) -> str:
     """The shortest dotted ending of ``name`` that is no other module's."""
     parts = name.split(".")
     endings = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-    return next((e for e in endings if sum(_meant(e, [other]) for other in names) == 1), name)
+    return next((e for e in endings if sum(is_named(e, other) for other in names) == 1), name)

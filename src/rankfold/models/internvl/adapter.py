@@ -13,6 +13,7 @@ from torch import Tensor
 from rankfold.errors import AdapterError, ModelError, bullet_list
 from rankfold.lora import LoraConfig
 from rankfold.lora.config.lora_config import changes_base
+from rankfold.lora.config.patterns import is_named
 from rankfold.lora.files.lora_weights import Pair, of_rank, padded, pair_of, pair_tensors, sorted_out
 from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.placing.targets import shortest_list
@@ -182,7 +183,7 @@ def _saved_modules(config: LoraConfig, saved: Collection[str], layout: Layout, b
     for path in saved:
         parts = path.split(".")
         owners = [".".join(parts[:end]) for end in range(1, len(parts))]
-        owner = next((o for o in owners if any(o == e or o.endswith(f".{e}") for e in entries)), None)
+        owner = next((o for o in owners if any(is_named(e, o) for e in entries)), None)
         if owner in containers:
             found.append(containers[owner])
         elif owner is not None:
