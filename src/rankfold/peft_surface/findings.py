@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from rankfold.errors import RankfoldWarning
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.adapter_reader import AdapterSource
 from rankfold.lora.layers.packed import numbers_not_shown
+from rankfold.lora.layers.registry import base_modules
 
 PREFIX_OF_TENSORS = "lora_"
 
@@ -20,6 +21,32 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters) + numbers_not_shown(model)
     return sum(p.numel() for p in parameters if p.requires_grad), total
+
+
+def buffer_versions(model: nn.Module) -> dict[str, int]:
+    """How often each buffer of the base that a state dict holds was written to; running statistics apart,
+    of which is told before."""
+    return {
+        f"{path}.{name}": buffer._version
+        for path, module in base_modules(model)
+        if not getattr(module, "track_running_stats", False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set and not buffer.is_inference()
+    }
+
+
+def warn_of_changed_buffers(before: Mapping[str, int], model: nn.Module) -> None:
+    """Warn of buffers that were written to since ``before``, which no adapter's file holds."""
+    now = buffer_versions(model)
+    changed = [name for name, version in now.items() if version > before.get(name, version)]
+    if changed:
+        warnings.warn(
+            f"{len(changed)} buffers of the base have changed since the adapter was put on it "
+            f"({', '.join(changed[:3])}), and are no part of what is saved: on the base as it was the "
+            "adapter will compute something else; name their modules in modules_to_save to save them with it",
+            RankfoldWarning,
+            stacklevel=4,
+        )
 
 
 def read_config(source: AdapterSource, is_trainable: bool) -> LoraConfig:

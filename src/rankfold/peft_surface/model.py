@@ -12,12 +12,17 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from rankfold.errors import ConfigError
+from rankfold.errors import ConfigError, nearest
 from rankfold.lora.config.lora_config import LoraConfig, PeftType
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, LoadOptions, LoadResult
 from rankfold.peft_surface.card import push_to_hub, write_card
-from rankfold.peft_surface.findings import count_parameters, read_config, warn_of_name
+from rankfold.peft_surface.findings import (
+    count_parameters,
+    read_config,
+    warn_of_changed_buffers,
+    warn_of_name,
+)
 from rankfold.peft_surface.saving_and_loading import load_onto, save_from
 from rankfold.peft_surface.stand_in import class_seen, recognise
 from rankfold.peft_surface.tuner import LoraModel
@@ -27,7 +32,8 @@ class PeftModel(nn.Module):
     """A model whose chosen layers carry named LoRA adapters; everything else is frozen.
 
     The layers are adapted in place: the model passed in is the one inside (``get_base_model``).
-    Attributes that are not found here are looked up on that model."""
+    Attributes that are not found here are looked up on ``LoraModel``, which merges and unloads, and then on
+    that model."""
 
     # transformers' Trainer asks this before it trains a quantised model: adapters are on it.
     _hf_peft_config_loaded = True
@@ -65,8 +71,8 @@ class PeftModel(nn.Module):
 
     @property
     def __class__(self) -> type:
-        """What ``isinstance`` is told: this class, and PEFT's of the same name where that library is in "
-        "use."""
+        """What ``isinstance`` is told: this class, and PEFT's of the same name where that library is in
+        use."""
         return class_seen(type(self), self.__dict__.get("_modules", {}).get("base_model"))
 
     @__class__.setter
@@ -82,7 +88,14 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
-        return getattr(self.base_model, name)
+        try:
+            return getattr(self.base_model, name)
+        except AttributeError as error:
+            own = nearest(name, {word for word in (*dir(PeftModel), *dir(LoraModel)) if word[0] != "_"})
+            inner = type(self.get_base_model()).__name__
+            raise AttributeError(
+                f"neither the PeftModel nor the {inner} inside has an attribute {name!r}{own}"
+            ) from error
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._enable_peft_forward_hooks(*args, **kwargs):
@@ -94,8 +107,8 @@ class PeftModel(nn.Module):
             yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate``, under the ``generation_config`` that was set on the wrapper, "
-        "if any."""
+        """The base model's ``generate``, under the ``generation_config`` that was set on the wrapper,
+        if any."""
         own = self.__dict__.get("generation_config")
         if own is not None:
             kwargs.setdefault("generation_config", own)
@@ -268,6 +281,7 @@ class PeftModel(nn.Module):
             return
         if state_dict is None and "state_dict" in vars(self):  # exchanged on the object, as some trainers do
             state_dict = self.state_dict()
+        warn_of_changed_buffers(self.base_model.buffer_versions, self.get_base_model())
         initial = path_initial_model_for_weight_conversion
         save_from(
             self.base_model,
@@ -285,8 +299,8 @@ class PeftModel(nn.Module):
         write_card(Path(output_dir), self.get_base_model(), causal=type(self).__name__.endswith("CausalLM"))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Save into a repository of the hub; ``options`` are words of ``HfApi.create_repo`` and "
-        "``save_pretrained``."""
+        """Save into a repository of the hub; ``options`` are words of ``HfApi.create_repo`` and
+        ``save_pretrained``."""
         return push_to_hub(self, repo_id, **options)
 
     @contextmanager
@@ -298,22 +312,6 @@ class PeftModel(nn.Module):
                 yield
         finally:
             self._adapters_disabled = before
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """``LoraModel.merge_and_unload``."""
-        return self.base_model.merge_and_unload(*args, **kwargs)
-
-    def unload(self) -> nn.Module:
-        """Drop all adapters and return the base model as it was."""
-        return self.base_model.unload()
-
-    def merge_adapter(self, adapter_names: Collection[str] | None = None, safe_merge: bool = False) -> None:
-        """``LoraModel.merge_adapter``."""
-        self.base_model.merge_adapter(adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """``LoraModel.unmerge_adapter``."""
-        self.base_model.unmerge_adapter()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let the embeddings' output need gradients: recomputed blocks get none to hand on otherwise."""

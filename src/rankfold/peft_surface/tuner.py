@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import ConfigError, MergeError, nearest
+from rankfold.errors import ConfigError, MergeError
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, LoadResult
@@ -34,7 +34,12 @@ from rankfold.lora.placing.placement import (
 from rankfold.lora.placing.replication import end_replication, replicated
 from rankfold.lora.placing.targets import USUAL_TARGETS, is_target
 from rankfold.lora.placing.transformer_encoder import pack_without_grad
-from rankfold.peft_surface.findings import PREFIX_OF_TENSORS, ties_ended, warn_of_starts_together
+from rankfold.peft_surface.findings import (
+    PREFIX_OF_TENSORS,
+    buffer_versions,
+    ties_ended,
+    warn_of_starts_together,
+)
 from rankfold.peft_surface.mixed_batch import BASE, mixed_batch
 from rankfold.peft_surface.saving_and_loading import load_onto
 from rankfold.peft_surface.weighted import Combination, add_weighted_adapter
@@ -71,6 +76,7 @@ class LoraModel(nn.Module):
         self.adapter_metadata: dict[str, AdapterMetadata] = {}
         self.targeted_module_names: list[str] = []
         self._active = [adapter_name]
+        self.buffer_versions = buffer_versions(model)
         known = vars(model).get(WORD)
         if known:
             warnings.warn(
@@ -102,7 +108,7 @@ class LoraModel(nn.Module):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.model, self.widen = model, True
-        self.adapter_metadata, self.targeted_module_names = {}, []
+        self.adapter_metadata, self.targeted_module_names, self.buffer_versions = {}, [], {}
         self._active = next((layer.active_adapters for _, layer in adapter_layers(model)), [])
         return self
 
@@ -115,11 +121,8 @@ class LoraModel(nn.Module):
         try:
             return getattr(self.model, name)
         except AttributeError as error:
-            own = [word for word in dir(LoraModel) if not word.startswith("_")]
-            raise AttributeError(
-                f"neither the adapters' wrapper nor the {type(self.model).__name__} inside has an attribute "
-                f"{name!r}{nearest(name, own)}"
-            ) from error
+            inner = type(self.model).__name__
+            raise AttributeError(f"neither LoraModel nor the {inner} inside has {name!r}") from error
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -197,8 +200,8 @@ class LoraModel(nn.Module):
         self._settle(() if inference_mode else names)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Drop an adapter; of the last one nothing stays on the layers.  Raises MergeError while it is "
-        "merged."""
+        """Drop an adapter; of the last one nothing stays on the layers.  Raises MergeError while it is
+        merged."""
         self.check_known([adapter_name])
         if any(adapter_name in layer.merged_adapters for _, layer in adapter_layers(self.model)):
             raise MergeError(

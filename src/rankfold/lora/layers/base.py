@@ -284,8 +284,8 @@ class AdapterLayer(nn.Module):
 
 
 class AuxiliaryLayer(AdapterLayer):
-    """A layer of which an adapter trains more than low-rank factors: the whole of it, or rows of its "
-    "weight."""
+    """A layer of which an adapter trains more than low-rank factors: the whole of it, or rows of its
+    weight."""
 
     @property
     def _adapters(self) -> list[str]:

@@ -106,10 +106,10 @@ def _idle(
             f"You have passed exclude_modules={_shown(config.exclude_modules)} but no modules were excluded. "
             "Please check that exclude_modules was set correctly."
         )
-    return [*said, *_idle_limits([*targets, *parameters], wanted, config)]
+    return [*said, *_idle_limits([*targets, *parameters], config)]
 
 
-def _idle_limits(found: list[str], wanted: Set[str] | str, config: LoraConfig) -> list[str]:
+def _idle_limits(found: list[str], config: LoraConfig) -> list[str]:
     """The patterns and layer numbers that no target in ``found`` answers to."""
     said = []
     for field in ("rank_pattern", "alpha_pattern"):
@@ -121,7 +121,7 @@ def _idle_limits(found: list[str], wanted: Set[str] | str, config: LoraConfig) -
             )
     layers = config.layers_to_transform
     for layer in {*layers} if isinstance(layers, (list, tuple)) else () if layers is None else {layers}:
-        if not any(is_target(name, wanted, replace(config, layers_to_transform=[layer])) for name in found):
+        if not any(_in_chosen_layer(name, replace(config, layers_to_transform=[layer])) for name in found):
             said.append(f"layers_to_transform: no target is in layer {layer}")
     return said
 
