@@ -41,6 +41,7 @@ def loss_and_gradients(wrapped, lengths):
     return loss.item(), {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_loss_and_gradients_for_rows_of_any_length():
     plain, compiled = model(), model()
     compile_layers(compiled)

@@ -12,6 +12,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from functools import cache
+from types import CodeType
 
 from torch import nn
 
@@ -47,12 +48,21 @@ def weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
     for ancestor in kind.__mro__:
         if ancestor.__module__.partition(".")[0] == "torch" or not issubclass(ancestor, nn.Module):
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(ancestor)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        found.update(_reads(tree))
+        for name, member in vars(ancestor).items():
+            method = inspect.unwrap(member) if callable(member) else None
+            if name not in NOT_IN_A_FORWARD and _says_weight(getattr(method, "__code__", None)):
+                try:
+                    found.update(_reads(ast.parse(textwrap.dedent(inspect.getsource(method)))))  # type: ignore[arg-type]
+                except (OSError, TypeError, SyntaxError):
+                    continue
     return frozenset(found)
+
+
+def _says_weight(code: object) -> bool:
+    """Whether the name stands in a function or in one inside it: few do, and sources are slow to read."""
+    if not isinstance(code, CodeType):
+        return False
+    return "weight" in code.co_names or any(_says_weight(inner) for inner in code.co_consts)
 
 
 def _reads(tree: ast.AST) -> Iterator[str]:
@@ -61,20 +71,17 @@ def _reads(tree: ast.AST) -> Iterator[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr in ABOUT_A_TENSOR
     }
-    for method in ast.walk(tree):
-        if not isinstance(method, ast.FunctionDef) or method.name in NOT_IN_A_FORWARD:
-            continue
-        checked = {
-            id(argument)
-            for node in ast.walk(method)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
-            for argument in node.args
-        }
-        for node in ast.walk(method):
-            is_weight = isinstance(node, ast.Attribute) and node.attr == "weight"
-            computes = is_weight and id(node) not in about | checked and isinstance(node.ctx, ast.Load)  # type: ignore[attr-defined]
-            if computes and (name := _below_self(node.value)) is not None:  # type: ignore[attr-defined]
-                yield name
+    checked = {
+        id(argument)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+        for argument in node.args
+    }
+    for node in ast.walk(tree):
+        is_weight = isinstance(node, ast.Attribute) and node.attr == "weight"
+        computes = is_weight and id(node) not in about | checked and isinstance(node.ctx, ast.Load)  # type: ignore[attr-defined]
+        if computes and (name := _below_self(node.value)) is not None:  # type: ignore[attr-defined]
+            yield name
 
 
 def _below_self(node: ast.expr) -> str | None:
