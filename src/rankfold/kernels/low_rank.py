@@ -24,8 +24,13 @@ def add_low_rank_update(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, 
     if not alike or out.dim() == 1 or out.is_nested or isinstance(scale, Tensor):
         return out + low_rank_update(x, lora_a, lora_b, scale).to(out.dtype)
     narrow = F.linear(x, lora_a)
-    if out.dim() == 2:  # noqa: PLR2004 - a view costs a small layer as much as a product
-        return torch.addmm(out, narrow, lora_b.t(), alpha=scale)
+    if out.dim() == 2:  # noqa: PLR2004 - a view costs a small layer as much as a product, a factor half of one
+        columns = lora_b.t()
+        return (
+            torch.addmm(out, narrow, columns)
+            if scale == 1
+            else torch.addmm(out, narrow, columns, alpha=scale)
+        )
     total = torch.addmm(out.flatten(0, -2), narrow.flatten(0, -2), lora_b.t(), alpha=scale)
     return total.view(out.shape)
 

@@ -172,8 +172,9 @@ def test_dora_changes_nothing_at_first_and_is_the_dense_formula_and_exact_when_d
         layer(x).double(), x @ dense.T.float() + layer.bias, rtol=1e-4, atol=1e-4, check_dtype=False
     )
     expected = model(x)
-    with pytest.raises(MergeError, match=r"0: .*miss \d+% of the update"):
+    with pytest.warns(UserWarning, match="rounded again"):
         model.merge_adapter()
+    model.unmerge_adapter()
     plain = dequantise(model).merge_and_unload()
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
 

@@ -389,10 +389,12 @@ class LoraLayer(ResidualBase):
 
 def linear_factor(in_features: int, out_features: int, *, bias: bool = False) -> nn.Linear:
     """``nn.Linear(in_features, out_features, bias)`` with the same random draws, made faster."""
-    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer = nn.Linear.__new__(nn.Linear)  # whose own start would be drawn and thrown away
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = in_features, out_features
     weight = torch.empty(out_features, in_features)
     draw_kaiming(weight)
-    layer._parameters["weight"] = nn.Parameter(weight)
+    layer._parameters.update(weight=nn.Parameter(weight), bias=None)
     if bias:
         bound = in_features**-0.5
         layer._parameters["bias"] = nn.Parameter(torch.empty(out_features).uniform_(-bound, bound))
