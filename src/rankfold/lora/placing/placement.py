@@ -339,4 +339,5 @@ def activate(model: nn.Module, names: Collection[str], *, trained: Collection[st
     """Make ``names`` the active adapters of ``model``, and ``trained`` the ones that are trained."""
     for _, layer in adapter_layers(model):
         layer.set_adapter(names, inference_mode=True)
-        layer.set_requires_grad(trained, True)
+        if trained:
+            layer.set_requires_grad(trained)

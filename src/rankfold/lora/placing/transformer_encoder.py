@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rankfold.lora.layers.base import AdapterLayer
+from rankfold.lora.layers.registry import base_modules
 
 
 class WithoutGrad:
@@ -27,7 +28,7 @@ WITHOUT_GRAD = WithoutGrad()
 def pack_without_grad(model: nn.Module) -> None:
     """Let encoders around adapted layers pack batches only where no gradient is kept; give those without
     adapted layers their own choice back."""
-    for encoder in model.modules():
+    for _, encoder in base_modules(model):
         if not isinstance(encoder, nn.TransformerEncoder):
             continue
         packs = vars(encoder).get("use_nested_tensor")
