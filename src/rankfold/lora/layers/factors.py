@@ -108,13 +108,10 @@ class LoraLayer(ResidualBase):
         weight = layer.weight
         if not (isinstance(weight, Tensor) and weight.is_floating_point()):
             return ["Please initialize MiCA under float32, float16, or bfloat16."]
-        size = min(weight.shape)
+        size, shape = min(weight.shape), tuple(weight.shape)
         wrong = f"MiCA requires `r` <= min(in_features, out_features) but got r={spec.rank} for a layer with "
-        return (
-            [f"{wrong}weight shape {tuple(weight.shape)} (max usable r is {size})."]
-            if spec.rank > size
-            else []
-        )
+        told = f"{wrong}weight shape {shape} (max usable r is {size})."
+        return [told] if spec.rank > size else []
 
     def add_adapter(self, spec: AdapterSpec) -> None:
         """Add an adapter; its factors start as ``init_lora_weights`` says, drawn as PEFT draws them."""
