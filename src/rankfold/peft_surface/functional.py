@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from rankfold.compat import COMPILED, FULLY_SHARDED, WRAPPED
 from rankfold.errors import AdapterError, ConfigError, NoMatchError, RankfoldWarning, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.files.adapter_reader import FLOATS, LoadResult, adapter_folder, bad_values, read_weights
 from rankfold.lora.files.checkpoint import file_tensors, fill, fitting
-from rankfold.lora.files.renames import PREFIX, renamed
+from rankfold.lora.files.renames import renamed
 from rankfold.lora.files.saved_embeddings import bring, embedding_tensors, find_brought
 from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.overrides import HeldParameters

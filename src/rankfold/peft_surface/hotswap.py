@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from rankfold.compat import is_compiled
 from rankfold.errors import AdapterError, ConfigError, MergeError, RankfoldWarning
 from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.files.checkpoint import file_tensors
-from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.placing.targets import alpha_of, rank_of

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from rankfold.compat import WRAPPED
 from rankfold.errors import AdapterError, ConfigError, RankfoldWarning, TargetError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.config.names import check_adapter_name
+from rankfold.lora.config.names import PREFIX, check_adapter_name
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, LoadResult, read_adapter
 from rankfold.lora.files.checkpoint import OTHER_NAMES, file_tensors, fill_adapter, save_adapter
 from rankfold.lora.files.fingerprint import BaseFingerprint, fingerprint
-from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.files.saved_embeddings import bring, embedding_tensors, embeddings_in, find_brought
 from rankfold.lora.layers.init import warn_if_random
 from rankfold.lora.layers.overrides import holder_of

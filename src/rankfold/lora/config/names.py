@@ -1,4 +1,4 @@
-"""What an adapter may be called."""
+"""What an adapter may be called, and what the names in its file begin with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from rankfold.errors import ConfigError
 
+PREFIX = "base_model.model."
 MAX_NAME = 200
 # It becomes a module's name and a folder's: no dot, slash, backslash, colon or control character.
 ADAPTER_NAME = re.compile(rf"[^./\\:\x00-\x1f\x7f]{{1,{MAX_NAME}}}")

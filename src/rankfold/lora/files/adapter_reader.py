@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from rankfold.errors import AdapterError, ConfigError, TargetError, bullet_list, nearest
 from rankfold.lora.config.lora_config import CONFIG_NAME, LoraConfig, from_hub
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.config.patterns import check_patterns
 from rankfold.lora.files.adapter_metadata import METADATA_NAME, AdapterMetadata, log
 from rankfold.lora.files.fingerprint import compare, fingerprint
 from rankfold.lora.files.old_experts import with_fused_experts
-from rankfold.lora.files.renames import PREFIX, renamed
+from rankfold.lora.files.renames import renamed
 from rankfold.lora.files.saved_embeddings import embeddings_in
 from rankfold.lora.layers.init import changed_base
 from rankfold.lora.placing.targets import alpha_of, find_parameters, find_targets, module_names, rank_of

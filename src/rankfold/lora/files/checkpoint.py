@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rankfold.errors import AdapterError, OutputError, bullet_list
 from rankfold.files import write_whole
 from rankfold.lora.config.lora_config import CONFIG_NAME, LoraConfig
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.files.adapter_metadata import AdapterMetadata, log
 from rankfold.lora.files.adapter_reader import (
     FLOATS,
@@ -27,7 +28,6 @@ from rankfold.lora.files.adapter_reader import (
     shown,
 )
 from rankfold.lora.files.fingerprint import BaseFingerprint
-from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.layers.registry import adapter_layers
 
 SHOWN_PER_KIND = 5

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankfold.errors import AdapterError
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.files.renames import PREFIX
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.placing.targets import alpha_of
 
 FACTOR = re.compile(r"(?P<path>.+?)\.(?P<key>lora_[A-Za-z_]+(?:\.weight|\.bias)?)")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rankfold.compat import conversions, renames_one_by_one
 from rankfold.errors import AdapterError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.config.patterns import is_named
-from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.layers.registry import lora_class
 from rankfold.lora.placing.targets import alpha_of, module_names, rank_of, shortest_list
 

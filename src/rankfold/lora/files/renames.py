@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from rankfold.compat import earlier_names, renames_one_by_one
 from rankfold.errors import ConfigError
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.layers.registry import base_modules
-
-PREFIX = "base_model.model."
 
 
 def renamed(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import AdapterError, ConfigError, RankfoldWarning
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.files.renames import PREFIX
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.overrides import file_path, hold, holder_of, own_original

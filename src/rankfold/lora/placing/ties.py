@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rankfold.errors import AdapterError, TargetError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.config.patterns import is_named
-from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec
 from rankfold.lora.layers.embedding import LoraEmbedding
 from rankfold.lora.layers.factors import LoraLayer

@@ -13,9 +13,9 @@ from torch import Tensor
 from rankfold.errors import AdapterError, ModelError, bullet_list
 from rankfold.lora import LoraConfig
 from rankfold.lora.config.lora_config import changes_base
+from rankfold.lora.config.names import PREFIX
 from rankfold.lora.config.patterns import is_named
 from rankfold.lora.files.lora_weights import Pair, of_rank, padded, pair_of, pair_tensors, sorted_out
-from rankfold.lora.files.renames import PREFIX
 from rankfold.lora.placing.targets import shortest_list
 from rankfold.models.internvl.factors import join_pairs, split_pair
 from rankfold.models.internvl.names import Layout
