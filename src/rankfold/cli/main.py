@@ -11,7 +11,6 @@ import click
 
 from rankfold import __version__
 from rankfold.errors import RankfoldError, TrainingError
-from rankfold.train.stopping import keep_interrupts
 
 USER_MISTAKE = 2
 RUN_STOPPED = 3
@@ -61,7 +60,6 @@ def cli() -> None:
 def main() -> None:
     """Run the command; exit status 0, 1 for rows that would stop a run, 2 for a user's mistake, 3 for a
     run that was stopped before it could do harm, 130 for Ctrl-C and 143 for SIGTERM."""
-    keep_interrupts()
     try:
         status = cli(prog_name="rankfold", standalone_mode=False)
     except click.ClickException as error:

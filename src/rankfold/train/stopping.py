@@ -11,20 +11,6 @@ from typing import Any
 STATUS_OF_SIGNAL = 128  # a shell's convention: 130 for Ctrl-C (SIGINT), 143 for SIGTERM
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_interrupted = threading.Event()
-
-
-def keep_interrupts() -> None:
-    """Note each Ctrl-C from now on beside raising KeyboardInterrupt, which a library that is being imported
-    may swallow: ``stop_requests`` raises it again then."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _interrupt)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    _interrupted.set()
-    raise KeyboardInterrupt
-
 
 @contextmanager
 def stop_requests(on_first: Callable[[], None]) -> Iterator[Callable[[], int]]:
@@ -32,9 +18,7 @@ def stop_requests(on_first: Callable[[], None]) -> Iterator[Callable[[], int]]:
     ends the process' work at once, by KeyboardInterrupt or SystemExit.
 
     Yields a function that gives the number of the signal that came, or 0.  Outside the main thread
-    signals cannot be caught, and it always gives 0.  Raises KeyboardInterrupt if one was swallowed before."""
-    if _interrupted.is_set():
-        raise KeyboardInterrupt
+    signals cannot be caught, and it always gives 0."""
     came = 0
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
