@@ -80,13 +80,12 @@ class ShownWeight(LoraLayer):
         return low_rank_delta(*self.factors(name), self.scaling[name])
 
 
-class LoraOutProjection(ShownWeight, NonDynamicallyQuantizableLinear):
-    """The ``out_proj`` of an attention layer.  Its own forward reads the shown weight too."""
+class ShownLinear(ShownWeight):
+    """A linear layer that shows its weight; its own forward reads the shown one too."""
 
-    plain_class = NonDynamicallyQuantizableLinear
     weight_name = "weight"
 
-    @property  # type: ignore[override]
+    @property
     def weight(self) -> Tensor | None:
         return self.shown_weight()
 
@@ -95,13 +94,18 @@ class LoraOutProjection(ShownWeight, NonDynamicallyQuantizableLinear):
         self._parameters["weight"] = value  # type: ignore[assignment]
 
 
-class LoraReadLinear(ShownWeight, nn.Linear):
+class LoraOutProjection(ShownLinear, NonDynamicallyQuantizableLinear):  # type: ignore[misc]
+    """The ``out_proj`` of an attention layer."""
+
+    plain_class = NonDynamicallyQuantizableLinear
+
+
+class LoraReadLinear(ShownLinear, nn.Linear):  # type: ignore[misc]
     """A linear layer whose weight the module around it reads (see ``placing/read_weights``), called or not.
 
     The update is in the weight, so ``lora_dropout`` has no effect on it."""
 
     plain_class = nn.Linear
-    weight_name = "weight"
     row_dim = 0
     is_matrix = True
 
@@ -111,14 +115,6 @@ class LoraReadLinear(ShownWeight, nn.Linear):
         if spec.config.lora_bias:
             found.append("its weight is read from outside, where lora_bias has no place")
         return found
-
-    @property  # type: ignore[override]
-    def weight(self) -> Tensor | None:
-        return self.shown_weight()
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self._parameters["weight"] = value  # type: ignore[assignment]
 
 
 class LoraMultiheadAttention(ShownWeight, nn.MultiheadAttention):
