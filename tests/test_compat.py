@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from conftest import tiny_llama
+from gguf_files import tiny_model, write_gguf
 from rankfold import compat
 
 
@@ -126,12 +127,20 @@ def test_the_files_of_a_folder_are_found(size, tmp_path):
     assert sorted(found) == sorted(map(str, tmp_path.glob("*.safetensors")))
 
 
-def test_the_names_of_a_gguf_file_lead_to_the_models_own():
-    model = tiny_llama()
-    processor, names = compat.gguf_names(model, "llama")
-    assert type(processor).__name__ == "LlamaTensorProcessor"
-    assert {*names.values()} <= {*model.state_dict()}
-    assert names["blk.0.attn_q.weight"] == "model.layers.0.self_attn.q_proj.weight"
+def test_the_header_of_a_gguf_file_is_the_one_that_the_gguf_library_reads(tmp_path):
+    from gguf import GGUFReader
+
+    path = write_gguf(tmp_path / "a.gguf", tiny_model("gemma2"), "gemma2", kind="Q8_0")
+    keys, tensors, start = compat.gguf_header(path)
+    reader = GGUFReader(path)
+    assert keys == {
+        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
+    }
+    assert start == reader.data_offset
+    assert tensors == [
+        (one.name, tuple(map(int, reversed(one.shape))), int(one.tensor_type), int(one.data_offset) - start)
+        for one in reader.tensors
+    ]
 
 
 def test_special_tokens_get_names():

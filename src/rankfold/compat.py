@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -161,17 +162,22 @@ def safetensors_files(location: Any) -> list[str]:
     return [str(cached_file(location, "model.safetensors"))]
 
 
-def gguf_names(model: Any, architecture: str) -> tuple[Any, dict[str, str]]:
-    """What brings a GGUF file's tensors into the order of rows of ``model``, and their names there."""
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+def gguf_header(path: Path) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...], int, int]], int]:
+    """The keys of a GGUF file, its tensors (name, shape in torch's order, number of the type, offset), and
+    where in the file the tensors begin.
 
-    kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-    processor = kind(config=model.config.to_dict())
-    return processor, get_gguf_hf_weights_map(model, processor)
+    gguf's own reader takes 15 times as long.  Raises ValueError, struct.error or UnicodeDecodeError."""
+    from transformers.integrations.gguf import reader
+
+    class Every:
+        def __contains__(self, key: object) -> bool:
+            return True
+
+    content = reader._mapped(str(path))
+    keys, count, place = reader._read_metadata(content, str(path), Every())
+    tensors, place = reader._read_tensor_table(content, count, place)
+    alignment = keys.get("general.alignment", 32)
+    return keys, tensors, -(-place // alignment) * alignment
 
 
 def unpack_four_bit(weight: Any) -> None:

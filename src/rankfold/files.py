@@ -121,3 +121,9 @@ def _remove_unless_locked(folder: Path) -> None:
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: ``RANKFOLD_CACHE``, else ``~/.cache/rankfold``."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RANKFOLD_CACHE") or Path(home) / "rankfold")

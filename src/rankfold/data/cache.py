@@ -21,9 +21,8 @@ import numpy as np
 from rankfold.data.encode import IGNORE, EncodedRow
 from rankfold.data.example import Example
 from rankfold.errors import OutputError
-from rankfold.files import staged_folder
+from rankfold.files import cache_folder, staged_folder
 from rankfold.models.adapters.metadata import tokenizer_marks
-from rankfold.models.base.load import cache_folder
 
 Encoded = tuple[Sequence[EncodedRow], list[str]]  # rows, and the names of those that were left out
 

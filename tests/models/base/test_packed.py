@@ -7,11 +7,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf.quants import dequantize, quantize
+from gguf.quants import quantize
 from torch import nn
 from torch.nn import functional as F
 
 from conftest import randomise, tiny_llama
+from gguf_files import tiny_model, write_gguf
 from rankfold import LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import ModelError
 from rankfold.lora.files.fingerprint import fingerprint
@@ -40,37 +41,6 @@ def small_llama(tied: bool = False) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows of q and k: convert_hf_to_gguf.py, LlamaModel.permute."""
-    shape = heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]
-    return weight.reshape(shape).swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(model: nn.Module, path: Path, types: dict[str, str], left_out: str = "") -> None:
-    """``model`` as a GGUF file with the type for a name that ends in a key of ``types``, else F32.
-
-    The weights of ``model`` become what the file says."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    config = model.config
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach().numpy()
-        kind = next((kind for ending, kind in types.items() if name.endswith(ending)), "F32")
-        kind = gguf.GGMLQuantizationType[kind]
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        turned = next((permuted(weight, n) for key, n in heads.items() if key in name), weight)
-        data = quantize(turned, kind)
-        with torch.no_grad():
-            parameter.copy_(torch.from_numpy(dequantize(quantize(weight, kind), kind).copy()))
-        if name != left_out:
-            writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def source_of(path: Path) -> BaseSource:
     return BaseSource(str(path), path, f"GGUF file {path.name}")
 
@@ -89,7 +59,7 @@ TYPES = {
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_gguf_file_of_many_types_stays_as_it_is(tied, tmp_path):
     model = small_llama(tied)
-    write_gguf(model, tmp_path / "a.gguf", TYPES)
+    write_gguf(tmp_path / "a.gguf", model, "llama", kind=TYPES)
     held = held_model(model.config, source_of(tmp_path / "a.gguf"), "gguf").eval()
     first = held.model.layers[0]
     forms = [first.self_attn.q_proj, first.self_attn.k_proj, first.mlp.up_proj, held.model.embed_tokens]
@@ -105,7 +75,7 @@ def test_a_gguf_file_of_many_types_stays_as_it_is(tied, tmp_path):
 
 def test_what_a_file_lacks_or_holds_otherwise_is_listed(tmp_path):
     model = small_llama()
-    write_gguf(model, tmp_path / "a.gguf", {}, left_out="model.layers.1.mlp.up_proj.weight")
+    write_gguf(tmp_path / "a.gguf", model, "llama", left_out="blk.1.ffn_up.weight")
     model.config.vocab_size = 60
     with pytest.raises(ModelError) as caught:
         held_model(model.config, source_of(tmp_path / "a.gguf"), "gguf")
@@ -116,7 +86,7 @@ def test_what_a_file_lacks_or_holds_otherwise_is_listed(tmp_path):
 
 def test_blocks_without_a_form_are_refused_by_their_type_and_can_be_rounded(tmp_path):
     model = small_llama()
-    write_gguf(model, tmp_path / "a.gguf", {"v_proj.weight": "TQ2_0"})
+    write_gguf(tmp_path / "a.gguf", model, "llama", kind={"v_proj.weight": "TQ2_0"})
     with pytest.raises(
         ModelError, match=r"v_proj.weight: TQ2_0 is none of the types that can be kept \(BF16"
     ):
@@ -127,21 +97,17 @@ def test_blocks_without_a_form_are_refused_by_their_type_and_can_be_rounded(tmp_
 
 
 def test_a_file_that_was_cut_off_is_one_sentence(tmp_path):
-    write_gguf(small_llama(), tmp_path / "whole.gguf", TYPES)
-    (tmp_path / "a.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:-100_000])
-    with pytest.raises(ModelError, match="cannot load the model"):
-        load_base(str(tmp_path / "a.gguf"), stored="gguf")
+    whole = write_gguf(tmp_path / "whole.gguf", tiny_model("llama"), "llama")
+    (tmp_path / "a.gguf").write_bytes(whole.read_bytes()[:-100_000])
+    for stored in ("gguf", None):
+        with pytest.raises(ModelError, match="ends within the tensor .*: it was cut off"):
+            load_base(str(tmp_path / "a.gguf"), stored=stored)
 
 
-def test_an_architecture_whose_weights_are_rearranged_is_refused(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "gpt2")
-    writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(
-        ModelError, match="the weights of a gpt2 cannot be kept as they are; leave stored out"
-    ):
-        held_model(small_llama().config, source_of(tmp_path / "a.gguf"), "gguf")
+def test_an_architecture_that_only_transformers_reads_is_not_held(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", small_llama(), "llama", keys={"general.architecture": "gpt2"})
+    with pytest.raises(ModelError, match="the weights of a gpt2 cannot be held; leave stored out"):
+        held_model(small_llama().config, source_of(path), "gguf")
 
 
 @pytest.mark.parametrize(("stored", "form"), [("int8", "INT8"), ("bfloat16", "BF16")])
@@ -276,7 +242,7 @@ def test_a_training_step_of_the_real_model_has_the_gradients_of_the_expanded_one
 
 def test_an_adapter_trained_on_blocks_is_merged_into_the_expanded_base(tmp_path):
     model = small_llama()
-    write_gguf(model, tmp_path / "a.gguf", TYPES)
+    write_gguf(tmp_path / "a.gguf", model, "llama", kind=TYPES)
     held = get_peft_model(held_model(model.config, source_of(tmp_path / "a.gguf"), "gguf"), ALL_LINEAR).eval()
     randomise(held)
     held.save_pretrained(tmp_path / "adapter")
@@ -301,7 +267,7 @@ def test_how_an_answer_ends_is_read_from_the_folder(tiny_folder, tmp_path):
 
 
 def test_config_and_tokenizer_of_a_gguf_file_are_kept_for_next_time(real_held, own_cache, monkeypatch):
-    assert [folder.name for folder in own_cache.iterdir()] == ["described"]
+    assert [folder.name for folder in own_cache.iterdir()] == ["gguf"]
     monkeypatch.setenv("RANKFOLD_CACHE", str(own_cache))
     tokenizer, longest = load_tokenizer(DEFAULT_MODEL)
     text = "Hats, 帽子 and <|im_end|>"
@@ -312,7 +278,7 @@ def test_config_and_tokenizer_of_a_gguf_file_are_kept_for_next_time(real_held, o
 
 def test_losses_of_a_held_model_are_made_from_its_hidden_states(tmp_path):
     model = small_llama(tied=True)
-    write_gguf(model, tmp_path / "a.gguf", TYPES)
+    write_gguf(tmp_path / "a.gguf", model, "llama", kind=TYPES)
     held = held_model(model.config, source_of(tmp_path / "a.gguf"), "gguf").eval()
     ids, targets = torch.randint(0, 50, (2, 9)), torch.randint(0, 50, (2, 9))
     head = output_head(held, {"input_ids": ids})

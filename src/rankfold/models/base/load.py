@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,8 +10,7 @@ from typing import Any
 
 import torch
 
-from rankfold.errors import ConfigError, ModelError, OutputError
-from rankfold.files import require_space, staged_folder
+from rankfold.errors import ConfigError, ModelError
 from rankfold.lora import LoraConfig
 from rankfold.lora.files.adapter_reader import AdapterSource, Fault
 from rankfold.models.adapters.convert import natively_named
@@ -32,10 +29,12 @@ from rankfold.models.base.packed import Stored, describe, held_model
 from rankfold.models.base.precision import Precision, default_device, held_notes, hold_in
 from rankfold.models.base.processors import set_most_tiles
 from rankfold.models.base.quiet import quiet_transformers
+from rankfold.models.base.text_side import text_side
+from rankfold.models.gguf.architectures import ARCHITECTURES
+from rankfold.models.gguf.file import GgufFile, read_gguf
+from rankfold.models.gguf.others import other_model
 from rankfold.models.messages.plain_template import plain_template
 from rankfold.peft_surface import PeftModel
-
-EXPANDED_PER_GGUF_BYTE = 8  # float32 against at least 4 bits a weight
 
 
 @dataclass
@@ -61,8 +60,7 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
     are used: "gguf" (the blocks of a GGUF file as they are), "bfloat16", "int8" (a scale for each output),
     "q4_0" (GGUF's blocks) or "nf4" (bitsandbytes); of a model that sees images the language model's only.
 
-    Without it a GGUF file is expanded to float32 once and kept in the cache folder (``RANKFOLD_CACHE``, else
-    ``~/.cache/rankfold``), because reading it takes far longer than reading the result.
+    A GGUF file is read as llama.cpp reads it: its keys, its tensors, how its tokenizer splits text.
     Only safetensors and GGUF weights are read, and no code from a model folder is run.
 
     Raises ModelError, also if a weight is too large for float16."""
@@ -75,16 +73,14 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
         model, processor = load_held_image_text(source, config, stored, dtype)
         tokenizer = processor.tokenizer
         notes += [describe(model), *prompt_notes(config, tokenizer)]
-    elif stored is not None:
+    elif stored is not None or source.gguf_file is not None:
         model, tokenizer = _load_held(source, stored, dtype, notes)
-    elif source.gguf_file is not None:
-        model, tokenizer = _load_gguf(source.gguf_file, dtype, notes)
     elif config is not None:
         model, processor = load_image_text(source, config, dtype)
         tokenizer = processor.tokenizer
         notes += prompt_notes(config, tokenizer)
     else:
-        model, tokenizer = _load_transformers(source.location, source.name, dtype)
+        model, tokenizer = _load_transformers(source, dtype)
     _check_vocabulary(model, tokenizer, name)
     if precision and stored is None:
         notes += held_notes(model, _comes_as(source, config), dtype)
@@ -100,16 +96,8 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     source = find_base(name)
     if source.gguf_file is None and (seeing := image_text_config(source)) is not None:
         return load_processor_of(source, seeing).tokenizer, longest_input(seeing)
-    location, options = described(source)
-    with quiet_transformers():
-        from transformers import AutoConfig, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            config = AutoConfig.from_pretrained(location, **options)
-        except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise cannot_load(source.location, source.name, error) from error
-    return tokenizer, longest_input(config)
+    side = text_side(source)
+    return side.tokenizer, longest_input(side.config)
 
 
 def load_processor(name: str) -> Any:
@@ -205,91 +193,46 @@ def _usual_storage() -> torch.dtype:
     return torch.bfloat16 if narrow else torch.float32
 
 
-def _load_transformers(
-    location: str | Path, name: str, dtype: torch.dtype, **options: Any
-) -> tuple[Any, Any]:
+def _load_transformers(source: BaseSource, dtype: torch.dtype) -> tuple[Any, Any]:
     """Weights are read in ``dtype``: casting the model afterwards would round the positions' angles too."""
     with quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, use_safetensors=True, **options
-            )
-        except Exception as error:  # a damaged file raises whatever its reader happens to raise
-            raise cannot_load(location, name, error) from error
-    return model, tokenizer
-
-
-def _load_gguf(file: Path, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
-    cached = cache_folder() / "expanded" / _sha256(file)
-    if not cached.is_dir():
-        options = {"gguf_file": file.name}
-        model, tokenizer = _load_transformers(file.parent, str(file), torch.float32, **options)
-        _clear_quantisation_marks(model)
-        try:
-            require_space(cached.parent, EXPANDED_PER_GGUF_BYTE * file.stat().st_size)
-            with quiet_transformers(), staged_folder(cached) as folder:
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-        except OutputError as error:
-            if not cached.is_dir():  # else another process was faster
-                notes.append(f"the expanded model was not kept for next time: {error}")
-                return hold_in(model, dtype), tokenizer
-        notes.append(f"{file.name} was expanded to float32 and kept in {cached.parent}")
-    return _load_transformers(cached, str(file), dtype)
-
-
-def _load_held(source: BaseSource, stored: Stored, dtype: torch.dtype, notes: list[str]) -> tuple[Any, Any]:
-    location, options = described(source)
-    with quiet_transformers():
-        from transformers import AutoConfig, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            config = AutoConfig.from_pretrained(location, **options)
-            if options and source.gguf_file is not None:
-                _keep_description(source.gguf_file, config, tokenizer, notes)
-            model = held_model(config, source, stored, dtype)
-        except ModelError as error:
-            raise ModelError(f"{source.name}: {error}") from error
+            tokenizer = AutoTokenizer.from_pretrained(source.location)
+            model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, use_safetensors=True)
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise cannot_load(source.location, source.name, error) from error
-    notes.append(describe(model))
     return model, tokenizer
 
 
-def described(source: BaseSource) -> tuple[str | Path, dict[str, str]]:
-    """From where config and tokenizer are read, of a GGUF file the fastest way, and with what options."""
-    file = source.gguf_file
-    if file is None:
-        return source.location, {}
-    sha256 = _sha256(file)
-    for kept in (cache_folder() / "expanded" / sha256, cache_folder() / "described" / sha256):
-        if kept.is_dir():
-            return kept, {}
-    return file.parent, {"gguf_file": file.name}
-
-
-def _keep_description(file: Path, config: Any, tokenizer: Any, notes: list[str]) -> None:
-    """Keep config and tokenizer of a GGUF file in the cache folder: reading them there takes seconds less."""
-    cached = cache_folder() / "described" / _sha256(file)
+def _load_held(
+    source: BaseSource, stored: Stored | None, dtype: torch.dtype, notes: list[str]
+) -> tuple[Any, Any]:
+    side = text_side(source)
+    notes += side.notes
     try:
-        with staged_folder(cached) as folder:
-            config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except OutputError as error:
-        if not cached.is_dir():  # else another process was faster
-            notes.append(f"the tokenizer was not kept for next time: {error}")
+        other = None if stored is not None else _other(source)
+        with quiet_transformers():
+            model: Any = (
+                held_model(side.config, source, stored, dtype) if other is None else other_model(other)
+            )
+        if other is not None:
+            model = hold_in(model, dtype)
+            model.generation_config.eos_token_id = side.config.eos_token_id
+    except ModelError as error:
+        raise ModelError(f"{source.name}: {error}") from error
+    except Exception as error:  # a damaged file raises whatever its reader happens to raise
+        raise cannot_load(source.location, source.name, error) from error
+    if stored is not None:
+        notes.append(describe(model))
+    return model, side.tokenizer
 
 
-def _clear_quantisation_marks(model: Any) -> None:
-    """The weights are plain float32 by now; transformers would still refuse to save them."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+def _other(source: BaseSource) -> GgufFile | None:
+    """The GGUF file if transformers has to read it."""
+    file = None if source.gguf_file is None else read_gguf(source.gguf_file)
+    return None if file is None or file.architecture in ARCHITECTURES else file
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
@@ -299,14 +242,3 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
             f"the tokenizer of {name} has {len(tokenizer):,} entries but the model embeds {rows:,}; "
             "they do not belong together"
         )
-
-
-def cache_folder() -> Path:
-    """Where things are kept that can be made again: ``RANKFOLD_CACHE``, else ``~/.cache/rankfold``."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("RANKFOLD_CACHE") or Path(home) / "rankfold")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -11,9 +11,10 @@ import torch
 from rankfold.errors import ModelError
 from rankfold.models.base.find import BaseSource, cannot_load, find_base
 from rankfold.models.base.image_text import config_without_files, original_config_of, processor_with
-from rankfold.models.base.load import Base, described
+from rankfold.models.base.load import Base
 from rankfold.models.base.processors import sees_images
 from rankfold.models.base.quiet import quiet_transformers
+from rankfold.models.base.text_side import text_side
 
 CONFIG_NAME = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -51,14 +52,15 @@ def is_described_only(source: BaseSource) -> bool:
 
 
 def _config(source: BaseSource) -> Any:
-    location, options = described(source)
+    if source.gguf_file is not None:
+        return text_side(source).config
     with quiet_transformers():
         from transformers import AutoConfig
 
         try:
-            if source.gguf_file is None and (original := original_config_of(source)) is not None:
+            if (original := original_config_of(source)) is not None:
                 return config_without_files(original)
-            return AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
+            return AutoConfig.from_pretrained(source.location, trust_remote_code=False)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ModelError(f"{source.name}: the config is not JSON: {error}") from error
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
@@ -85,7 +87,10 @@ def _text_side(source: BaseSource, given: str | None, config: Any) -> tuple[Any,
         return None, None, []
     if given is not None and not Path(given).is_dir():
         raise ModelError(f"--tokenizer {given}: no such folder")
-    location, options = described(source) if given is None else (Path(given), {})
+    if given is None and source.gguf_file is not None:
+        side = text_side(source)
+        return side.tokenizer, None, side.notes
+    location = source.location if given is None else Path(given)
     with quiet_transformers():
         from transformers import AutoTokenizer
 
@@ -93,6 +98,6 @@ def _text_side(source: BaseSource, given: str | None, config: Any) -> tuple[Any,
             if source.gguf_file is None and sees_images(config):
                 processor = processor_with(source, config, location)
                 return processor.tokenizer, processor, []
-            return AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options), None, []
+            return AutoTokenizer.from_pretrained(location, trust_remote_code=False), None, []
         except Exception as error:  # a damaged file raises whatever its reader happens to raise
             raise cannot_load(location, given or source.name, error) from error

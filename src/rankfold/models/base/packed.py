@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from rankfold.errors import ModelError, bullet_list
 from rankfold.models.adapters.modalities import model_parts
-from rankfold.models.base.contents import MATRIX, Content, Contents, contents_of
+from rankfold.models.base.content import Content, Contents
+from rankfold.models.base.contents import contents_of
 from rankfold.models.base.find import BaseSource
 from rankfold.models.base.four_bit import four_bit_sizes, require_bitsandbytes, to_four_bits
 from rankfold.models.base.processors import sees_images
@@ -23,15 +24,16 @@ from rankfold.models.internvl.names import Layout
 from rankfold.storage.forms import BF16, INT8, ROUNDED_Q4_0, Form, to_bf16, to_int8
 from rankfold.storage.layers import can_hold, held_layers, hold
 
+MATRIX = 2  # dimensions
 Stored = Literal["bfloat16", "int8", "q4_0", "gguf", "nf4"]
 
 
 @dataclass(frozen=True)
 class Holding:
-    """How weights are held: as ``stored`` where they can be, else in ``dtype``; those of the modules in
-    ``plain`` (by id) in ``dtype``, too, and the modules in ``heads`` take no 4 bits."""
+    """How weights are held: as ``stored`` where they can be (None: nowhere), else in ``dtype``; those of the
+    modules in ``plain`` (by id) in ``dtype``, too, and the modules in ``heads`` take no 4 bits."""
 
-    stored: Stored
+    stored: Stored | None
     dtype: torch.dtype
     plain: frozenset[int] = frozenset()
     heads: frozenset[int] = frozenset()
@@ -40,12 +42,13 @@ class Holding:
 def held_model(
     config: Any,
     source: BaseSource,
-    stored: Stored,
+    stored: Stored | None,
     dtype: torch.dtype = torch.float32,
     original: Layout | None = None,
 ) -> Any:
     """A model of ``config`` with the weights of ``source`` held as ``stored``; of one that sees images those
-    of the language model only.  ``original``: the files are those of InternVL's original layout.
+    of the language model only.  With None they are plain ones in ``dtype``.  ``original``: the files are
+    those of InternVL's original layout.
 
     "gguf" keeps the blocks of a GGUF file as they are; "bfloat16", "int8" (a scale for each output) and
     "q4_0" (GGUF's blocks of 32, with embeddings and head as int8) round once; "nf4" makes bitsandbytes'
@@ -54,7 +57,7 @@ def held_model(
     Raises ModelError listing what is missing or cannot be held."""
     from transformers import GenerationConfig
 
-    if stored not in get_args(Stored):
+    if stored is not None and stored not in get_args(Stored):
         raise ModelError(f"stored={stored!r}: take one of {', '.join(get_args(Stored))}")
     if stored == "gguf" and source.gguf_file is None:
         raise ModelError(
@@ -82,7 +85,7 @@ def _without_memory(config: Any) -> Any:
         return kind.from_config(config, dtype=torch.float32)
 
 
-def _holding(model: Any, stored: Stored, dtype: torch.dtype) -> Holding:
+def _holding(model: Any, stored: Stored | None, dtype: torch.dtype) -> Holding:
     parts = model_parts(model)
     plain = (m for name, m in model.named_modules() if parts.part_of(name) in ("vision", "projector"))
     return Holding(stored, dtype, frozenset(map(id, plain)), frozenset({id(model.get_output_embeddings())}))
@@ -138,8 +141,10 @@ def _place(users: list[tuple[nn.Module, str]], content: Content, holding: Holdin
     can_be_held = len(wanted) == MATRIX and all(
         key == "weight" and can_hold(module) and id(module) not in holding.plain for module, key in users
     )
-    if not can_be_held or (holding.stored == "gguf" and content.kind is None):
-        parameter = nn.Parameter(_numbers(content, wanted).to(holding.dtype, copy=True), requires_grad=False)
+    is_plain = not can_be_held or (holding.stored == "gguf" and content.kind is None)
+    if holding.stored is None or is_plain:
+        numbers = _numbers(content, wanted).to(holding.dtype, copy=True)
+        parameter = nn.Parameter(numbers, requires_grad=holding.stored is None)
         for module, key in users:
             module._parameters[key] = parameter
         return

@@ -1,0 +1,106 @@
+"""Rotary positions of a GGUF file as transformers' ``rope_parameters``.
+
+llama.cpp stores the scaling of Llama 3 not as its four numbers but as the divisor of each frequency (tensor
+``rope_freqs.weight``), LongRoPE's the same way, linear and YaRN as keys (``src/llama-model.cpp``,
+``conversion/base.py``)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.errors import ModelError
+from rankfold.models.gguf.file import GgufFile
+
+USUAL_BASE = 10_000.0
+KINDS = ("none", "linear", "yarn", "longrope")
+# Of Llama 3.1 to 3.3; a file has only the divisors that they give.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def rope_parameters(file: GgufFile, head_dim: int) -> tuple[dict[str, Any], str]:
+    """The parameters, and in words what they scale; empty if nothing.
+
+    Raises ModelError for a scaling that is not known, and for one that transformers cannot compute."""
+    base = float(file.own("rope.freq_base", USUAL_BASE))
+    width = int(file.own("rope.dimension_count", head_dim))
+    parameters: dict[str, Any] = {"rope_theta": base, "rope_type": "default"}
+    if width != head_dim:
+        parameters["partial_rotary_factor"] = width / head_dim
+    factor = float(file.own("rope.scaling.factor", file.own("rope.scale_linear", 0.0)) or 1.0)
+    kind = file.own("rope.scaling.type", "linear")
+    attention = float(file.own("rope.scaling.attn_factor", 1.0))
+    found = [
+        *([_longrope(file, attention)] if kind == "longrope" else []),
+        *([_by_divisors(file, base, width)] if "rope_freqs.weight" in file.tensors else []),
+        *([_yarn(file, factor, attention)] if kind == "yarn" else []),
+        *([{"rope_type": "linear", "factor": factor}] if kind == "linear" and factor != 1.0 else []),
+    ]
+    if kind not in KINDS:
+        raise ModelError(f"rope.scaling.type is {kind!r}; {', '.join(KINDS)} are known")
+    if len(found) > 1:
+        raise ModelError(f"the positions are scaled twice: {' and '.join(map(_told, found))}")
+    scaled = found[0] if found else {}
+    if attention != 1.0 and kind not in ("yarn", "longrope"):
+        raise ModelError(f"rope.scaling.attn_factor is {attention:g} without yarn or longrope")
+    return parameters | scaled, f"rope scaling {_told(scaled)} from the file" if scaled else ""
+
+
+def _yarn(file: GgufFile, factor: float, attention: float) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": _original_length(file),
+        "attention_factor": (0.1 * math.log(factor) + 1.0) * attention,
+    }
+
+
+def _longrope(file: GgufFile, attention: float) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "long_factor": file.numbers("rope_factors_long.weight").tolist(),
+        "short_factor": file.numbers("rope_factors_short.weight").tolist(),
+        "original_max_position_embeddings": _original_length(file),
+        "attention_factor": attention,
+    }
+
+
+def _by_divisors(file: GgufFile, base: float, width: int) -> dict[str, Any]:
+    """Llama 3's parameters if they give the divisors in the file, else the divisors themselves."""
+    divisors = file.numbers("rope_freqs.weight")
+    if divisors.shape != (width // 2,):
+        raise ModelError(f"rope_freqs.weight has the shape {tuple(divisors.shape)}, wanted ({width // 2},)")
+    factor = float(divisors.max())
+    if torch.allclose(divisors, llama3_divisors(base, width, factor), rtol=1e-4):
+        return {"rope_type": "llama3", "factor": factor, **LLAMA3}
+    return {
+        "rope_type": "longrope",
+        "long_factor": divisors.tolist(),
+        "short_factor": divisors.tolist(),
+        "original_max_position_embeddings": int(file.own("context_length")),
+        "attention_factor": 1.0,
+    }
+
+
+def llama3_divisors(base: float, width: int, factor: float) -> Tensor:
+    """By what Llama 3's scaling divides each of ``width`` / 2 frequencies: LlamaModel.generate_extra_tensors
+    in llama.cpp's conversion/llama.py."""
+    low, high, length = LLAMA3.values()
+    frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    waves = 2 * math.pi / frequencies
+    smooth = (length / waves - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    divisors = torch.where(waves < length / high, 1.0, torch.where(waves > length / low, factor, between))
+    return divisors.float()
+
+
+def _original_length(file: GgufFile) -> int:
+    return int(file.own("rope.scaling.original_context_length", file.own("context_length")))
+
+
+def _told(scaled: dict[str, Any]) -> str:
+    factor = f" x{scaled['factor']:g}" if "factor" in scaled else " by a divisor for each frequency"
+    return f"{scaled['rope_type']}{factor}"
