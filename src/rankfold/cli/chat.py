@@ -25,10 +25,12 @@ def command(adapter: Path | None, model: str | None, allow: tuple[Any, ...], **s
     from rankfold.models.base.load import load
     from rankfold.models.messages.images import content_of
     from rankfold.models.running.generate import reply
-    from rankfold.models.running.sampling import Sampling
+    from rankfold.models.running.sampling import Sampling, told_of_own_settings
 
     settings = Sampling.of(given(sampling))
     base = load(adapter, model, allow)
+    for note in (*base.notes, *told_of_own_settings(base.model, settings)):
+        click.echo(f"note: {note}", err=True)
     interactive = sys.stdin.isatty()
     if interactive:
         told = HELP if base.processor is None else f"{IMAGE_HELP}, {HELP}"
@@ -43,7 +45,8 @@ def command(adapter: Path | None, model: str | None, allow: tuple[Any, ...], **s
         elif line:
             messages.append({"role": "user", "content": content_of(line, images)})
             images = []
-            answer = reply(base, messages, settings, _streamer(base.tokenizer))
+            answer = reply(base, messages, settings, _show)
+            click.echo()
             messages.append({"role": "assistant", "content": answer})
             # Otherwise a question asked again would draw the same random numbers again.
             settings = settings.model_copy(update={"seed": settings.seed + 1})
@@ -79,7 +82,6 @@ def _shown(base: Any, name: str, interactive: bool) -> list[Path]:
     return [Path(name)]
 
 
-def _streamer(tokenizer: Any) -> Any:
-    from transformers import TextStreamer
-
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+def _show(text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()

@@ -30,9 +30,12 @@ def command(
     from rankfold.models.base.load import load
     from rankfold.models.messages.images import content_of
     from rankfold.models.running.generate import reply
-    from rankfold.models.running.sampling import Sampling
+    from rankfold.models.running.sampling import Sampling, told_of_own_settings
 
     settings = Sampling.of(given(sampling))
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": content_of(prompt, images)})
-    click.echo(reply(load(adapter, model, allow), messages, settings))
+    base = load(adapter, model, allow)
+    for note in (*base.notes, *told_of_own_settings(base.model, settings)):
+        click.echo(f"note: {note}", err=True)
+    click.echo(reply(base, messages, settings))

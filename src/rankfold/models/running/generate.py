@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,26 +11,32 @@ from torch import Tensor
 
 from rankfold.errors import DataError
 from rankfold.models.base.load import Base
+from rankfold.models.base.quiet import quiet_transformers
 from rankfold.models.messages.images import image_paths, image_prompt
 from rankfold.models.messages.prompt import TemplateMessage, prompt_encoder
 from rankfold.models.messages.turn import turn_form
 from rankfold.models.running.sampling import Sampling
+from rankfold.models.running.streaming import TextStream, decoded
 
-CUT_CHARACTER = "\ufffd"  # what is decoded from a character whose last bytes were not generated
 TOGETHER = 64  # prompts answered at a time: beyond, a CPU gains nothing
 
 Prompt = tuple[list[int], dict[str, Tensor]]  # its tokens, and what else the model reads of its images
 
 
-def reply(base: Base, messages: list[TemplateMessage], sampling: Sampling, streamer: Any = None) -> str:
+def reply(
+    base: Base,
+    messages: list[TemplateMessage],
+    sampling: Sampling,
+    write: Callable[[str], object] | None = None,
+) -> str:
     """The model's answer to a conversation that ends with the user's turn.
 
     The prompt's tokens are those of training (see ``PromptEncoder``); words that spell a control token stay
     words.  For a model tuned on running text (``prompt_style`` "plain") the last message is continued as it
     stands.  A model that sees images gets those that stand in the messages' contents as parts
-    ``{"type": "image", "path": ...}``.  ``streamer`` is a transformers streamer that gets the tokens as they
-    come.  Raises DataError."""
-    return _answers(base, [_prompt(base, messages)], sampling, streamer)[0]
+    ``{"type": "image", "path": ...}``.  ``write`` gets the answer piece by piece as it comes; a search with
+    beams (see ``Sampling.generation_config``) comes whole at the end.  Raises DataError."""
+    return _answers(base, [_prompt(base, messages)], sampling, write)[0]
 
 
 def replies(base: Base, conversations: Sequence[list[TemplateMessage]], sampling: Sampling) -> list[str]:
@@ -51,28 +58,40 @@ def replies(base: Base, conversations: Sequence[list[TemplateMessage]], sampling
     return [answers[place] for place in range(len(prompts))]
 
 
-def _answers(base: Base, prompts: list[Prompt], sampling: Sampling, streamer: Any = None) -> list[str]:
+def _answers(
+    base: Base, prompts: list[Prompt], sampling: Sampling, write: Callable[[str], object] | None = None
+) -> list[str]:
     """The answers to prompts of one length."""
     device = base.model.device
     inputs = torch.tensor([ids for ids, _ in prompts], device=device)
     seen = {name: torch.cat([each[name] for _, each in prompts]).to(device) for name in prompts[0][1]}
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if sampling.temperature > 0:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-    with torch.random.fork_rng(), torch.inference_mode():
+    options = sampling.options(base.model)
+    at_once = write is not None and options.get("num_beams", 1) > 1
+    stream = None if write is None or at_once else TextStream(base.tokenizer, write)
+    with torch.random.fork_rng(), torch.inference_mode(), _only(base, options):
         torch.manual_seed(sampling.seed)
-        output = base.model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            **seen,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(_stops(base)) or None,
-            pad_token_id=base.tokenizer.eos_token_id,
-            streamer=streamer,
-            **options,
-        )
-    decoded = [base.tokenizer.decode(row[inputs.shape[1] :], skip_special_tokens=True) for row in output]
-    return [answer.rstrip(CUT_CHARACTER).strip() for answer in decoded]
+        output = base.model.generate(inputs, attention_mask=torch.ones_like(inputs), **seen, streamer=stream)
+    answers = [decoded(base.tokenizer, row[inputs.shape[1] :].tolist()) for row in output]
+    if write is not None and at_once:
+        write(answers[0])
+    return answers
+
+
+@contextmanager
+def _only(base: Base, options: dict[str, Any]) -> Iterator[None]:
+    """Let ``options`` alone say how is generated: transformers takes what they leave out from the model's own
+    ``generation_config``, which may hold a penalty or beams."""
+    from transformers import GenerationConfig
+
+    stops = sorted(_stops(base)) or None
+    fill = base.tokenizer.pad_token_id if base.tokenizer.eos_token_id is None else base.tokenizer.eos_token_id
+    own = base.model.generation_config
+    with quiet_transformers():
+        base.model.generation_config = GenerationConfig(**options, eos_token_id=stops, pad_token_id=fill)
+    try:
+        yield
+    finally:
+        base.model.generation_config = own
 
 
 def _prompt(base: Base, messages: list[TemplateMessage]) -> Prompt:
