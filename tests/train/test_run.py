@@ -261,3 +261,14 @@ def test_what_is_trained_on_is_a_setting(recipe, write_rows):
         for kind in ("assistant", "last", "all")
     }
     assert counts["last"] < counts["assistant"] < counts["all"]
+
+
+def test_a_number_of_steps_is_what_happens_in_as_many_passes_as_it_takes(recipe):
+    plan = decide(recipe(epochs=None, max_steps=40), Listener())
+    assert (plan.settings.steps, plan.settings.epochs) == (40, 14)
+    assert plan.settings.reasons["epochs"] == (
+        "40 steps as given; a pass is 3; beyond 3 passes rows are learnt by heart"
+    )
+    assert decide(recipe(epochs=None, max_steps=2), Listener()).settings.steps == 2
+    assert decide(recipe(epochs=2, max_steps=40), Listener()).settings.steps == 6  # both are named: the less
+    assert len(fine_tune(recipe(epochs=None, max_steps=11, evaluate_every_steps=0)).steps) == 11

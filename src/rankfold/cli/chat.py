@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rankfold.cli.options import given, model_options
+from rankfold.cli.options import model_options, open_model
 from rankfold.errors import DataError
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends"
@@ -18,19 +18,15 @@ IMAGE_HELP = f"{IMAGE} FILE shows one with the next message"
 
 @click.command("chat")
 @model_options
-def command(adapter: Path | None, model: str | None, allow: tuple[Any, ...], **sampling: Any) -> None:
+def command(**options: Any) -> None:
     """Talk to a model, with an adapter or without.  Lines on standard input work too.
 
     A line "/image FILE" shows an image with the next message, to a model that sees images."""
-    from rankfold.models.base.load import load
     from rankfold.models.messages.images import content_of
     from rankfold.models.running.generate import reply
-    from rankfold.models.running.sampling import Sampling, told_of_own_settings
 
-    settings = Sampling.of(given(sampling))
-    base = load(adapter, model, allow)
-    for note in (*base.notes, *told_of_own_settings(base.model, settings)):
-        click.echo(f"note: {note}", err=True)
+    base, settings = open_model(options)
+    adapter = options["adapter"]
     interactive = sys.stdin.isatty()
     if interactive:
         told = HELP if base.processor is None else f"{IMAGE_HELP}, {HELP}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from rankfold.cli.options import given, model_options
+from rankfold.cli.options import model_options, open_model
 
 
 @click.command("generate")
@@ -17,25 +17,12 @@ from rankfold.cli.options import given, model_options
     "--image", "images", type=Path, multiple=True, help="an image to show; may be given several times"
 )
 @model_options
-def command(
-    prompt: str,
-    system: str | None,
-    images: tuple[Path, ...],
-    adapter: Path | None,
-    model: str | None,
-    allow: tuple[Any, ...],
-    **sampling: Any,
-) -> None:
+def command(prompt: str, system: str | None, images: tuple[Path, ...], **options: Any) -> None:
     """Print the model's answer to one prompt.  The same seed gives the same answer."""
-    from rankfold.models.base.load import load
     from rankfold.models.messages.images import content_of
     from rankfold.models.running.generate import reply
-    from rankfold.models.running.sampling import Sampling, told_of_own_settings
 
-    settings = Sampling.of(given(sampling))
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": content_of(prompt, images)})
-    base = load(adapter, model, allow)
-    for note in (*base.notes, *told_of_own_settings(base.model, settings)):
-        click.echo(f"note: {note}", err=True)
+    base, settings = open_model(options)
     click.echo(reply(base, messages, settings))

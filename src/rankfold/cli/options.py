@@ -63,7 +63,13 @@ def model_options(function: F) -> F:
         multiple=True,
         metavar="FAULT",
         help="load an adapter in spite of a fault, which is then told: missing, unexpected, shape, "
-        "non_finite, base, hash or option; may be given several times",
+        "non_finite, base, hash, config or option; may be given several times",
+    )(function)
+    function = click.option(
+        "--eos-token",
+        default="",
+        metavar="TOKEN",
+        help="what ends a text, where the model's files name no token",
     )(function)
     function = click.option("--model", help="base model: folder, .gguf file or hub id [the adapter's]")(
         function
@@ -71,3 +77,17 @@ def model_options(function: F) -> F:
     return click.option("--adapter", type=Path, help="adapter folder, such as a run's output folder")(
         function
     )
+
+
+def open_model(options: dict[str, Any]) -> tuple[Any, Sampling]:
+    """The model that ``model_options`` name, and how its answers are drawn; what a user should know of both
+    is said on standard error."""
+    from rankfold.models.base.load import load
+    from rankfold.models.running.sampling import told_of_own_settings
+
+    drawn = {name: value for name, value in given(options).items() if name in Sampling.model_fields}
+    settings = Sampling.of(drawn)
+    base = load(options["adapter"], options["model"], options["allow"], options["eos_token"])
+    for note in (*base.notes, *told_of_own_settings(base.model, settings)):
+        click.echo(f"note: {note}", err=True)
+    return base, settings

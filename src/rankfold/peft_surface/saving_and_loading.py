@@ -18,7 +18,7 @@ from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, LoadResult, read_adapter
 from rankfold.lora.files.checkpoint import OTHER_NAMES, file_tensors, fill_adapter, save_adapter
 from rankfold.lora.files.fingerprint import BaseFingerprint, fingerprint
-from rankfold.lora.files.saved_embeddings import bring, embedding_tensors, embeddings_in, find_brought
+from rankfold.lora.files.saved_embeddings import bring, embedding_tensors, find_brought, replaced_by
 from rankfold.lora.layers.init import warn_if_random
 from rankfold.lora.layers.overrides import holder_of
 from rankfold.lora.layers.saved import with_task_modules
@@ -123,10 +123,9 @@ def differing(saved: LoraConfig, known: LoraConfig) -> list[str]:
 
 
 def base_fingerprint(tuner: LoraModel, name: str, saved: Collection[str]) -> BaseFingerprint:
-    """The fingerprint of the base as the adapter found it, whatever is merged or split now, without the
-    embeddings among ``saved``, keys of the adapter's file."""
-    left_out = tuner.peft_config[name].modules_to_save or ()
-    return fingerprint(tuner.model, [*left_out, *embeddings_in(tuner.model, saved)])
+    """The fingerprint of the base as the adapter found it, whatever is merged or split now, without what the
+    adapter's file, with the keys ``saved``, puts in its place."""
+    return fingerprint(tuner.model, replaced_by(tuner.model, tuner.peft_config[name], saved))
 
 
 def load_onto(

@@ -13,6 +13,7 @@ SMALL_MODEL_PARAMETERS = 2_000_000_000
 HUGE_MODEL_PARAMETERS = 30_000_000_000
 SHORT_RUN_STEPS = 100
 SHORT_RUN_FACTOR = 1.5
+USUAL_EPOCHS = 3
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ def settle(recipe: Recipe, rows: int, model_parameters: int) -> Settings:
     alpha = chosen("alpha", recipe.alpha, 2.0 * rank, "twice the rank, so the scale is 2 at any rank")
     rows_per_step = chosen("rows_per_step", recipe.rows_per_step, *_rows_per_step(rows))
     steps_per_epoch = math.ceil(rows / rows_per_step)
-    epochs = chosen("epochs", recipe.epochs, *_epochs(steps_per_epoch))
+    epochs = chosen("epochs", recipe.epochs, *_epochs(steps_per_epoch, recipe.max_steps))
     steps = min(steps_per_epoch * epochs, recipe.max_steps or steps_per_epoch * epochs)
     reason = "at the end of each epoch; the best weights are kept"
     evaluate = chosen("evaluate_every_steps", recipe.evaluate_every_steps, steps_per_epoch, reason)
@@ -74,8 +75,12 @@ def _rows_per_step(rows: int) -> tuple[int, str]:
     return 16, "LoRA learns less from large steps; 8 to 32 is the safe range"
 
 
-def _epochs(steps_per_epoch: int) -> tuple[int, str]:
-    epochs = min(3, max(1, math.ceil(SHORT_RUN_STEPS / steps_per_epoch)))
+def _epochs(steps_per_epoch: int, max_steps: int | None) -> tuple[int, str]:
+    if max_steps is not None:
+        epochs = math.ceil(max_steps / steps_per_epoch)
+        told = f"{max_steps:,} steps as given; a pass is {steps_per_epoch:,}"
+        return epochs, told if epochs <= USUAL_EPOCHS else f"{told}; beyond 3 passes rows are learnt by heart"
+    epochs = min(USUAL_EPOCHS, max(1, math.ceil(SHORT_RUN_STEPS / steps_per_epoch)))
     if epochs == 1:
         return 1, f"one pass is {steps_per_epoch:,} steps, enough to learn from"
     return epochs, f"one pass is only {steps_per_epoch} steps; beyond 3 passes rows are learnt by heart"

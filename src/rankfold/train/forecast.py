@@ -15,9 +15,11 @@ from torch import Tensor
 from rankfold.data.batches import MICRO_BATCH_TOKENS
 from rankfold.lora import LoraConfig, TaskType
 from rankfold.models.adapters.modalities import adapter_scope, model_parts
+from rankfold.models.base.fitting import set_tokenizer
 from rankfold.models.base.load import Base
 from rankfold.models.base.meta_model import load_outline
 from rankfold.models.base.processors import sees_images
+from rankfold.models.base.tokens import with_tokens
 from rankfold.models.running.gates import fuse_gates
 from rankfold.models.running.norms import fuse_norms
 from rankfold.peft_surface import get_peft_model
@@ -109,6 +111,8 @@ def forecast(request: ForecastRequest) -> Forecast:
 
     Raises ModelError, DataError, TargetError or ConfigError."""
     base = load_outline(request.model, request.tokenizer)
+    if base.tokenizer is not None:
+        set_tokenizer(base, with_tokens(base.tokenizer, request.eos_token, request.as_tokens))
     sees = sees_images(base.model.config)
     rows = read_data(request, sees)
     lengths, tile = row_lengths(request, rows, base), tile_size(base, request)

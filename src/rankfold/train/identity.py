@@ -17,6 +17,7 @@ from rankfold.errors import CheckpointError, bullet_list
 from rankfold.lora.files.fingerprint import fingerprint
 from rankfold.peft_surface import PeftModel
 from rankfold.train.plan import Plan
+from rankfold.train.start import adapter_hash
 
 VERSIONS_OF = ("rankfold", "torch", "transformers")
 
@@ -28,6 +29,7 @@ def identity_of(plan: Plan) -> dict[str, Any]:
         "train_rows": rows_hash(plan.train),
         "held_out_rows": rows_hash(plan.held_out),
         "base": asdict(fingerprint(plan.model.get_base_model(), trained_whole(plan.model))),
+        "adapter": adapter_hash(plan.recipe.adapter),
         "computed_by": {
             **{name: version(name) for name in VERSIONS_OF},
             "threads": torch.get_num_threads(),
@@ -64,6 +66,8 @@ def refuse_other_identity(saved: Any, now: dict[str, Any], path: Path) -> list[s
         "base": "the base model is another one",
     }
     problems = [text for name, text in told.items() if saved.get(name) != now[name]]
+    if saved.get("adapter", "") != now["adapter"]:
+        problems.append("the adapter that it started from is another one")
     if problems:
         raise CheckpointError(bullet_list(f"the run in {path} cannot be resumed as it was:", problems))
     before, after = saved.get("computed_by", {}), now["computed_by"]

@@ -22,9 +22,8 @@ from rankfold.data.proof import MaskProof, prove_mask
 from rankfold.data.sources import Mixture, read_examples, sources_of
 from rankfold.data.split import near_leaks, split_held_out, without_leaks
 from rankfold.errors import ConfigError, bullet_list
-from rankfold.lora import LoraConfig, TaskType
 from rankfold.lora.layers.packed import numbers_not_shown
-from rankfold.models.adapters.metadata import PromptStyle
+from rankfold.models.adapters.metadata import AdapterMetadata, PromptStyle
 from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.base.load import Base, load_base, load_processor
 from rankfold.models.base.precision import Precision
@@ -33,11 +32,12 @@ from rankfold.models.messages.images import ImageReader, image_reader
 from rankfold.models.messages.template import template_of
 from rankfold.models.running.gates import fuse_gates
 from rankfold.models.running.norms import fuse_norms
-from rankfold.peft_surface import PeftModel, get_peft_model
+from rankfold.peft_surface import PeftModel
 from rankfold.train.advise import Settings, settle
 from rankfold.train.compiling import compile_layers
 from rankfold.train.processes import Processes
 from rankfold.train.recipe import Recipe
+from rankfold.train.start import adapted, fit_base, spelt_tokens
 from rankfold.train.trial import Activations, Trial, recompute_activations
 
 NAMED_ROWS = 10  # of those that are too long
@@ -57,7 +57,8 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything decided before the first step.  ``model`` is the base with a fresh adapter on it."""
+    """Everything decided before the first step.  ``model`` is the base with its adapter on it; ``started``
+    are the facts of the adapter that the run starts from, the usual ones if from a fresh one."""
 
     recipe: Recipe
     settings: Settings
@@ -74,6 +75,7 @@ class Plan:
     precision: Precision
     tokens_per_second: float
     processes: Processes
+    started: AdapterMetadata
 
     @property
     def choices(self) -> dict[str, str | bool]:
@@ -158,6 +160,8 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
 
     Raises ModelError, DataError, TargetError or ConfigError."""
     base = load_base(recipe.model, precision, recipe.stored)
+    started = fit_base(base, recipe)
+    spelt = spelt_tokens((*rows.train, *rows.held_out), base)
     base.prompt_style = rows.prompt_style
     reader = reader_of(recipe, rows, base)
     encoded = encode_rows(recipe, rows, base, reader)
@@ -175,14 +179,7 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
         raise ConfigError("whole_learning_rate: nothing is trained whole; name a part under parts and whole")
     seen = scope.told if base.processor is not None else []
     torch.manual_seed(recipe.seed)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=recipe.dropout,
-        **scope.options(),
-    )
-    model = get_peft_model(base.model, config)
+    model = adapted(base, recipe, settings, scope)
     _widen_trained(model)
     fuse_gates(model)
     fuse_norms(model)
@@ -204,11 +201,20 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
         held_out=encoded.held_out,
         lengths=encoded.cut,
         proof=proof,
-        notes=[*filter(None, [precision.cost]), *base.notes, *named, *rows.notes, *encoded.notes, *seen],
+        notes=[
+            *filter(None, [precision.cost]),
+            *base.notes,
+            *named,
+            *rows.notes,
+            *spelt,
+            *encoded.notes,
+            *seen,
+        ],
         batching=batching,
         activations=activations,
         precision=precision,
         processes=processes,
+        started=started,
         tokens_per_second=trial.tokens_per_second(batching),
     )
 

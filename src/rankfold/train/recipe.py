@@ -122,6 +122,9 @@ class Recipe(CheckedSettings):
     image_tiles: int | None = Field(
         None, ge=1, le=64, description="tiles an image is cut into at most [as the model's processor does]"
     )
+    adapter: Path | None = Field(
+        None, description="adapter folder to start from, with its base, rank, alpha and targets"
+    )
     rank: int | None = Field(None, ge=1, le=4096, description="rank of the update [16; 32 above 10,000 rows]")
     alpha: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="scale = alpha / rank [2 x rank]"
@@ -169,7 +172,9 @@ class Recipe(CheckedSettings):
         allow_inf_nan=False,
         description="above 0: judge and keep a running mean of the weights",
     )
-    max_steps: int | None = Field(None, ge=1, description="optimiser steps at most [all of the epochs]")
+    max_steps: int | None = Field(
+        None, ge=1, description="optimiser steps, in as many passes as they take; at most, beside epochs"
+    )
     max_minutes: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="minutes of training at most, then it is judged as it is"
     )
@@ -183,6 +188,12 @@ class Recipe(CheckedSettings):
     train_on: TrainOn = Field(
         "assistant",
         description="the turns to learn: assistant, last (the last of them), or all (every token)",
+    )
+    eos_token: str = Field("", description="the token that ends a text, where the model's files name none")
+    as_tokens: Annotated[list[str], BeforeValidator(split_at_commas)] = Field(
+        [],
+        description="special tokens of the model that are tokens where rows spell them, with commas between "
+        "them [none: they are words]",
     )
     max_length: int | None = Field(
         None, ge=8, description="longest row in tokens; longer ones are left out and named [99 % of rows fit]"

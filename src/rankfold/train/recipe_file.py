@@ -52,6 +52,8 @@ def resolved_recipe(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     wherever, makes the same run."""
     chosen = {name: value for name, value in asdict(settings).items() if name in Recipe.model_fields}
     places: dict[str, Any] = {"model": _absolute(recipe.model), "data": _absolute_data(recipe.data)}
+    if recipe.adapter is not None:
+        places["adapter"] = _absolute(recipe.adapter)
     if recipe.held_out is not None:
         places["held_out"] = _absolute_data(recipe.held_out)
     return recipe.model_dump(mode="json", exclude_none=True) | places | chosen

@@ -31,6 +31,7 @@ from rankfold.train.recipe import Recipe
 from rankfold.train.recipe_file import changed_recipe, read_recipe, resolved_recipe
 from rankfold.train.report import render_report
 from rankfold.train.sharding import require_several, shard_base
+from rankfold.train.start import as_its_adapter
 from rankfold.train.stopping import stop_requests
 from rankfold.train.trackers import Trackers, require_trackers
 from rankfold.train.trial import Activations, recompute_activations
@@ -55,7 +56,7 @@ def fine_tune(recipe: Recipe, listener: Listener | None = None) -> RunResult:
     processes.first_does(partial(_prepare, recipe))
     plan = decide(recipe, listener, processes)
     identity = _shared_identity(plan)
-    choices = resolved_recipe(recipe, plan.settings) | plan.choices
+    choices = resolved_recipe(plan.recipe, plan.settings) | plan.choices
     record = {"status": "running", "identity": identity}
     processes.first_does(lambda: RunFolder.create(recipe.out, choices, record) and None)
     with ExitStack() as stack:
@@ -142,6 +143,7 @@ def refuse_used_folder(out: Path) -> None:
 def decide(recipe: Recipe, listener: Listener, processes: Processes | None = None) -> Plan:
     """Everything up to the first step: read, check, load, encode, choose, adapt and time.  Writes nothing."""
     processes = processes or Processes()
+    recipe = as_its_adapter(recipe)
     if recipe.shard_base:
         require_several(processes, recipe.stored)
     rows = processes.together(lambda: read_data(recipe))
@@ -304,6 +306,8 @@ class Run:
             "chat_template": template_of(tokenizer)[0] if style == "chat" else "",
             "tokenizer": tokenizer_marks(tokenizer),
             "base": BaseFingerprint(**self.identity["base"]),
+            "eos_token": self.plan.recipe.eos_token or self.plan.started.eos_token,
+            "as_tokens": tuple(self.plan.recipe.as_tokens or self.plan.started.as_tokens),
         }
         if self.plan.batching.reader is not None:
             facts["image_tiles"] = self.plan.batching.reader.tiles

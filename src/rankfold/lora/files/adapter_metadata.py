@@ -7,7 +7,7 @@ import importlib
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -20,7 +20,7 @@ from rankfold.lora.config.strict_json import read_json_object
 from rankfold.lora.files.fingerprint import BaseFingerprint
 
 METADATA_NAME = "rankfold.json"
-SCHEMA_VERSION = 3  # 1 knew prompt_style and base_description, 2 no image_tiles
+SCHEMA_VERSION = 4  # 1 knew prompt_style and base_description, 2 no image_tiles, 3 no eos_token, as_tokens
 MAX_METADATA_BYTES = 1_000_000
 
 Kind = TypeVar("Kind")
@@ -37,7 +37,9 @@ class AdapterMetadata:
     ``tokenizer``: sha256 of the vocabulary and of the chat template it was trained with, if given.
     ``versions``: of the libraries that wrote it.  ``sha256``: of the two files beside this one.
     ``base``: the fingerprint of the base that it belongs to.
-    ``image_tiles``: into how many tiles an image was cut at most, None if images were not cut or not seen."""
+    ``image_tiles``: into how many tiles an image was cut at most, None if images were not cut or not seen.
+    ``eos_token``: the end of a text that the user named.  ``as_tokens``: special tokens that were tokens
+    where a row spelled them."""
 
     prompt_style: PromptStyle = "chat"
     base_description: str = ""
@@ -47,6 +49,8 @@ class AdapterMetadata:
     sha256: Mapping[str, str] = field(default_factory=dict)
     base: BaseFingerprint | None = None
     image_tiles: int | None = None
+    eos_token: str = ""
+    as_tokens: Sequence[str] = ()
     schema_version: int = SCHEMA_VERSION
 
     def sealed(self, files: Mapping[str, bytes], base: BaseFingerprint | None) -> AdapterMetadata:
@@ -101,6 +105,8 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
     if tiles is not None and (type(tiles) is not int or tiles < 1):
         raise ValueError(f"image_tiles must be a number from 1, got {tiles!r}")
     facts["image_tiles"] = tiles
+    facts["eos_token"] = _of(str, content.get("eos_token", ""))
+    facts["as_tokens"] = tuple(_of(str, word) for word in _of(list, content.get("as_tokens", [])))
     for name in ("tokenizer", "versions", "sha256"):
         facts[name] = _texts(content.get(name, {}))
     if base is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
@@ -21,7 +21,7 @@ from rankfold.lora.files.adapter_metadata import METADATA_NAME, AdapterMetadata,
 from rankfold.lora.files.fingerprint import compare, fingerprint
 from rankfold.lora.files.old_experts import with_fused_experts
 from rankfold.lora.files.renames import renamed
-from rankfold.lora.files.saved_embeddings import embeddings_in
+from rankfold.lora.files.saved_embeddings import replaced_by
 from rankfold.lora.layers.init import changed_base
 from rankfold.lora.placing.targets import alpha_of, find_parameters, find_targets, module_names, rank_of
 
@@ -37,12 +37,13 @@ FLOATS = (
 )
 
 # What PEFT lets through without a word.
-LENIENT: tuple[Fault, ...] = ("missing", "unexpected", "base", "option")
+LENIENT: tuple[Fault, ...] = ("missing", "unexpected", "base", "config", "option")
 # What may be let through on loading: tensors that the model wants and the file lacks keep their fresh
 # values, those that it has no place for or of the wrong shape are dropped, "non_finite" takes NaN as it
-# is, "base" takes an adapter of another base, "hash" takes files that were changed since they were saved,
+# is, "base" takes an adapter of another base, "hash" weights that were changed since they were saved and
+# "config" a config that was,
 # "option" a config with options of a newer PEFT.
-Fault = Literal["missing", "unexpected", "shape", "non_finite", "base", "hash", "option"]
+Fault = Literal["missing", "unexpected", "shape", "non_finite", "base", "hash", "config", "option"]
 
 
 class LoadOptions(TypedDict, total=False):
@@ -159,7 +160,11 @@ def read_weights(folder: Path) -> tuple[dict[str, Tensor], AdapterMetadata, list
     sums = AdapterMetadata().sealed(files, None).sha256
     changed = [name for name, expected in facts.sha256.items() if sums.get(name) != expected]
     text = "{} is not what was saved: its sha256 is not the one in " + METADATA_NAME
-    return tensors, facts, [("hash", text.format(name)) for name in changed]
+    return (
+        tensors,
+        facts,
+        [("config" if name == CONFIG_NAME else "hash", text.format(name)) for name in changed],
+    )
 
 
 def parsed(content: bytes, path: Path) -> dict[str, Tensor]:
@@ -227,8 +232,11 @@ def check_base(stored: StoredAdapter, model: nn.Module) -> None:
         stored.found.append(("base", change))
     unchecked = "whether this is the base it was trained on, and whether its files are whole"
     if facts.base is not None:
-        replaced = [*(stored.config.modules_to_save or ()), *embeddings_in(model, stored.tensors)]
-        problem, unchecked_part = compare(facts.base, fingerprint(model, replaced))
+        config, keys = stored.config, stored.tensors
+        problem, unchecked_part = compare(facts.base, fingerprint(model, replaced_by(model, config, keys)))
+        if problem is not None and config.trainable_token_indices is not None:  # as older versions saved it
+            older = replaced_by(model, replace(config, trainable_token_indices=None), keys)
+            problem, unchecked_part = compare(facts.base, fingerprint(model, older))
         if problem is not None:
             stored.found.append(("base", f"the adapter belongs to another base model: {problem}"))
         unchecked = unchecked_part or ""

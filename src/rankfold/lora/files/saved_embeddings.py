@@ -19,6 +19,7 @@ from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.overrides import file_path, hold, holder_of, own_original
 from rankfold.lora.layers.registry import adapter_layers, base_modules
 from rankfold.lora.layers.saved import SavedModule
+from rankfold.lora.layers.tokens import find_tokens
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")  # PEFT 0.21.2, utils/constants.py
 
@@ -98,6 +99,13 @@ def embeddings_in(model: nn.Module, keys: Collection[str]) -> list[str]:
         for path, layer in _embeddings(model)
         if any(_spellings(model, path, key) & {*keys} for key in layer._parameters)
     ]
+
+
+def replaced_by(model: nn.Module, config: LoraConfig, keys: Collection[str]) -> list[str]:
+    """The modules of the base that an adapter with ``keys`` in its file puts others in the place of, in part
+    or whole.  New rows of an embedding are drawn anew whenever a vocabulary grows, so one of which rows are
+    trained is among them."""
+    return [*(config.modules_to_save or ()), *find_tokens(model, config), *embeddings_in(model, keys)]
 
 
 def _spellings(model: nn.Module, path: str, key: str) -> set[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
-from torch import nn
-
 from rankfold.errors import AdapterError, ModelError
 from rankfold.lora import LoraConfig, TaskType
 from rankfold.lora.files.adapter_reader import AdapterSource, LoadOptions
 from rankfold.models.base.find import find_base
+from rankfold.models.base.fitting import grow_vocabulary
 from rankfold.models.base.load import load_weights
 from rankfold.peft_surface import PeftModel
 
@@ -46,7 +45,7 @@ class AutoPeftModel:
         if not name:
             raise ModelError(f"{folder} does not say which base model it belongs to")
         model = load_weights(find_base(name), cls._model_class(folder, config), dtype, config.revision)
-        _fit_vocabulary(model, Path(folder))
+        grow_vocabulary(model, Path(folder))
         return PeftModel.from_pretrained(model, folder, adapter_name, is_trainable, **options)
 
     @classmethod
@@ -104,17 +103,3 @@ AUTO_CLASSES = (
     *(AutoPeftModelForSequenceClassification, AutoPeftModelForTokenClassification),
     *(AutoPeftModelForQuestionAnswering, AutoPeftModelForFeatureExtraction),
 )
-
-
-def _fit_vocabulary(model: nn.Module, folder: Path) -> None:
-    """Make the embeddings as long as the adapter's own tokenizer needs, if it brought one, as in PEFT."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return
-    from transformers import AutoTokenizer
-
-    try:
-        entries = len(AutoTokenizer.from_pretrained(folder))
-    except Exception as error:  # a damaged file raises whatever its reader happens to raise
-        raise AdapterError(f"cannot read the tokenizer in {folder}: {str(error)[:200]}") from error
-    if entries > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
-        model.resize_token_embeddings(entries)  # type: ignore[operator]

@@ -14,8 +14,9 @@ from rankfold.errors import ConfigError, ModelError
 from rankfold.lora import LoraConfig
 from rankfold.lora.files.adapter_reader import AdapterSource, Fault
 from rankfold.models.adapters.convert import natively_named
-from rankfold.models.adapters.metadata import AdapterMetadata, tokenizer_changes
+from rankfold.models.adapters.metadata import AdapterMetadata
 from rankfold.models.base.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
+from rankfold.models.base.fitting import fit_to_adapter, set_tokenizer
 from rankfold.models.base.heap import large_blocks_apart
 from rankfold.models.base.image_text import (
     image_text_config,
@@ -27,13 +28,12 @@ from rankfold.models.base.image_text import (
 )
 from rankfold.models.base.packed import Stored, describe, held_model
 from rankfold.models.base.precision import Precision, default_device, held_notes, hold_in
-from rankfold.models.base.processors import set_most_tiles
 from rankfold.models.base.quiet import quiet_transformers
 from rankfold.models.base.text_side import text_side
+from rankfold.models.base.tokens import with_tokens
 from rankfold.models.gguf.architectures import ARCHITECTURES
 from rankfold.models.gguf.file import GgufFile, read_gguf
 from rankfold.models.gguf.others import other_model
-from rankfold.models.messages.plain_template import plain_template
 from rankfold.peft_surface import PeftModel
 
 
@@ -125,24 +125,10 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
     name = model_name or config.base_model_name_or_path
     if not name:
         raise ModelError(f"{adapter} does not say which base model it belongs to; name it with --model")
-    facts = AdapterMetadata.read(Path(adapter))
     base = load_base(name)
-    if facts.image_tiles is not None and base.processor is not None:
-        set_most_tiles(base.processor, facts.image_tiles)  # as in training
-    changed = tokenizer_changes(facts.tokenizer, base.tokenizer)
-    if facts.chat_template:  # the adapter's counts, whatever template the base has by now
-        base.tokenizer.chat_template = plain_template(facts.chat_template)
-        changed = [part for part in changed if part != "chat_template"]
-    if changed and "base" not in allow:
-        raise ModelError(
-            f"the tokenizer of {name} is not the one that {adapter} was trained with: another "
-            f"{' and another '.join(changed)}; name the right base with --model, or allow 'base' "
-            "(--allow base) to use it all the same"
-        )
-    base.notes += [f"the tokenizer has another {part} than in training" for part in changed]
+    fit_to_adapter(base, Path(adapter), AdapterMetadata.read(Path(adapter)), allow)
     with natively_named(Path(adapter), name) if is_internvl(base.model) else nullcontext(adapter) as folder:
         base.model = PeftModel.from_pretrained(base.model, folder, allow=allow).merge_and_unload()
-    base.prompt_style = facts.prompt_style
     return base
 
 
@@ -167,11 +153,18 @@ def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str
     return model.eval()
 
 
-def load(adapter: Path | None, model_name: str | None, allow: Collection[Fault] = ()) -> Base:
-    """``load_tuned`` if there is an adapter, else ``load_base`` of the named or the default model."""
+def load(
+    adapter: Path | None, model_name: str | None, allow: Collection[Fault] = (), eos_token: str = ""
+) -> Base:
+    """``load_tuned`` if there is an adapter, else ``load_base`` of the named or the default model.
+
+    ``eos_token`` ends a text where the base's files name none.  Raises ConfigError too."""
     if allow and not adapter:
         raise ConfigError("--allow says what an adapter may lack, and there is no --adapter")
-    return load_tuned(adapter, model_name, allow) if adapter else load_base(model_name or DEFAULT_MODEL)
+    base = load_tuned(adapter, model_name, allow) if adapter else load_base(model_name or DEFAULT_MODEL)
+    if eos_token:
+        set_tokenizer(base, with_tokens(base.tokenizer, eos_token, ()))
+    return base
 
 
 def _comes_as(source: BaseSource, config: Any) -> torch.dtype:

@@ -17,6 +17,7 @@ from rankfold.models.messages.prompt import TemplateMessage, prompt_encoder
 from rankfold.models.messages.turn import turn_form
 from rankfold.models.running.sampling import Sampling
 from rankfold.models.running.streaming import TextStream, decoded
+from rankfold.peft_surface import PeftModel
 
 TOGETHER = 64  # prompts answered at a time: beyond, a CPU gains nothing
 
@@ -85,13 +86,14 @@ def _only(base: Base, options: dict[str, Any]) -> Iterator[None]:
 
     stops = sorted(_stops(base)) or None
     fill = base.tokenizer.pad_token_id if base.tokenizer.eos_token_id is None else base.tokenizer.eos_token_id
-    own = base.model.generation_config
+    model = base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
+    own = model.generation_config
     with quiet_transformers():
-        base.model.generation_config = GenerationConfig(**options, eos_token_id=stops, pad_token_id=fill)
+        model.generation_config = GenerationConfig(**options, eos_token_id=stops, pad_token_id=fill)
     try:
         yield
     finally:
-        base.model.generation_config = own
+        model.generation_config = own
 
 
 def _prompt(base: Base, messages: list[TemplateMessage]) -> Prompt:
