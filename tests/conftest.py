@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -76,6 +77,20 @@ def tiny_folder(real_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tiny_llama().save_pretrained(folder)
     real_base.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process: (exit status, standard output, standard error)."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rankfold", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            importlib.import_module("rankfold.cli.main").main()
+        output = capsys.readouterr()
+        return int(caught.value.code or 0), output.out, output.err
+
+    return run
 
 
 @pytest.fixture

@@ -18,24 +18,10 @@ import pytest
 import yaml
 
 from conftest import rankfold_command
-from rankfold.cli.main import VERBS, main
+from rankfold.cli.main import VERBS
 from rankfold.lora.files.adapter_reader import Fault
 
 COMMAND = str(Path(sys.executable).with_name("rankfold"))
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command in this process: (exit status, standard output, standard error)."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rankfold", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        output = capsys.readouterr()
-        return int(caught.value.code or 0), output.out, output.err
-
-    return run
 
 
 @pytest.fixture

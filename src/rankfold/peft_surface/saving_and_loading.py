@@ -128,6 +128,15 @@ def base_fingerprint(tuner: LoraModel, name: str, saved: Collection[str]) -> Bas
     return fingerprint(tuner.model, replaced_by(tuner.model, tuner.peft_config[name], saved))
 
 
+def fingerprint_to_save(tuner: LoraModel, name: str = "default") -> BaseFingerprint:
+    """What ``save_adapters`` would write of the base now; for a base that cannot be read later."""
+    model, config = tuner.model, tuner.peft_config[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankfoldWarning)  # it is told when the adapter is saved
+        keys = [*file_tensors(model, name), *embedding_tensors(model, name, config, "auto")]
+    return base_fingerprint(tuner, name, keys)
+
+
 def load_onto(
     tuner: LoraModel, name: str, config: LoraConfig, source: AdapterSource, *, widen: bool = True
 ) -> LoadResult:

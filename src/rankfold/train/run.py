@@ -15,9 +15,9 @@ from typing import Any
 from rankfold.data.batches import epoch_steps
 from rankfold.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from rankfold.files import require_space, write_whole
-from rankfold.lora.files.fingerprint import BaseFingerprint
 from rankfold.models.adapters.metadata import tokenizer_marks
 from rankfold.models.messages.template import template_of
+from rankfold.peft_surface.saving_and_loading import fingerprint_to_save
 from rankfold.train.checkpoints import clear_partial, latest_checkpoint, save_checkpoint
 from rankfold.train.folder import RECORD_NAME, REPORT_NAME, RunFolder
 from rankfold.train.identity import identity_of, refuse_other_identity
@@ -176,6 +176,7 @@ class Run:
         self.records: list[StepRecord] = []
         self.saved_step = 0
         self.next_save = time.monotonic() + SAVE_EVERY_S
+        self.base = fingerprint_to_save(plan.model.base_model)
         if plan.recipe.shard_base:
             shard_base(plan.model, plan.processes)
         method = method_of(plan.recipe, plan.settings, plan.batching, plan.precision)
@@ -305,7 +306,7 @@ class Run:
             "base_description": self.plan.base.source.description,
             "chat_template": template_of(tokenizer)[0] if style == "chat" else "",
             "tokenizer": tokenizer_marks(tokenizer),
-            "base": BaseFingerprint(**self.identity["base"]),
+            "base": self.base,
             "eos_token": self.plan.recipe.eos_token or self.plan.started.eos_token,
             "as_tokens": tuple(self.plan.recipe.as_tokens or self.plan.started.as_tokens),
         }
