@@ -25,7 +25,7 @@ def contents_of(source: BaseSource, model: Any, original: Layout | None) -> Iter
     """What is in the files of ``source``, by the names of ``model``; ``original`` if they are those of an
     InternVL in its original layout.  Raises ModelError."""
     if source.gguf_file is not None:
-        yield gguf_contents(read_gguf(source.gguf_file), model)
+        yield gguf_contents(read_gguf(source.gguf_file, words=False), model)
     elif original is not None:
         with native_readers(Path(source.location), original) as readers:
             yield {name: partial(_plain, read) for name, read in readers.items()}

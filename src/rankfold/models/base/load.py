@@ -224,7 +224,7 @@ def _load_held(
 
 def _other(source: BaseSource) -> GgufFile | None:
     """The GGUF file if transformers has to read it."""
-    file = None if source.gguf_file is None else read_gguf(source.gguf_file)
+    file = None if source.gguf_file is None else read_gguf(source.gguf_file, words=False)
     return None if file is None or file.architecture in ARCHITECTURES else file
 
 

@@ -63,12 +63,14 @@ class GgufFile:
         return torch.from_numpy(expanded(self.data(name), self.tensors[name].kind))
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """Raises ModelError, also for a part of a model and for what is no model."""
+def read_gguf(path: Path, words: bool = True) -> GgufFile:
+    """The file; without ``words`` its lists of texts are told by their length, which takes less time.
+
+    Raises ModelError, also for a part of a model and for what is no model."""
     from gguf import GGMLQuantizationType
 
     try:
-        keys, table, start = gguf_header(path)
+        keys, table, start = gguf_header(path, words)
         tensors = {
             name: StoredTensor(shape, GGMLQuantizationType(kind).name, start + offset)
             for name, shape, kind, offset in table
