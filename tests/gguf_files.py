@@ -91,6 +91,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("phi3", "phi3", {}),
+    "phi3-partly": (
+        "phi3",
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
     "phi3-long": (
         "phi3",
         "phi3",
@@ -103,6 +108,24 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "granite": ("granite", "granite", GRANITE),
     "olmo2": ("olmo2", "olmo2", {}),
     "smollm3": ("smollm3", "smollm3", {"num_hidden_layers": 5}),
+}
+# The same with keys that few files have: a file of MODELS, and what is set.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-named-mistral": ("llama", {"general.name": "mistral", "llama.attention.sliding_window": 8}),
+    "llama-old-linear": ("llama", {"llama.rope.scale_linear": 4.0}),
+    "llama-factor-alone": ("llama", {"llama.rope.scaling.factor": 2.0}),
+    "llama-scaled-by-none": ("llama-linear", {"llama.rope.scaling.type": "none"}),
+    "llama-yarn-attention": ("llama-yarn", {"llama.rope.scaling.attn_factor": 1.2}),
+    "llama-yarn-no-length": ("llama-yarn", {"llama.rope.scaling.original_context_length": None}),
+    "qwen2-yarn-unread": (
+        "qwen2-yarn",
+        {"qwen2.rope.scaling.yarn_beta_fast": 8.0, "qwen2.rope.scaling.yarn_attn_factor": 2.0},
+    ),
+    "llama-heads-alike": ("llama-biases", {"llama.attention.head_count_kv": [2, 2, 2, 2]}),
+    "gemma2-usual-window": ("gemma2", {"gemma2.attention.sliding_window": None}),
+    "gemma3-no-window": ("gemma3", {"gemma3.attention.sliding_window": 0}),
+    "gemma3-every-third": ("gemma3", {"gemma3.attention.sliding_window_pattern": 3}),
+    "gemma3-near-base": ("gemma3", {"gemma3.rope.freq_base_swa": 500.0}),
 }
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 # Of K-quants a block holds 256 numbers: a width that all kinds of blocks divide.
@@ -196,7 +219,7 @@ def keys_of(config: Any, architecture: str) -> dict[str, Any]:
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": head_dim,
+        "rope.dimension_count": int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1)),
         "vocab_size": config.vocab_size,
     }
     if getattr(config, "head_dim", None) is not None:

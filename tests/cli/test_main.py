@@ -128,7 +128,7 @@ def test_a_fault_of_an_adapter_can_be_allowed(trained, tmp_path):
     refused = rankfold_command(*options)
     assert refused.returncode == 2
     assert "adapter_config.json is not what was saved" in refused.stderr
-    allowed = rankfold_command(*options, "--allow", "hash")
+    allowed = rankfold_command(*options, "--allow", "config")
     assert allowed.returncode == 0, allowed.stderr
     assert "was loaded in spite of" in allowed.stderr
     assert allowed.stdout.strip()

@@ -25,7 +25,7 @@ sys.path[:0] = [str(TESTS), str(HERE)]
 from strings import strings  # noqa: E402
 
 from chat_formats import FORMATS  # noqa: E402
-from gguf_files import KINDS, MODELS, WIDE, tiny_model, vocabulary, write_gguf, write_vocabulary  # noqa: E402
+from gguf_files import KINDS, MODELS, VARIANTS, WIDE, tiny_model, vocabulary, write_gguf, write_vocabulary  # noqa: E402
 from rankfold.models.base.find import DEFAULT_MODEL, find_base  # noqa: E402
 from rankfold.models.base.load import load_base  # noqa: E402
 from rankfold.models.gguf.file import read_gguf  # noqa: E402
@@ -53,7 +53,7 @@ def ids() -> list[int]:
     return [int(one) for one in torch.randint(0, 320, (POSITIONS,), generator=generator)]
 
 
-MODEL_FILES = [f"{name}.gguf" for name in (*MODELS, *(f"llama-{kind}" for kind in KINDS))]
+MODEL_FILES = [f"{name}.gguf" for name in (*MODELS, *VARIANTS, *(f"llama-{kind}" for kind in KINDS))]
 
 
 def write_model(folder: Path, file: str) -> Path:
@@ -61,6 +61,9 @@ def write_model(folder: Path, file: str) -> Path:
     name = file.removesuffix(".gguf")
     if name in MODELS:
         return write_gguf(folder / file, tiny_model(name), MODELS[name][0])
+    if name in VARIANTS:
+        own, keys = VARIANTS[name]
+        return write_gguf(folder / file, tiny_model(own), MODELS[own][0], keys=keys)
     kind = name.removeprefix("llama-")
     return write_gguf(folder / file, tiny_model("llama", **WIDE), "llama", kind=kind)
 

@@ -89,7 +89,7 @@ def test_what_the_adapter_says_otherwise_is_told_at_once(first, recipe):
     assert "rank: 8, and the adapter has 4" in told
     assert "alpha: 4.0, and the adapter has 12" in told
     assert "dropout: 0.1, and the adapter has 0.0" in told
-    assert "targets: the adapter says what is adapted; leave it out" in told
+    assert "targets: ['o_proj'], and the adapter has ['q_proj', 'v_proj']" in told
 
 
 def test_an_adapter_of_another_base_or_none_is_refused(first, recipe, tmp_path, tiny_folder):

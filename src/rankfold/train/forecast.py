@@ -39,6 +39,7 @@ from rankfold.train.machine import Machine, planned_machine
 from rankfold.train.peak import MARGIN, WASTE, Peak, Tower
 from rankfold.train.plan import read_data
 from rankfold.train.recipe import Recipe
+from rankfold.train.start import as_its_adapter, spelt_tokens
 
 Fits = Literal["yes", "recomputed", "no"]
 
@@ -110,11 +111,13 @@ def forecast(request: ForecastRequest) -> Forecast:
     """Read config and rows, and work out the rest.  No weight is read.
 
     Raises ModelError, DataError, TargetError or ConfigError."""
+    request = as_its_adapter(request)
     base = load_outline(request.model, request.tokenizer)
     if base.tokenizer is not None:
         set_tokenizer(base, with_tokens(base.tokenizer, request.eos_token, request.as_tokens))
     sees = sees_images(base.model.config)
     rows = read_data(request, sees)
+    spelt = [] if base.tokenizer is None else spelt_tokens((*rows.train, *rows.held_out), base)
     lengths, tile = row_lengths(request, rows, base), tile_size(base, request)
     weights = weights_of(base.model)
     parameters = parameters_by_part(weights)
@@ -147,7 +150,7 @@ def forecast(request: ForecastRequest) -> Forecast:
         memory_bytes=machine.memory_bytes,
         forms=[run.forecast(form) for form in FORMS_TO_PLAN],
         assumptions=[*machine.told, *_assumptions(shape, peak.kept)],
-        notes=[*base.notes, *rows.notes, *lengths.notes],
+        notes=[*base.notes, *rows.notes, *spelt, *lengths.notes],
     )
 
 

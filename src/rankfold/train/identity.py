@@ -66,7 +66,7 @@ def refuse_other_identity(saved: Any, now: dict[str, Any], path: Path) -> list[s
         "base": "the base model is another one",
     }
     problems = [text for name, text in told.items() if saved.get(name) != now[name]]
-    if saved.get("adapter", "") != now["adapter"]:
+    if saved.get("adapter", "") != now.get("adapter", ""):
         problems.append("the adapter that it started from is another one")
     if problems:
         raise CheckpointError(bullet_list(f"the run in {path} cannot be resumed as it was:", problems))

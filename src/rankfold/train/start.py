@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rankfold.data.example import Example
 from rankfold.data.measure import texts_of
@@ -24,33 +24,41 @@ from rankfold.train.advise import Settings
 from rankfold.train.recipe import Recipe
 
 SHOWN_WORDS = 5
+R = TypeVar("R", bound=Recipe)
 
 
-def as_its_adapter(recipe: Recipe) -> Recipe:
-    """``recipe`` with the base, rank and alpha of the adapter that it starts from, if it names one.
+def as_its_adapter(recipe: R) -> R:
+    """``recipe`` with the base, rank, alpha and targets of the adapter that it starts from, if it names one.
 
     Raises AdapterError if there is none, ConfigError listing every setting that says otherwise."""
     if recipe.adapter is None:
         return recipe
     config = LoraConfig.from_pretrained(recipe.adapter)
     own: dict[str, Any] = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    if config.target_modules is not None:
+        targets = config.target_modules
+        own["targets"] = targets if isinstance(targets, str) else sorted(targets)
     if recipe.model_fields_set.isdisjoint({"model"}) and config.base_model_name_or_path:
         own["model"] = config.base_model_name_or_path
     problems = [
         f"{name}: {getattr(recipe, name)!r}, and the adapter has {value!r}"
         for name, value in own.items()
-        if name in recipe.model_fields_set and getattr(recipe, name) not in (None, value)
+        if name in recipe.model_fields_set and _in_order(getattr(recipe, name)) not in (None, value)
     ]
     problems += [
         f"{name}: the adapter says what is adapted; leave it out"
-        for name in ("targets", "parts", "whole")
-        if name in recipe.model_fields_set and getattr(recipe, name) != Recipe.model_fields[name].default
+        for name in ("parts", "whole")
+        if getattr(recipe, name) != Recipe.model_fields[name].default
     ]
     if problems:
         raise ConfigError(
             bullet_list(f"the adapter in {recipe.adapter} cannot be started from so:", problems)
         )
     return recipe.model_copy(update=own)
+
+
+def _in_order(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 def fit_base(base: Base, recipe: Recipe) -> AdapterMetadata:

@@ -175,6 +175,7 @@ FORMS_ON_A_CPU = {"bfloat16": 0.002, "int8": 0.03, "q4_0": 0.7, "nf4": 0.7}  # h
 TEXT = "The snow man told a cold joke about a hat that was above all that, and nobody laughed but the ice."
 
 
+@pytest.mark.slow
 def test_the_loss_of_each_form_beside_float32(real_base, tmp_path, record_property):
     """On SmolLM2 and a sentence.  What its file was rounded to before has 5 bits, so 4 are rounded twice."""
     real_base.model.save_pretrained(tmp_path)

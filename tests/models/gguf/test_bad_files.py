@@ -37,6 +37,7 @@ def load(tmp_path: Any, name: str = "llama", architecture: str = "llama", **opti
             {"llama.rope.scaling.type": "dynamic"},
             "rope.scaling.type is 'dynamic'; none, linear, yarn, longrope are",
         ),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8, and heads are 16 wide"),
         ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5 without yarn or longrope"),
         ({"tokenizer.ggml.pre": "qwen-9"}, "pre is 'qwen-9', a splitting that is not known"),
         ({"tokenizer.ggml.model": "rwkv"}, "model is 'rwkv'; gpt2"),
@@ -64,7 +65,7 @@ def test_all_faults_of_the_keys_are_told_at_once(tmp_path):
     with pytest.raises(ModelError) as caught:
         load(
             tmp_path,
-            keys={"llama.block_count": None, "llama.expert_count": 8, "llama.attention.causal": False},
+            keys={"llama.block_count": None, "llama.expert_count": 8, "llama.vocabulary": 1},
         )
     assert str(caught.value).count("\n  - ") == 3
 

@@ -76,7 +76,8 @@ def _of_gguf(path: Path) -> TextSide:
     file = read_gguf(path)
     if file.architecture in ARCHITECTURES:
         tokenizer = gguf_tokenizer(file)
-        config, notes = gguf_config(file, special_ids(tokenizer, file))
+        with quiet_transformers():
+            config, notes = gguf_config(file, special_ids(tokenizer, file))
         side = TextSide(config, tokenizer, notes)
     else:
         side = TextSide(*other_text_side(file))

@@ -26,10 +26,10 @@ READ_APART = {
     *("rope.freq_base", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type"),
     *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor"),
 }
-# They do not bear on what is computed: what the file is called and how it was made, a remark that no
-# program acts on, and numbers that llama.cpp does not read of these architectures.
-WITHOUT_BEARING = {
-    *("rope.scaling.finetuned", "tensor_data_layout", "pooling_type", "embedding_length_out"),
+# They do not bear on what is computed: remarks that no program acts on.
+WITHOUT_BEARING = {"rope.scaling.finetuned", "tensor_data_layout", "pooling_type", "embedding_length_out"}
+# llama.cpp leaves them unread of these architectures, whatever the model was trained with; that is told.
+UNREAD_OF_ALL = {
     *("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 }
@@ -42,13 +42,15 @@ class Architecture:
     """``fields``: keys beside COMMON.  ``fixed``: what llama.cpp does without being told.
 
     ``turned``: the rows of q and k lie in llama.cpp's order of rotated pairs.  ``norms_of_one``: the weights
-    of norms are stored with the 1 that transformers adds.  ``unread``: keys that llama.cpp leaves unread."""
+    of norms are stored with the 1 that transformers adds.  ``unread``: keys that llama.cpp leaves unread.
+    ``partly_turned``: heads may be rotated in part."""
 
     model_type: str
     fields: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     turned: bool = False
     norms_of_one: bool = False
+    partly_turned: bool = False
     unread: frozenset[str] = frozenset()
 
 
@@ -71,7 +73,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma": Architecture("gemma", norms_of_one=True),
     "gemma2": Architecture("gemma2", SOFTCAPS | WINDOW, {"sliding_window": 4096}, norms_of_one=True),
     "gemma3": Architecture("gemma3_text", SOFTCAPS | WINDOW, norms_of_one=True),
-    "phi3": Architecture("phi3", unread=frozenset(WINDOW)),
+    "phi3": Architecture("phi3", partly_turned=True, unread=frozenset(WINDOW)),
     "granite": Architecture("granite", GRANITE_SCALES, turned=True),
     "olmo2": Architecture("olmo2"),
     "smollm3": Architecture("smollm3", turned=True),

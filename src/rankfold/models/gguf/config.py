@@ -11,6 +11,7 @@ from rankfold.models.gguf.architectures import (
     COMMON,
     READ_APART,
     REQUIRED,
+    UNREAD_OF_ALL,
     WITHOUT_BEARING,
     Architecture,
 )
@@ -54,7 +55,7 @@ def gguf_config(file: GgufFile, tokens: Mapping[str, Any]) -> tuple[Any, list[st
         fields["original_max_position_embeddings"] = original
     if file.architecture in USUAL_PATTERN:
         _windows(file, fields)
-    unread = sorted(key for key in architecture.unread if file.own(key))
+    unread = sorted(key for key in {*architecture.unread, *UNREAD_OF_ALL} if file.own(key))
     notes += [
         f"{file.architecture}.{key} = {file.own(key)} is left unread, as by llama.cpp" for key in unread
     ]
@@ -64,31 +65,41 @@ def gguf_config(file: GgufFile, tokens: Mapping[str, Any]) -> tuple[Any, list[st
 def _problems(file: GgufFile, architecture: Architecture) -> list[str]:
     prefix = f"{file.architecture}."
     own = [key.removeprefix(prefix) for key in file.keys if key.startswith(prefix)]
-    known = {*COMMON, *architecture.fields, *READ_APART, *WITHOUT_BEARING, *architecture.unread}
+    known = {*COMMON, *architecture.fields, *READ_APART, *WITHOUT_BEARING}
+    known |= {*UNREAD_OF_ALL, *architecture.unread}
     if file.architecture in USUAL_PATTERN:
         known |= {"attention.sliding_window_pattern", "rope.freq_base_swa"}
-    problems = [f"the key {prefix}{key} is missing" for key in sorted(REQUIRED - {*own})]
+    # Experts are told by their number, also where there are none.
     unknown = [
         key for key in own if key not in known and not (key.startswith("expert_") and not file.own(key))
     ]
+    problems = [f"the key {prefix}{key} is missing" for key in sorted(REQUIRED - {*own})]
     problems += [
         f"the key {prefix}{key} = {str(file.own(key))[:60]} is none that is known" for key in unknown
     ]
-    for key in own:
-        value = file.own(key)
-        if key in COMMON and isinstance(value, list) and len({*value}) > 1:
-            problems.append(
-                f"{prefix}{key} is another one in each layer, which {architecture.model_type} is not"
-            )
-    if file.own("attention.causal") is False:
-        problems.append(f"{prefix}attention.causal is false: this is no model that continues text")
-    if file.architecture == "granite" and file.own("rope.scaling.finetuned") is False:
-        problems.append("granite.rope.scaling.finetuned is false, which means no rotary positions")
-    widths = {file.own(key) for key in ("attention.key_length", "attention.value_length")} - {None}
-    if len(widths) > 1:
-        problems.append(f"{prefix}attention.key_length and value_length differ: {sorted(widths)}")
+    problems += [
+        f"{prefix}{key} is another one in each layer, which {architecture.model_type} is not"
+        for key in own
+        if key in COMMON and isinstance(file.own(key), list) and len({*file.own(key)}) > 1
+    ]
     if EMBEDDING not in file.tensors:
         problems.append(f"the tensor {EMBEDDING} is missing")
+    return problems or [f"{prefix}{problem}" for problem in _not_done(file, architecture)]
+
+
+def _not_done(file: GgufFile, architecture: Architecture) -> list[str]:
+    """Values of known keys that transformers' model of this architecture cannot do."""
+    problems = []
+    if file.own("attention.causal") is False:
+        problems.append("attention.causal is false: this is no model that continues text")
+    if file.architecture == "granite" and file.own("rope.scaling.finetuned") is False:
+        problems.append("rope.scaling.finetuned is false, which means no rotary positions")
+    widths = {file.own(key) for key in ("attention.key_length", "attention.value_length")} - {None}
+    if len(widths) > 1:
+        problems.append(f"attention.key_length and value_length differ: {sorted(widths)}")
+    turned, whole = file.own("rope.dimension_count"), _head_dim(file)
+    if turned not in (None, whole) and not architecture.partly_turned:
+        problems.append(f"rope.dimension_count is {turned}, and heads are {whole} wide")
     return problems
 
 

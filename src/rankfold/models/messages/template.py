@@ -59,7 +59,7 @@ def template_of(tokenizer: Any, tools: bool = False) -> tuple[str, str]:
         own = own.get("tool_use" if tools and "tool_use" in own else "default")
         if own is None:
             raise ModelError(f"none of the chat templates {sorted(tokenizer.chat_template)} is the default")
-    if not own and tokenizer.eos_token is None:
+    if not own and getattr(tokenizer, "eos_token", "") is None:
         raise ModelError(
             f"{getattr(tokenizer, 'name_or_path', '') or 'the model'} has no chat template (in GGUF "
             "tokenizer.chat_template), and no token that ends a text (tokenizer.ggml.eos_token_id): name "
