@@ -130,6 +130,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 # Of K-quants a block holds 256 numbers: a width that all kinds of blocks divide.
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+WIDE_GEMMA = WIDE | {"query_pre_attn_scalar": 64, "num_hidden_layers": 7}  # one layer of which sees all
+# Families, each of which is written in each of KINDS.
+FAMILIES = (*("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "granite", "olmo2", "smollm3"),)
 
 
 def tiny_model(name: str, **changes: Any) -> nn.Module:

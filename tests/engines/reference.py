@@ -25,7 +25,18 @@ sys.path[:0] = [str(TESTS), str(HERE)]
 from strings import strings  # noqa: E402
 
 from chat_formats import FORMATS  # noqa: E402
-from gguf_files import KINDS, MODELS, VARIANTS, WIDE, tiny_model, vocabulary, write_gguf, write_vocabulary  # noqa: E402
+from gguf_files import (  # noqa: E402
+    FAMILIES,
+    KINDS,
+    MODELS,
+    VARIANTS,
+    WIDE,
+    WIDE_GEMMA,
+    tiny_model,
+    vocabulary,
+    write_gguf,
+    write_vocabulary,
+)
 from rankfold.models.base.find import DEFAULT_MODEL, find_base  # noqa: E402
 from rankfold.models.base.load import load_base  # noqa: E402
 from rankfold.models.gguf.file import read_gguf  # noqa: E402
@@ -34,7 +45,7 @@ from rankfold.models.messages.template import Conversation, render_all  # noqa: 
 
 # Texts that are cut otherwise: white space beyond ASCII after a token that swallows it (phi3).
 KNOWN_DIFFERENCES = {"phi3.vocab.gguf": 1}
-POSITIONS, KEPT = 64, 4  # logits of every fourth position are kept
+POSITIONS = 64
 LOGITS, ANSWERS = HERE / "llama_cpp_logits.npz", HERE / "llama_cpp_answers.json"
 PAGE = TESTS.parent / "docs" / "gguf.md"
 CONVERSATIONS = [
@@ -53,7 +64,8 @@ def ids() -> list[int]:
     return [int(one) for one in torch.randint(0, 320, (POSITIONS,), generator=generator)]
 
 
-MODEL_FILES = [f"{name}.gguf" for name in (*MODELS, *VARIANTS, *(f"llama-{kind}" for kind in KINDS))]
+KIND_FILES = [f"{family}-{kind}.gguf" for family in FAMILIES for kind in KINDS]
+MODEL_FILES = [*(f"{name}.gguf" for name in (*MODELS, *VARIANTS)), *KIND_FILES]
 
 
 def write_model(folder: Path, file: str) -> Path:
@@ -64,8 +76,14 @@ def write_model(folder: Path, file: str) -> Path:
     if name in VARIANTS:
         own, keys = VARIANTS[name]
         return write_gguf(folder / file, tiny_model(own), MODELS[own][0], keys=keys)
-    kind = name.removeprefix("llama-")
-    return write_gguf(folder / file, tiny_model("llama", **WIDE), "llama", kind=kind)
+    family, _, kind = name.partition("-")
+    wide = WIDE_GEMMA if family in ("gemma2", "gemma3") else WIDE
+    return write_gguf(folder / file, tiny_model(family, **wide), family, kind=kind)
+
+
+def kept(name: str) -> slice:
+    """The positions whose logits are kept: every fourth, of the many files of kinds every sixteenth."""
+    return slice(None, None, 16 if name in KIND_FILES else 4)
 
 
 def ways_of_splitting() -> list[str]:
@@ -165,7 +183,7 @@ def main(python: str) -> None:
         subprocess.run([python, str(judge), place], check=True)
         theirs = dict(np.load(folder / "logits.npz"))
         answers = json.loads((folder / "answers.json").read_text())
-        table = [(name, divergence(theirs[name], our_logits(folder / name))) for name in jobs["logits"]]
+        table = {name: divergence(theirs[name], our_logits(folder / name)) for name in jobs["logits"]}
         equal = {}
         for name, answer in answers.items():
             pairs = zip(our_tokens(folder / name), answer["tokens"], strict=True)
@@ -175,23 +193,26 @@ def main(python: str) -> None:
             assert tokenizer("Hello")["input_ids"] == answer["with_bos"], name
             assert end_ids(read_gguf(folder / name)) == answer["ends"], name
             assert not answer["rendered"] or our_renderings(folder / name) == answer["rendered"], name
-    np.savez_compressed(LOGITS, **{name: one[::KEPT].astype(np.float16) for name, one in theirs.items()})
-    kept = {name: {**one, "tokens": checksums(one["tokens"])} for name, one in answers.items()}
-    ANSWERS.write_text(json.dumps(kept, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    np.savez_compressed(LOGITS, **{name: one[kept(name)].astype(np.float16) for name, one in theirs.items()})
+    answered = {name: {**one, "tokens": checksums(one["tokens"])} for name, one in answers.items()}
+    ANSWERS.write_text(
+        json.dumps(answered, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8"
+    )
     write_page(table, equal)
 
 
-def write_page(table: list[tuple[str, float]], equal: dict[str, int]) -> None:
-    """Put the two tables into the page, each after its mark."""
-    logits = [f"| {name.removesuffix('.gguf')} | {value:.0e} |" for name, value in table]
-    tokens = [
-        f"| {name.removesuffix('.vocab.gguf')} | {count:,} |"
-        for name, count in equal.items()
-        if "template" not in name
+def write_page(divergences: dict[str, float], equal: dict[str, int]) -> None:
+    """Put the three tables into the page, each after its mark."""
+    told = {name.removesuffix(".gguf"): f"{value:.0e}" for name, value in divergences.items()}
+    plain = [f"| {name} | {told[name]} |" for name in (*MODELS, *VARIANTS)]
+    kinds = [
+        " | ".join(["", one, *(told[f"{one}-{kind}"] for kind in KINDS), ""]).strip() for one in FAMILIES
     ]
+    tokens = [f"| {name.removesuffix('.vocab.gguf')} | {count:,} |" for name, count in equal.items()]
     text = PAGE.read_text(encoding="utf-8")
     for mark, head, rows in (
-        ("logits", "| file | largest divergence in nats |\n|---|---|", logits),
+        ("logits", "| file | largest divergence in nats |\n|---|---|", plain),
+        ("kinds", f"| | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}", kinds),
         ("tokens", "| splitting | of 2,000 texts equal |\n|---|---|", tokens),
     ):
         begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
