@@ -46,6 +46,7 @@ def load(tmp_path: Any, name: str = "llama", architecture: str = "llama", **opti
             {"tokenizer.ggml.merges": ["t h", "t q"]},
             "1 of the tokenizer.ggml.merges make words that are no tokens: 'tq'",
         ),
+        ({"tokenizer.ggml.tokens": ["a"] * 320}, "tokenizer.ggml.tokens has 'a' twice"),
         ({"tokenizer.ggml.lowercase": True}, "the key tokenizer.ggml.lowercase is none that is known"),
         ({"tokenizer.ggml.token_type": [1] * 5}, "token_type has 5 entries for 320 tokens"),
         (

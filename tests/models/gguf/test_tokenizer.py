@@ -77,6 +77,14 @@ def test_a_message_of_harmony_ends_no_answer(tmp_path):
     assert "<|channel|>" not in prompt_encoder(gguf_tokenizer(file)).control
 
 
+def test_types_of_tokens_that_are_not_there_do_not_matter(tmp_path):
+    types = vocabulary()["token_type"]
+    assert (
+        tokenizer_of(tmp_path, token_type=[*types, 3, 3])("the")["input_ids"]
+        == tokenizer_of(tmp_path)("the")["input_ids"]
+    )
+
+
 def test_several_templates_are_read_by_their_names(tmp_path):
     plain, tools = "{{ messages[0].content }}", "{{ tools|length }} tools"
     keys = {

@@ -6,6 +6,7 @@ the file gives; ``pre_tokenizers.json`` is that table.  The rest is what its ``s
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -118,7 +119,8 @@ class _Vocabulary:
             word or f"[EMPTY_{place}]" for place, word in enumerate(file.keys.get(f"{KEY}tokens", ()))
         ]
         self._check()
-        self.types: Sequence[int] = file.keys.get(f"{KEY}token_type", [1] * len(self.words))
+        types: Sequence[int] = file.keys.get(f"{KEY}token_type", [1] * len(self.words))
+        self.types = types[: len(self.words)]
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.file.keys.get(KEY + key, default)
@@ -174,6 +176,9 @@ class _Vocabulary:
             if self.get(key) is not None and len(self.get(key)) < len(self.words)
         ]
         words = {*self.words}
+        if len(words) < len(self.words):
+            [(doubled, _)] = Counter(self.words).most_common(1)
+            problems.append(f"{KEY}tokens has {doubled!r} twice")
         made = ("".join(_pair(merge)) for merge in self.get("merges") or () if self.kind == "gpt2")
         if lost := [word for word in made if word not in words]:
             problems.append(f"{len(lost)} of the {KEY}merges make words that are no tokens: {lost[0]!r} ...")
