@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gguf_files import tiny_model, vocabulary, write_gguf
 from rankfold import load_base
 from rankfold.errors import ModelError
 from rankfold.models.base.meta_model import load_outline
 
+HEADER_BYTES = 9_000
 F32 = gguf.GGMLQuantizationType.F32
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("whole") / "a.gguf", tiny_model("llama"), "llama")
 
 
 def load(tmp_path: Any, name: str = "llama", architecture: str = "llama", **options: Any) -> Any:
@@ -28,6 +37,14 @@ def load(tmp_path: Any, name: str = "llama", architecture: str = "llama", **opti
         ({"llama.expert_count": 8}, "the key llama.expert_count = 8"),
         ({"llama.block_count": None}, "the key llama.block_count is missing"),
         ({"llama.attention.head_count_kv": [2, 1, 2, 2]}, "is another one in each layer"),
+        (
+            {"llama.block_count": 2_000_000_000},
+            "block_count is 2000000000, and there are tensors of 4 blocks",
+        ),
+        ({"llama.embedding_length": 32}, "embedding_length is 32, and the embedding is 64 wide"),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0"),
+        ({"llama.attention.key_length": 4096}, "attention.head_count is 4, and the queries are 64 wide"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan"),
         ({"llama.attention.causal": False}, "attention.causal is false"),
         (
             {"llama.attention.key_length": 16, "llama.attention.value_length": 8},
@@ -69,6 +86,18 @@ def test_all_faults_of_the_keys_are_told_at_once(tmp_path):
             keys={"llama.block_count": None, "llama.expert_count": 8, "llama.vocabulary": 1},
         )
     assert str(caught.value).count("\n  - ") == 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_header_with_other_bytes_is_read_or_refused_in_one_sentence(data, tiny_file, tmp_path_factory):
+    content = bytearray(tiny_file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, HEADER_BYTES))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("changed") / "a.gguf"
+    path.write_bytes(bytes(content))
+    with contextlib.suppress(ModelError):
+        load_base(str(path))
 
 
 def test_a_tensor_without_a_place_is_refused_by_its_name(tmp_path):

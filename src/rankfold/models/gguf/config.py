@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,36 @@ def _problems(file: GgufFile, architecture: Architecture) -> list[str]:
     ]
     if EMBEDDING not in file.tensors:
         problems.append(f"the tensor {EMBEDDING} is missing")
+    problems = problems or [f"{prefix}{problem}" for problem in _not_of_the_tensors(file)]
     return problems or [f"{prefix}{problem}" for problem in _not_done(file, architecture)]
+
+
+def _not_of_the_tensors(file: GgufFile) -> list[str]:
+    """Numbers of the keys that are not those of the tensors: a damaged file may ask for any size."""
+    numbers = {key: _one(file.own(key)) for key in COMMON if file.own(key) is not None}
+    problems = [
+        f"{key} is {value!r}"
+        for key, value in numbers.items()
+        if not isinstance(value, int | float) or not 0 < value < math.inf
+    ]
+    if problems:
+        return problems
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    width = file.tensors[EMBEDDING].shape[-1]
+    if numbers["block_count"] != len(blocks):
+        problems.append(
+            f"block_count is {numbers['block_count']}, and there are tensors of {len(blocks)} blocks"
+        )
+    if numbers["embedding_length"] != width:
+        problems.append(
+            f"embedding_length is {numbers['embedding_length']}, and the embedding is {width} wide"
+        )
+    if query := file.tensors.get("blk.0.attn_q.weight"):
+        heads = numbers["attention.head_count"]
+        whole = file.own("attention.key_length", width // heads) * heads
+        if whole != query.shape[0]:
+            problems.append(f"attention.head_count is {heads}, and the queries are {query.shape[0]} wide")
+    return problems
 
 
 def _not_done(file: GgufFile, architecture: Architecture) -> list[str]:
