@@ -104,8 +104,9 @@ def test_the_default_base_is_planned_for_without_its_weights(ask):
     assert "counted" in told.lengths.how
 
 
-def test_what_fits_depends_on_the_memory(ask, internvl, told_8b):
-    fits = {form.name: form.fits for form in told_8b.forms}
+def test_what_fits_depends_on_the_memory(ask, internvl):
+    """In 22 GB: at 24 bfloat16 fits or does not by what this process itself has in memory."""
+    fits = {form.name: form.fits for form in ask(internvl, memory_gb=22).forms}
     assert (fits["float32"], fits["bfloat16"], fits["q4_0"]) == ("no", "recomputed", "yes")
     kept = {f.name: f for f in ask(internvl, activation_checkpointing=False, memory_gb=8).forms}
     assert {(form.fits, form.seconds) for form in kept.values()} == {("no", None)}
