@@ -82,6 +82,13 @@ def test_an_interrupted_one_goes_on_and_refuses_another_start(first, recipe, tmp
     ).read_bytes()
 
 
+def test_rows_of_another_style_are_told(first, recipe, write_rows):
+    data = write_rows([{"text": f"Cat {n} sleeps on mat {n * 7}."} for n in range(24)], "texts.jsonl")
+    told = "the adapter was trained on chat rows, and these are plain"
+    assert told in decide(recipe(adapter=first, data=data), Listener()).notes
+    assert told not in decide(recipe(adapter=first), Listener()).notes
+
+
 def test_what_the_adapter_says_otherwise_is_told_at_once(first, recipe):
     with pytest.raises(ConfigError) as caught:
         decide(recipe(adapter=first, rank=8, alpha=4.0, dropout=0.1, targets="o_proj"), Listener())
@@ -104,6 +111,10 @@ def test_an_adapter_of_another_base_or_none_is_refused(first, recipe, tmp_path, 
         decide(recipe(adapter=first, model=str(other)), Listener())
     with pytest.raises(AdapterError, match="is not an adapter folder"):
         decide(recipe(adapter=tmp_path / "nowhere"), Listener())
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "adapter_config.json").write_text((first / "adapter_config.json").read_text())
+    with pytest.raises(AdapterError, match=r"holds no adapter_model.safetensors: a run starts from"):
+        decide(recipe(adapter=tmp_path / "bare"), Listener())
     whole = json.loads((other / "tokenizer.json").read_text())
     whole["model"]["merges"] = whole["model"]["merges"][:-100]
     (other / "tokenizer.json").write_text(json.dumps(whole))
@@ -126,5 +137,8 @@ def test_tokens_that_rows_spell_are_counted_and_can_be_let_through(recipe, write
     assert tuned.tokenizer.decode([number], skip_special_tokens=True) == "<file_sep>"
     again = decide(recipe("third", data=data, adapter=out), Listener())
     assert all(number in row.labels for row in again.train)
+    both = fine_tune(recipe("fourth", data=data, adapter=out, as_tokens="<file_sep>,<reponame>")).out
+    assert json.loads((both / "rankfold.json").read_text())["as_tokens"] == ["<file_sep>", "<reponame>"]
+    assert fine_tune(recipe("fifth", data=data, adapter=both)).comparison is not None
     with pytest.raises(ConfigError, match="opens or ends turns"):
         decide(recipe(as_tokens="<|im_end|>"), Listener())

@@ -160,9 +160,8 @@ def make_plan(recipe: Recipe, rows: Rows, precision: Precision, processes: Proce
 
     Raises ModelError, DataError, TargetError or ConfigError."""
     base = load_base(recipe.model, precision, recipe.stored)
-    started = fit_base(base, recipe)
+    started = fit_base(base, recipe, rows.prompt_style)
     spelt = spelt_tokens((*rows.train, *rows.held_out), base)
-    base.prompt_style = rows.prompt_style
     reader = reader_of(recipe, rows, base)
     encoded = encode_rows(recipe, rows, base, reader)
     train = encoded.train

@@ -308,7 +308,7 @@ class Run:
             "tokenizer": tokenizer_marks(tokenizer),
             "base": self.base,
             "eos_token": self.plan.recipe.eos_token or self.plan.started.eos_token,
-            "as_tokens": tuple(self.plan.recipe.as_tokens or self.plan.started.as_tokens),
+            "as_tokens": sorted({*self.plan.recipe.as_tokens, *self.plan.started.as_tokens}),
         }
         if self.plan.batching.reader is not None:
             facts["image_tiles"] = self.plan.batching.reader.tiles

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from rankfold.data.example import Example
 from rankfold.data.measure import texts_of
-from rankfold.errors import ConfigError, bullet_list
+from rankfold.errors import AdapterError, ConfigError, bullet_list
 from rankfold.lora import LoraConfig, TaskType
-from rankfold.lora.files.adapter_reader import WEIGHTS_NAME
-from rankfold.models.adapters.metadata import AdapterMetadata
+from rankfold.lora.files.adapter_reader import PICKLED_NAME, WEIGHTS_NAME
+from rankfold.models.adapters.metadata import AdapterMetadata, PromptStyle
 from rankfold.models.adapters.modalities import Scope
 from rankfold.models.base.fitting import fit_to_adapter, set_tokenizer
 from rankfold.models.base.load import Base
@@ -34,6 +34,7 @@ def as_its_adapter(recipe: R) -> R:
     if recipe.adapter is None:
         return recipe
     config = LoraConfig.from_pretrained(recipe.adapter)
+    _weights_of(recipe.adapter)
     own: dict[str, Any] = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
     if config.target_modules is not None:
         targets = config.target_modules
@@ -61,16 +62,21 @@ def _in_order(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value
 
 
-def fit_base(base: Base, recipe: Recipe) -> AdapterMetadata:
-    """Let ``base`` read text as ``recipe`` and the adapter that it starts from say; the adapter's facts.
+def fit_base(base: Base, recipe: Recipe, style: PromptStyle) -> AdapterMetadata:
+    """Let ``base`` read rows of that ``style`` as ``recipe`` and the adapter that it starts from say; the
+    adapter's facts.
 
     Raises ModelError, AdapterError or ConfigError."""
     facts = AdapterMetadata()
     if recipe.adapter is not None:
         facts = AdapterMetadata.read(recipe.adapter)
         fit_to_adapter(base, recipe.adapter, facts, allow=())
+        if facts.versions and facts.prompt_style != style:
+            base.notes.append(f"the adapter was trained on {facts.prompt_style} rows, and these are {style}")
+    base.prompt_style = style
     if base.tokenizer is not None:
-        set_tokenizer(base, with_tokens(base.tokenizer, recipe.eos_token, recipe.as_tokens))
+        new = [word for word in recipe.as_tokens if word not in facts.as_tokens]
+        set_tokenizer(base, with_tokens(base.tokenizer, recipe.eos_token, new))
     return facts
 
 
@@ -109,4 +115,11 @@ def adapted(base: Base, recipe: Recipe, settings: Settings, scope: Scope) -> Pef
 
 def adapter_hash(folder: Path | None) -> str:
     """sha256 of the weights of the adapter that a run starts from; empty if it starts afresh."""
-    return "" if folder is None else hashlib.sha256((folder / WEIGHTS_NAME).read_bytes()).hexdigest()
+    return "" if folder is None else hashlib.sha256(_weights_of(folder).read_bytes()).hexdigest()
+
+
+def _weights_of(folder: Path) -> Path:
+    found = next((folder / name for name in (WEIGHTS_NAME, PICKLED_NAME) if (folder / name).is_file()), None)
+    if found is None:
+        raise AdapterError(f"{folder} holds no {WEIGHTS_NAME}: a run starts from an adapter's folder here")
+    return found
