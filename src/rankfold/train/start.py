@@ -86,7 +86,8 @@ def spelt_tokens(examples: Iterable[Example], base: Base) -> list[str]:
     found, words = 0, Counter[str]()
     for example in examples:
         spelt = [word for text in texts_of(example) for word in spelling.findall(text)]
-        found, words = found + bool(spelt), words + Counter(spelt)
+        words.update(spelt)
+        found += bool(spelt)
     if not found:
         return []
     named = ", ".join(word for word, _ in words.most_common(SHOWN_WORDS))

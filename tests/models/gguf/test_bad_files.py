@@ -152,7 +152,10 @@ def test_what_scales_the_positions_is_told_and_so_is_in_the_plan(name, architect
     base = load(tmp_path, name, architecture)
     again = load_base(str(tmp_path / "a.gguf"))  # from what was kept
     outline = load_outline(str(tmp_path / "a.gguf"))
-    for notes in (base.notes, again.notes, outline.notes):
+    tiny_words = tmp_path / "words"
+    base.tokenizer.save_pretrained(tiny_words)
+    other = load_outline(str(tmp_path / "a.gguf"), str(tiny_words))  # with a tokenizer from elsewhere
+    for notes in (base.notes, again.notes, outline.notes, other.notes):
         assert notes == ([told] if told else [])
 
 

@@ -26,8 +26,12 @@ def load_outline(name: str, tokenizer_from: str | None = None) -> Base:
     Its tokenizer, and its processor if it sees images, come from beside the config or from
     ``tokenizer_from``; they are None where there is none.  Raises ModelError."""
     source = find_config(name)
-    config = _config(source)
+    side = None if source.gguf_file is None else text_side(source)
+    config = _config(source) if side is None else side.config
+    if side is not None and tokenizer_from is None:
+        return Base(_on_meta(source, config), side.tokenizer, source, side.notes)
     tokenizer, processor, notes = _text_side(source, tokenizer_from, config)
+    notes += [] if side is None else side.notes
     return Base(_on_meta(source, config), tokenizer, source, notes, processor=processor)
 
 
@@ -52,8 +56,6 @@ def is_described_only(source: BaseSource) -> bool:
 
 
 def _config(source: BaseSource) -> Any:
-    if source.gguf_file is not None:
-        return text_side(source).config
     with quiet_transformers():
         from transformers import AutoConfig
 
@@ -87,9 +89,6 @@ def _text_side(source: BaseSource, given: str | None, config: Any) -> tuple[Any,
         return None, None, []
     if given is not None and not Path(given).is_dir():
         raise ModelError(f"--tokenizer {given}: no such folder")
-    if given is None and source.gguf_file is not None:
-        side = text_side(source)
-        return side.tokenizer, None, side.notes
     location = source.location if given is None else Path(given)
     with quiet_transformers():
         from transformers import AutoTokenizer
