@@ -8,8 +8,8 @@ from pathlib import Path
 from sides import Job, Result, be_child
 
 from rankfold import Recipe, fine_tune
-from rankfold.train.listener import Listener
-from rankfold.train.loop import StepRecord
+from rankfold.train.keeping.listener import Listener
+from rankfold.train.step.loop import StepRecord
 
 
 class Gaps(Listener):

@@ -8,8 +8,8 @@ from typing import Any
 from sides import NO_SAVES, Job, Meter, Result, be_child, on_both
 
 from rankfold import Recipe, fine_tune
-from rankfold.train.listener import Listener
-from rankfold.train.loop import StepRecord
+from rankfold.train.keeping.listener import Listener
+from rankfold.train.step.loop import StepRecord
 
 
 class Metered(Listener):

@@ -14,9 +14,9 @@ import torch
 from sides import Job, Result, be_child
 
 from rankfold import load_base
-from rankfold.data.batches import epoch_steps
-from rankfold.data.encode import encode_all
-from rankfold.data.sources import read_examples, sources_of
+from rankfold.data.order.batches import epoch_steps
+from rankfold.data.shapes.sources import read_examples, sources_of
+from rankfold.data.tokens.encode import encode_all
 
 
 def prepare(job: Job) -> Result:

@@ -13,8 +13,8 @@ import resource
 import time
 from pathlib import Path
 
-from rankfold.data.encode import encode_each
-from rankfold.data.example import Example, Message
+from rankfold.data.shapes.example import Example, Message
+from rankfold.data.tokens.encode import encode_each
 from rankfold.errors import DataError
 from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.load import load_base

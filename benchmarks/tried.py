@@ -24,12 +24,12 @@ from figures import Figure, parser, record
 from sides import NO_SAVES, write_rows
 
 from rankfold import LoraConfig, Recipe, fine_tune, get_peft_model, load_base
-from rankfold.data.batches import MICRO_BATCH_TOKENS
-from rankfold.data.encode import IGNORE, EncodedRow
-from rankfold.data.pack import Batching
+from rankfold.data.order.batches import MICRO_BATCH_TOKENS
+from rankfold.data.order.pack import Batching
+from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.models.base.precision import Precision, choose_precision, default_device
 from rankfold.models.running.rows_apart import attend_rows_apart
-from rankfold.train.trial import Trial
+from rankfold.train.planning.trial import Trial
 
 HELD_OUT = 100
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 4e-4

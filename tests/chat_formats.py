@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trl
 
-OWN = Path(__file__).parent / "data" / "templates"
+OWN = Path(__file__).parent / "data" / "tokens" / "templates"
 TRL = Path(trl.__file__).parent / "chat_templates"
 Words = Callable[[str], str]
 

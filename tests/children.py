@@ -66,7 +66,7 @@ def _work(
     os.environ.update(environment or {})
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    from rankfold.train.recipe import Recipe
+    from rankfold.train.asked.recipe import Recipe
     from rankfold.train.run import fine_tune, resume
 
     points = _Points(kill_at)

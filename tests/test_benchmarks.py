@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rankfold.train.schedule import learning_rate_at
+from rankfold.train.step.schedule import learning_rate_at
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -1,8 +1,8 @@
 """LoRA fine-tuning you can trust, on the machine you have.
 
 ``from rankfold import LoraConfig, get_peft_model`` is all a library user needs; ``Recipe`` and
-``fine_tune`` are the command line's ``rankfold train`` in Python.  Every name is imported on first use; what
-each of them is stands in ``__init__.pyi`` for type checkers."""
+``fine_tune`` are the command line's ``rankfold train`` in Python, and ``check``, ``forecast``, ``resume``,
+``load_tuned`` and ``reply`` its other verbs.  Every name is imported on first use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import importlib
 __version__ = "0.1.0"
 
 _NAMES = {
+    "data.check.doctor": "CheckRequest check",
     "errors": "RankfoldError RankfoldWarning",
     "lora.config.data_starts": "CordaConfig EvaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig",
     "lora.config.lora_config": "LoraConfig LoraRuntimeConfig PeftType TaskType",
@@ -24,6 +25,8 @@ _NAMES = {
     ),
     "models.base.kbit": "dequantise prepare_model_for_kbit_training",
     "models.base.load": "load_base load_tuned",
+    "models.running.generate": "replies reply",
+    "models.running.sampling": "Sampling",
     "peft_surface.functional": (
         "get_base_model_state_dict get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
         "set_base_model_state_dict set_peft_model_state_dict set_requires_grad"
@@ -44,8 +47,9 @@ _NAMES = {
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
     ),
     "peft_surface.tuner": "LoraModel",
-    "train.recipe": "Recipe",
-    "train.run": "fine_tune",
+    "train.asked.recipe": "Recipe",
+    "train.planning.forecast": "ForecastRequest forecast",
+    "train.run": "fine_tune resume",
 }
 # PEFT's names for what has another one here.
 _ALIASES = {

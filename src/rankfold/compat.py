@@ -9,11 +9,10 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Under these names torch's wrappers hold a module; they are no part of a path.
 COMPILED = "_orig_mod"
@@ -34,10 +33,12 @@ def is_flattened(parameter: Tensor) -> bool:
 
 def looked_into() -> bool:
     """Whether something is at work that must see, or could not pass, the inside of an autograd function."""
+    import torch
+
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or torch.autograd.forward_ad._current_level >= 0
         or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
 
@@ -49,12 +50,16 @@ def storage_place(tensor: Tensor) -> int:
 
 def softmax_gradient(gradient: Tensor, shares: Tensor) -> Tensor:
     """The gradient of what ``shares``, a softmax over the last dimension, was made of."""
+    import torch
+
     return torch.ops.aten._softmax_backward_data(gradient, shares, -1, shares.dtype)  # type: ignore[no-any-return]
 
 
 def fused_cpu_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Causal attention (rows, heads, tokens, features) by torch's kernel for CPUs, named by itself so that it
     is taken on the meta device too."""
+    import torch
+
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, is_causal=True, scale=scale)[0]  # type: ignore[no-any-return]
 

@@ -14,8 +14,8 @@ from rankfold.cli.main import main
 from rankfold.digits import lesson as lessons
 from rankfold.digits.lesson import Outcome
 from rankfold.digits.rows import load_digits, write_rows
-from rankfold.train.evaluate import Comparison
-from rankfold.train.listener import RunResult
+from rankfold.train.judging.evaluate import Comparison
+from rankfold.train.keeping.listener import RunResult
 
 
 def text(low: float, high: float) -> Comparison:

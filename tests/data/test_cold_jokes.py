@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rankfold.data.encode import encode_all
-from rankfold.data.formats import to_examples
-from rankfold.data.rows import read_rows
+from rankfold.data.reading.rows import read_rows
+from rankfold.data.shapes.convert import to_examples
+from rankfold.data.tokens.encode import encode_all
 
 FOLDER = Path(str(files("rankfold.data"))) / "cold_jokes"
 

@@ -9,11 +9,11 @@ from PIL import Image as Pillow
 from image_bases import noise, write_original
 from internvl_reference import IMAGE_TOKEN
 from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
-from rankfold.data.cache import encode_cached
-from rankfold.data.doctor import CheckRequest, check
-from rankfold.data.encode import IGNORE, encode, encode_all, marked_pieces
-from rankfold.data.example import Example, Image, Message
-from rankfold.data.image_batches import collate_images
+from rankfold.data.check.doctor import CheckRequest, check
+from rankfold.data.order.image_batches import collate_images
+from rankfold.data.shapes.example import Example, Image, Message
+from rankfold.data.tokens.cache import encode_cached
+from rankfold.data.tokens.encode import IGNORE, encode, encode_all, marked_pieces
 from rankfold.errors import DataError
 from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
@@ -205,7 +205,7 @@ def test_the_doctor_counts_the_tokens_of_images_and_finds_broken_ones(tmp_path, 
 
 def test_rows_with_images_are_not_kept_in_the_cache(images, monkeypatch, tmp_path):
     monkeypatch.setenv("RANKFOLD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("rankfold.data.cache.LEAST_ROWS", 1)
+    monkeypatch.setattr("rankfold.data.tokens.cache.LEAST_ROWS", 1)
     example = talk((images[0], "\nWhat?"), "A cat.")
     assert encode_cached(lambda: ([], ["left out"]), [example], {}) == ([], ["left out"])
     assert not (tmp_path / "cache").exists()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rankfold.digits.assemble import Tower, assemble
-from rankfold.models.base.load import load_base, load_processor
+from rankfold.models.base.load import load_base
+from rankfold.models.base.text_side import load_processor
 from rankfold.models.messages.images import image_reader
 
 TINY = Tower(width=16, layers=1, heads=2, patch_side=8)

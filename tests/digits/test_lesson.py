@@ -14,7 +14,7 @@ from rankfold.errors import ModelError, OutputError
 from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.load import load_tuned
 from rankfold.models.running.generate import reply
-from rankfold.train.listener import Listener
+from rankfold.train.keeping.listener import Listener
 
 TINY = Tower(width=16, layers=1, heads=2, patch_side=8)
 FEW_STEPS = {"max_steps": 3, "rows_per_step": 8, "epochs": 1, "samples": 1, "precision": "float32"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rankfold.data.sources import read_examples, sources_of
+from rankfold.data.shapes.sources import read_examples, sources_of
 from rankfold.digits.rows import (
     Digits,
     accuracy,

@@ -10,7 +10,7 @@ from rankfold.interop.recipe_text import recipe_text, write_recipe
 from rankfold.interop.translation import UNKNOWN
 from rankfold.interop.xtuner import import_xtuner
 from rankfold.interop.xtuner_tables import native_targets
-from rankfold.train.recipe_file import read_recipe
+from rankfold.train.asked.recipe_file import read_recipe
 from xtuner_configs import INTERNVL, QLORA
 
 

@@ -9,14 +9,14 @@ from PIL import Image as Pillow
 from image_bases import noise
 from image_models import tiny_image_model
 from rankfold import LoraConfig, get_peft_model, load_base
-from rankfold.data.encode import IGNORE, encode
-from rankfold.data.example import Example, Image, Message
-from rankfold.data.image_batches import collate_images
+from rankfold.data.order.image_batches import collate_images
+from rankfold.data.shapes.example import Example, Image, Message
+from rankfold.data.tokens.encode import IGNORE, encode
 from rankfold.digits.assemble import Tower, assemble
 from rankfold.errors import ModelError
 from rankfold.models.adapters.modalities import adapter_scope
-from rankfold.models.base.load import load_tokenizer
 from rankfold.models.base.processors import load_processor, most_tiles, sees_images, without_video
+from rankfold.models.base.text_side import load_tokenizer
 from rankfold.models.messages.images import image_prompt, image_reader
 from rankfold.models.running.generate import replies, reply
 from rankfold.models.running.sampling import Sampling

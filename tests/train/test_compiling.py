@@ -6,12 +6,12 @@ from torch import nn
 
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model
-from rankfold.data.encode import EncodedRow
-from rankfold.data.pack import Batching
+from rankfold.data.order.pack import Batching
+from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.models.running.rows_apart import attend_rows_apart
 from rankfold.train.compiling import compile_layers, decoder_layers
-from rankfold.train.objectives import supervised
+from rankfold.train.step.objectives import supervised
 
 # What torch's compiler does to itself.
 pytestmark = [

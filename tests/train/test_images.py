@@ -12,15 +12,15 @@ from torch.nn import functional as F
 from image_bases import noise, write_original
 from image_models import tiny_image_model
 from rankfold import Recipe, fine_tune, load_tuned
-from rankfold.data.image_batches import collate_images
+from rankfold.data.order.image_batches import collate_images
 from rankfold.errors import ConfigError, DataError
 from rankfold.models.messages.images import image_reader
 from rankfold.models.running.generate import reply
 from rankfold.models.running.sampling import Sampling
-from rankfold.train.listener import Listener
-from rankfold.train.method import method_of
-from rankfold.train.report import setting_rows
+from rankfold.train.keeping.listener import Listener
+from rankfold.train.keeping.report import setting_rows
 from rankfold.train.run import decide, resume
+from rankfold.train.step.method import method_of
 
 FAMILIES = ("internvl", "qwen2_5_vl", "llava", "gemma3", "idefics3")
 ROWS = 7

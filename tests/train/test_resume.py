@@ -16,7 +16,7 @@ import yaml
 import children
 from rankfold import Recipe, fine_tune
 from rankfold.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
-from rankfold.train.listener import Listener
+from rankfold.train.keeping.listener import Listener
 from rankfold.train.run import resume
 
 WEIGHTS = "adapter_model.safetensors"

@@ -11,10 +11,10 @@ import torch
 
 from conftest import tiny_llama
 from rankfold import PeftModel, Recipe, fine_tune
-from rankfold.data.sources import Source
+from rankfold.data.shapes.sources import Source
 from rankfold.errors import DataError, OutputError, TrainingError
 from rankfold.models.base import load
-from rankfold.train.listener import Listener
+from rankfold.train.keeping.listener import Listener
 from rankfold.train.run import decide
 
 BEGUN = {".lock", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json"}
@@ -81,8 +81,8 @@ def test_the_adapter_gives_equal_logits_here_and_in_peft_and_they_are_not_the_ba
 
 def test_the_numbers_are_those_of_peft_on_the_same_rows(recipe):
     """Held-out loss of base and tuned, worked out anew with PEFT and transformers' own loss."""
-    from rankfold.data.encode import encode_all
-    from rankfold.train.plan import read_data
+    from rankfold.data.tokens.encode import encode_all
+    from rankfold.train.planning.plan import read_data
 
     settings = recipe()
     result = fine_tune(settings)

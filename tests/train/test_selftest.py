@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankfold.data import pack
-from rankfold.data.encode import IGNORE
-from rankfold.train import loop, selftest
+from rankfold.data.order import pack
+from rankfold.data.tokens.encode import IGNORE
+from rankfold.train import selftest
 from rankfold.train.selftest import Check, in_one_process, self_test
+from rankfold.train.step import loop
 
 
 def test_every_promise_is_kept_here():

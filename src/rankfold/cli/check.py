@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from rankfold.cli.options import given, options_of
-from rankfold.data.doctor import CheckRequest
+from rankfold.data.check.doctor import CheckRequest
 
 
 @click.command("check")
@@ -21,8 +21,8 @@ def command(**options: Any) -> int:
     2 if more rows than that cannot even be read, or if the command itself is mistaken.
     """
     from rankfold.cli.check_view import print_report, watched
-    from rankfold.cli.view import make_console
-    from rankfold.data.doctor import check
+    from rankfold.cli.console import make_console
+    from rankfold.data.check.doctor import check
 
     request = CheckRequest.of(given(options))
     console = make_console(sys.stdout)

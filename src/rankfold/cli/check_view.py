@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rankfold.cli.view import print_proof
-from rankfold.data.balance import Lengths
-from rankfold.data.findings import explained
-from rankfold.data.fixed import LISTED, FixedFile
-from rankfold.data.hints import printable
-from rankfold.data.report import Report
+from rankfold.cli.console import print_proof
+from rankfold.data.check.balance import Lengths
+from rankfold.data.check.findings import explained
+from rankfold.data.check.fixed import LISTED, FixedFile
+from rankfold.data.check.hints import printable
+from rankfold.data.check.report import Report
 
 PLACES = 3  # shown of each finding; the page has more
 BAR = 30  # characters

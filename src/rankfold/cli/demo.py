@@ -11,7 +11,7 @@ import click
 
 from rankfold.cli.train import run
 from rankfold.models.base.find import DEFAULT_MODEL
-from rankfold.train.recipe import Recipe
+from rankfold.train.asked.recipe import Recipe
 
 JOKES_OUT = Path("runs/cold-jokes")
 DIGITS_OUT = Path("runs/digits")
@@ -45,8 +45,9 @@ def command(out: Path | None, model: str | None, vision: bool) -> int:
 
 
 def _digits(out: Path, model: str | None) -> int:
+    from rankfold.cli.console import make_console
     from rankfold.cli.digits_view import print_outcome
-    from rankfold.cli.view import TerminalListener, make_console
+    from rankfold.cli.view import TerminalListener
     from rankfold.digits.lesson import Lesson, teach
     from rankfold.train.stopping import STATUS_OF_SIGNAL
 

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from rankfold.cli.options import given, options_of
-from rankfold.train.forecast import ForecastRequest
-from rankfold.train.recipe_file import parse_changes, read_recipe
+from rankfold.train.asked.recipe_file import parse_changes, read_recipe
+from rankfold.train.planning.forecast import ForecastRequest
 
 
 @click.command("plan")
@@ -24,9 +24,9 @@ def command(words: tuple[str, ...], as_json: bool, **options: Any) -> None:
     Only the config is read (a folder with config.json is enough), the rows, and the tokenizer if there
     is one.  The settings are those of `rankfold train`, also from a recipe.
     """
+    from rankfold.cli.console import make_console
     from rankfold.cli.plan_view import print_forecast
-    from rankfold.cli.view import make_console
-    from rankfold.train.forecast import forecast
+    from rankfold.train.planning.forecast import forecast
 
     first = words[:1] if words and "=" not in words[0] else ()
     settings: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from rankfold.train.forecast import Forecast, FormForecast
+from rankfold.train.planning.forecast import Forecast, FormForecast
 
 GB, MB = 1e9, 1e6
 FITS = {"yes": "yes", "recomputed": "if recomputed", "no": "no"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rankfold.train.recipe_file import parse_changes
+from rankfold.train.asked.recipe_file import parse_changes
 
 
 @click.command("resume")
@@ -24,7 +24,8 @@ def command(run: Path, changes: tuple[str, ...], reset_optimizer: bool) -> int:
     On a CPU it ends at the very bits it would have reached without the interruption.  Settings that
     would make it another run cannot be changed.
     """
-    from rankfold.cli.view import TerminalListener, make_console
+    from rankfold.cli.console import make_console
+    from rankfold.cli.view import TerminalListener
     from rankfold.train.run import resume
     from rankfold.train.stopping import STATUS_OF_SIGNAL
 

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from rankfold.train.recipe import Recipe
+from rankfold.train.asked.recipe import Recipe
 
 
 @click.command("schema")

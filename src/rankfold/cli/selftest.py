@@ -17,7 +17,7 @@ def command() -> int:
     Exit status 1 if a promise is not kept."""
     from rich.table import Table
 
-    from rankfold.cli.view import make_console
+    from rankfold.cli.console import make_console
     from rankfold.train.selftest import self_test
 
     checks = self_test()

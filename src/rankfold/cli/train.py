@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from rankfold.cli.options import given, options_of
-from rankfold.train.recipe import Recipe
-from rankfold.train.recipe_file import parse_changes, read_recipe
+from rankfold.train.asked.recipe import Recipe
+from rankfold.train.asked.recipe_file import parse_changes, read_recipe
 
 
 @click.command("train")
@@ -34,7 +34,8 @@ def command(words: tuple[str, ...], dry_run: bool, **options: Any) -> int:
 
 def run(recipe: Recipe, dry_run: bool = False) -> int:
     """Train with a terminal listener; the exit status."""
-    from rankfold.cli.view import TerminalListener, make_console
+    from rankfold.cli.console import make_console
+    from rankfold.cli.view import TerminalListener
     from rankfold.train.run import decide, fine_tune
     from rankfold.train.stopping import STATUS_OF_SIGNAL
 

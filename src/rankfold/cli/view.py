@@ -5,29 +5,22 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from rankfold.data.proof import MaskProof
-from rankfold.train.evaluate import Comparison
-from rankfold.train.folder import REPORT_NAME
-from rankfold.train.listener import Listener, RunResult
-from rankfold.train.loop import StepRecord
-from rankfold.train.plan import Plan
-from rankfold.train.report import setting_rows
+from rankfold.cli.console import print_proof
+from rankfold.data.tokens.proof import MaskProof
+from rankfold.train.judging.evaluate import Comparison
+from rankfold.train.keeping.folder import REPORT_NAME
+from rankfold.train.keeping.listener import Listener, RunResult
+from rankfold.train.keeping.report import setting_rows
+from rankfold.train.planning.plan import Plan
+from rankfold.train.step.loop import StepRecord
 
 PLAIN_LINES = 10  # about so many progress lines where the output is no terminal
-PLAIN_WIDTH = 110
-
-
-def make_console(stream: TextIO) -> Console:
-    """A console for ``stream``: a terminal's own width, a fixed one elsewhere; never markup."""
-    width = None if stream.isatty() else PLAIN_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False, soft_wrap=False)
 
 
 class TerminalListener(Listener):
@@ -119,24 +112,6 @@ def print_plan(console: Console, plan: Plan) -> None:
 def _stops(proof: MaskProof) -> str:
     counts = ", ".join(f"{token} {count:,} times" for token, count in proof.stops.items())
     return f"the others are only read; answers end with {counts}"
-
-
-def print_proof(console: Console, proof: MaskProof) -> None:
-    """Rows with trained and untrained tokens told apart: by colour, or by {+ +} where there is none."""
-    coloured = console.is_terminal and not console.no_color
-    how = "trained tokens are green" if coloured else "trained tokens stand in {+ +}"
-    console.print(f"\nWhat is trained ({how}):", style="bold")
-    for row in proof.shown:
-        counts = f"{row.trained_tokens:,} of its {row.tokens:,} tokens trained"
-        console.print(f"{row.origin}, {row.why}: {counts}", style="cyan")
-        text = Text()
-        for piece, trained in row.pieces:
-            if coloured:
-                text.append(piece, style="bold green" if trained else "dim")
-            else:
-                text.append(f"{{+{piece}+}}" if trained else piece)
-        console.print(text)
-        console.print()
 
 
 def print_result(console: Console, result: RunResult) -> None:

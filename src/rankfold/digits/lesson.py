@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rankfold.data.encode import EncodedRow, encode_all
-from rankfold.data.sources import read_examples, sources_of
+from rankfold.data.shapes.sources import read_examples, sources_of
+from rankfold.data.tokens.encode import EncodedRow, encode_all
 from rankfold.digits.assemble import Tower, assemble
 from rankfold.digits.picture import draw
 from rankfold.digits.rows import (
@@ -33,9 +33,9 @@ from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.load import Base, load_base, load_tuned
 from rankfold.models.running.generate import replies
 from rankfold.models.running.sampling import Sampling
-from rankfold.train.evaluate import Comparison, compare, row_losses
-from rankfold.train.listener import Listener, RunResult
-from rankfold.train.recipe import Recipe
+from rankfold.train.asked.recipe import Recipe
+from rankfold.train.judging.evaluate import Comparison, compare, row_losses
+from rankfold.train.keeping.listener import Listener, RunResult
 from rankfold.train.run import fine_tune
 
 NEEDED_BYTES = 1_500_000_000  # the model in float32, the rows, and the run

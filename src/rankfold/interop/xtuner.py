@@ -11,7 +11,7 @@ from rankfold.errors import ConfigError
 from rankfold.interop.python_values import Symbol, read_python
 from rankfold.interop.translation import Line, Translation
 from rankfold.interop.xtuner_tables import LEFT_OUT, native_targets
-from rankfold.train.recipe import Recipe
+from rankfold.train.asked.recipe import Recipe
 
 INTERNVL = "InternVL_V1_5"
 LORA_OF = {INTERNVL: "model.llm_lora", "SupervisedFinetune": "model.lora"}

@@ -9,6 +9,7 @@ from torch import nn
 
 from rankfold.compat import COMPILER, layers_kept_whole
 from rankfold.errors import ConfigError
+from rankfold.models.running.rows_apart import keep_out_of_programs
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -26,6 +27,7 @@ def compile_layers(model: Any) -> None:
     layers = decoder_layers(model)
     if not layers:
         raise ConfigError(f"compile: {type(model.get_base_model()).__name__} names no decoder layers")
+    keep_out_of_programs()
     for layer in layers:
         _compile(layer)
 

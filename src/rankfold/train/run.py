@@ -12,29 +12,29 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from rankfold.data.batches import epoch_steps
+from rankfold.data.order.batches import epoch_steps
 from rankfold.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from rankfold.files import require_space, write_whole
 from rankfold.models.adapters.metadata import tokenizer_marks
 from rankfold.models.messages.template import template_of
 from rankfold.peft_surface.saving_and_loading import fingerprint_to_save
-from rankfold.train.checkpoints import clear_partial, latest_checkpoint, save_checkpoint
-from rankfold.train.folder import RECORD_NAME, REPORT_NAME, RunFolder
-from rankfold.train.identity import identity_of, refuse_other_identity
-from rankfold.train.judge import Judge
-from rankfold.train.listener import Listener, RunResult
-from rankfold.train.loop import StepRecord, Trainer
-from rankfold.train.method import method_of
-from rankfold.train.plan import Plan, make_plan, read_data
+from rankfold.train.asked.recipe import Recipe
+from rankfold.train.asked.recipe_file import changed_recipe, read_recipe, resolved_recipe
+from rankfold.train.judging.judge import Judge
+from rankfold.train.keeping.checkpoints import clear_partial, latest_checkpoint, save_checkpoint
+from rankfold.train.keeping.folder import RECORD_NAME, REPORT_NAME, RunFolder
+from rankfold.train.keeping.identity import identity_of, refuse_other_identity
+from rankfold.train.keeping.listener import Listener, RunResult
+from rankfold.train.keeping.report import render_report
+from rankfold.train.keeping.trackers import Trackers, require_trackers
+from rankfold.train.planning.plan import Plan, make_plan, read_data
+from rankfold.train.planning.start import as_its_adapter
+from rankfold.train.planning.trial import Activations, recompute_activations
 from rankfold.train.processes import Processes, shared_precision
-from rankfold.train.recipe import Recipe
-from rankfold.train.recipe_file import changed_recipe, read_recipe, resolved_recipe
-from rankfold.train.report import render_report
 from rankfold.train.sharding import require_several, shard_base
-from rankfold.train.start import as_its_adapter
+from rankfold.train.step.loop import StepRecord, Trainer
+from rankfold.train.step.method import method_of
 from rankfold.train.stopping import stop_requests
-from rankfold.train.trackers import Trackers, require_trackers
-from rankfold.train.trial import Activations, recompute_activations
 
 OUTPUT_BYTES = 200_000_000  # adapter, report and room to spare
 SAME_EVERYWHERE = ("train_rows", "held_out_rows", "base")

@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rankfold.data.batches import MicroBatch
-from rankfold.data.encode import IGNORE, EncodedRow
-from rankfold.data.pack import Batching
+from rankfold.data.order.batches import MicroBatch
+from rankfold.data.order.pack import Batching
+from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import TrainingError
 from rankfold.lora import LoraConfig, TaskType
 from rankfold.peft_surface import PeftModel, get_peft_model
-from rankfold.train.checkpoints import read_checkpoint, save_checkpoint
-from rankfold.train.loop import Method, Trainer
+from rankfold.train.keeping.checkpoints import read_checkpoint, save_checkpoint
 from rankfold.train.processes import Processes
+from rankfold.train.step.loop import Method, Trainer
 
 ROWS = 8
 VOCABULARY = 512

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from rankfold.data.pack import Batching
+from rankfold.data.order.pack import Batching
 from rankfold.train.processes import Processes
 from rankfold.train.selftest import gradients, random_rows, small_model
 from rankfold.train.sharding import shard_base

@@ -13,7 +13,7 @@ from rankfold.lora import LoraConfig
 from rankfold.models.base import heap
 from rankfold.models.base.load import load_base
 from rankfold.peft_surface import get_peft_model
-from rankfold.train import trial
+from rankfold.train.planning import trial
 
 # Large blocks that go, each beside a small one that stays, as in loading; then how much is held in vain.
 PROGRAM = """

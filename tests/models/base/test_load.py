@@ -10,7 +10,7 @@ from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
 from rankfold.errors import AdapterError, ModelError
 from rankfold.models.adapters.metadata import AdapterMetadata
 from rankfold.models.base.find import DEFAULT_MODEL, find_base
-from rankfold.models.base.load import load_tokenizer
+from rankfold.models.base.text_side import load_tokenizer
 
 
 def test_the_real_model_is_what_transformers_reads_from_the_gguf_file(real_base):

@@ -17,8 +17,9 @@ from rankfold import LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import ModelError
 from rankfold.lora.files.fingerprint import fingerprint
 from rankfold.models.base.find import DEFAULT_MODEL, BaseSource
-from rankfold.models.base.load import Base, load_base, load_tokenizer
+from rankfold.models.base.load import Base, load_base
 from rankfold.models.base.packed import describe, held_model
+from rankfold.models.base.text_side import load_tokenizer
 from rankfold.models.running.head import output_head
 from rankfold.storage.layers import HeldEmbedding, HeldLinear, held_layers
 

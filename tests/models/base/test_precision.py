@@ -13,8 +13,8 @@ from torch import nn
 
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model, load_base
-from rankfold.data.batches import collate
-from rankfold.data.encode import EncodedRow
+from rankfold.data.order.batches import collate
+from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError, ModelError
 from rankfold.models.base import precision
 from rankfold.models.base.precision import (
@@ -26,7 +26,7 @@ from rankfold.models.base.precision import (
     measure_speeds,
     product_speed,
 )
-from rankfold.train.objectives import token_losses
+from rankfold.train.step.objectives import token_losses
 
 CPU = torch.device("cpu")
 NARROW = ["bfloat16", "float16"]

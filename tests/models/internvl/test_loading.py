@@ -10,9 +10,9 @@ from image_bases import CHATML, byte_tokenizer, noise, write_original
 from internvl_reference import Original, tiny_config, tiny_tensors
 from rankfold import load_base
 from rankfold.errors import ModelError
-from rankfold.models.base.load import load_tokenizer
 from rankfold.models.base.precision import Precision
 from rankfold.models.base.processors import most_tiles, set_most_tiles
+from rankfold.models.base.text_side import load_tokenizer
 
 
 @pytest.mark.parametrize("language", ["internlm2", "qwen2"])

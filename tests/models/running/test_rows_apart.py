@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from rankfold.data.encode import EncodedRow
-from rankfold.data.pack import collate_packed
+from rankfold.data.order.pack import collate_packed
+from rankfold.data.tokens.encode import EncodedRow
 from rankfold.models.running import rows_apart
 from rankfold.models.running.rows_apart import NAME, attend_rows_apart
 from tiny_models import tiny

@@ -23,7 +23,6 @@ from rankfold.models.base.image_text import (
     is_internvl,
     load_held_image_text,
     load_image_text,
-    load_processor_of,
     prompt_notes,
 )
 from rankfold.models.base.packed import Stored, describe, held_model
@@ -86,33 +85,6 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
         notes += held_notes(model, _comes_as(source, config), dtype)
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
     return Base(model.to(default_device()).eval(), tokenizer, source, notes, processor=processor)
-
-
-def load_tokenizer(name: str) -> tuple[Any, int | None]:
-    """The tokenizer of ``name`` (see ``find_base``) without its weights, and the longest input in tokens
-    that the model was made for, if its config says so.
-
-    Raises ModelError."""
-    source = find_base(name)
-    if source.gguf_file is None and (seeing := image_text_config(source)) is not None:
-        return load_processor_of(source, seeing).tokenizer, longest_input(seeing)
-    side = text_side(source)
-    return side.tokenizer, longest_input(side.config)
-
-
-def load_processor(name: str) -> Any:
-    """The processor of a model that sees images, without its weights; None for any other.
-
-    Raises ModelError."""
-    source = find_base(name)
-    config = None if source.gguf_file is not None else image_text_config(source)
-    return None if config is None else load_processor_of(source, config)
-
-
-def longest_input(config: Any) -> int | None:
-    """The longest input in tokens that a model with this config was made for, if the config says so."""
-    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return longest
 
 
 def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = ()) -> Base:

@@ -1,4 +1,6 @@
-"""What a base says of itself without its weights: its config and its tokenizer."""
+"""What a base says of itself without its weights: its config and its tokenizer.
+
+Of a GGUF file that was read before, the tokenizer alone is there without torch, whose import takes longer."""
 
 from __future__ import annotations
 
@@ -10,16 +12,11 @@ from typing import Any
 
 from rankfold.errors import OutputError
 from rankfold.files import cache_folder, staged_folder
-from rankfold.models.base.find import BaseSource, cannot_load
+from rankfold.models.base.find import BaseSource, cannot_load, find_base
 from rankfold.models.base.quiet import quiet_transformers
-from rankfold.models.gguf.architectures import ARCHITECTURES
-from rankfold.models.gguf.config import gguf_config
-from rankfold.models.gguf.file import read_gguf
-from rankfold.models.gguf.others import other_text_side
-from rankfold.models.gguf.tokenizer import gguf_tokenizer, special_ids
 
 READING = 1  # counted up when what is read of a GGUF file changes, so that what was kept is not used
-NOTES_NAME = "notes.json"
+NOTES_NAME, CONFIG_NAME = "notes.json", "config.json"
 
 
 @dataclass
@@ -39,6 +36,49 @@ def text_side(source: BaseSource) -> TextSide:
         return _of_model(source.location) if source.gguf_file is None else _of_gguf(source.gguf_file)
     except Exception as error:  # a damaged file raises whatever its reader happens to raise
         raise cannot_load(source.location, source.name, error) from error
+
+
+def load_tokenizer(name: str) -> tuple[Any, int | None]:
+    """The tokenizer of ``name`` (see ``find_base``) without its weights, and the longest input in tokens
+    that the model was made for, if its config says so.
+
+    Raises ModelError."""
+    source = find_base(name)
+    if source.gguf_file is not None:
+        kept = _place_of(source.gguf_file)
+        if (kept / CONFIG_NAME).is_file():
+            told = json.loads((kept / CONFIG_NAME).read_text(encoding="utf-8"))
+            return _kept_tokenizer(kept), told.get("max_position_embeddings")
+    elif (seeing := _image_text_config(source)) is not None:
+        from rankfold.models.base.image_text import load_processor_of
+
+        return load_processor_of(source, seeing).tokenizer, longest_input(seeing)
+    side = text_side(source)
+    return side.tokenizer, longest_input(side.config)
+
+
+def load_processor(name: str) -> Any:
+    """The processor of a model that sees images, without its weights; None for any other.
+
+    Raises ModelError."""
+    source = find_base(name)
+    if source.gguf_file is not None or (config := _image_text_config(source)) is None:
+        return None
+    from rankfold.models.base.image_text import load_processor_of
+
+    return load_processor_of(source, config)
+
+
+def _image_text_config(source: BaseSource) -> Any:
+    from rankfold.models.base.image_text import image_text_config
+
+    return image_text_config(source)
+
+
+def longest_input(config: Any) -> int | None:
+    """The longest input in tokens that a model with this config was made for, if the config says so."""
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
 
 
 def text_config(source: BaseSource) -> Any:
@@ -63,16 +103,39 @@ def _of_model(location: str | Path) -> TextSide:
 
 
 def _of_gguf(path: Path) -> TextSide:
+    kept = _place_of(path)
+    if not kept.is_dir():
+        return _read_gguf_side(path, kept)
+    with quiet_transformers():
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(kept)
+    return TextSide(
+        config, _kept_tokenizer(kept), json.loads((kept / NOTES_NAME).read_text(encoding="utf-8"))
+    )
+
+
+def _place_of(path: Path) -> Path:
+    """Where the text side of a GGUF file is kept."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    kept = cache_folder() / "gguf" / f"{READING}-{digest}"
-    if kept.is_dir():
-        with quiet_transformers():
-            from transformers import AutoConfig, PreTrainedTokenizerFast
+    return cache_folder() / "gguf" / f"{READING}-{digest}"
 
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(kept)
-            config = AutoConfig.from_pretrained(kept)
-        return TextSide(config, tokenizer, json.loads((kept / NOTES_NAME).read_text(encoding="utf-8")))
+
+def _kept_tokenizer(kept: Path) -> Any:
+    with quiet_transformers():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(kept)
+
+
+def _read_gguf_side(path: Path, kept: Path) -> TextSide:
+    from rankfold.models.gguf.architectures import ARCHITECTURES
+    from rankfold.models.gguf.config import gguf_config
+    from rankfold.models.gguf.file import read_gguf
+    from rankfold.models.gguf.others import other_text_side
+    from rankfold.models.gguf.tokenizer import gguf_tokenizer, special_ids
+
     file = read_gguf(path)
     if file.architecture in ARCHITECTURES:
         tokenizer = gguf_tokenizer(file)

@@ -1,0 +1,1 @@
+"""The data doctor: everything that can be said of the rows before a run."""

@@ -1,0 +1,1 @@
+"""Which rows are held out, and in which batches the others come."""

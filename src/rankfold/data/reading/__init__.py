@@ -1,0 +1,1 @@
+"""Rows of any file, one after another, each with its place."""

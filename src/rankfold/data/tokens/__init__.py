@@ -1,0 +1,1 @@
+"""Examples to tokens, with a mask of what is trained."""

@@ -1,0 +1,1 @@
+"""Base and tuned model on rows that were held out."""

@@ -1,0 +1,126 @@
+"""Where a run starts: with a fresh adapter, or with one that was trained before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rankfold.data.check.measure import texts_of
+from rankfold.data.shapes.example import Example
+from rankfold.errors import AdapterError, ConfigError, bullet_list
+from rankfold.lora import LoraConfig, TaskType
+from rankfold.lora.files.adapter_reader import PICKLED_NAME, WEIGHTS_NAME
+from rankfold.models.adapters.metadata import AdapterMetadata, PromptStyle
+from rankfold.models.adapters.modalities import Scope
+from rankfold.models.base.fitting import fit_to_adapter, set_tokenizer
+from rankfold.models.base.load import Base
+from rankfold.models.base.tokens import with_tokens
+from rankfold.models.messages.prompt import prompt_encoder
+from rankfold.peft_surface import PeftModel, get_peft_model
+from rankfold.train.asked.advise import Settings
+from rankfold.train.asked.recipe import Recipe
+
+SHOWN_WORDS = 5
+R = TypeVar("R", bound=Recipe)
+
+
+def as_its_adapter(recipe: R) -> R:
+    """``recipe`` with the base, rank, alpha and targets of the adapter that it starts from, if it names one.
+
+    Raises AdapterError if there is none, ConfigError listing every setting that says otherwise."""
+    if recipe.adapter is None:
+        return recipe
+    config = LoraConfig.from_pretrained(recipe.adapter)
+    _weights_of(recipe.adapter)
+    own: dict[str, Any] = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    if config.target_modules is not None:
+        targets = config.target_modules
+        own["targets"] = targets if isinstance(targets, str) else sorted(targets)
+    if recipe.model_fields_set.isdisjoint({"model"}) and config.base_model_name_or_path:
+        own["model"] = config.base_model_name_or_path
+    problems = [
+        f"{name}: {getattr(recipe, name)!r}, and the adapter has {value!r}"
+        for name, value in own.items()
+        if name in recipe.model_fields_set and _in_order(getattr(recipe, name)) not in (None, value)
+    ]
+    problems += [
+        f"{name}: the adapter says what is adapted; leave it out"
+        for name in ("parts", "whole")
+        if getattr(recipe, name) != Recipe.model_fields[name].default
+    ]
+    if problems:
+        raise ConfigError(
+            bullet_list(f"the adapter in {recipe.adapter} cannot be started from so:", problems)
+        )
+    return recipe.model_copy(update=own)
+
+
+def _in_order(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
+def fit_base(base: Base, recipe: Recipe, style: PromptStyle) -> AdapterMetadata:
+    """Let ``base`` read rows of that ``style`` as ``recipe`` and the adapter that it starts from say; the
+    adapter's facts.
+
+    Raises ModelError, AdapterError or ConfigError."""
+    facts = AdapterMetadata()
+    if recipe.adapter is not None:
+        facts = AdapterMetadata.read(recipe.adapter)
+        fit_to_adapter(base, recipe.adapter, facts, allow=())
+        if facts.versions and facts.prompt_style != style:
+            base.notes.append(f"the adapter was trained on {facts.prompt_style} rows, and these are {style}")
+    base.prompt_style = style
+    if base.tokenizer is not None:
+        new = [word for word in recipe.as_tokens if word not in facts.as_tokens]
+        set_tokenizer(base, with_tokens(base.tokenizer, recipe.eos_token, new))
+    return facts
+
+
+def spelt_tokens(examples: Iterable[Example], base: Base) -> list[str]:
+    """A note on ``examples`` that spell special tokens of the base, which are learnt as words."""
+    spelling = prompt_encoder(base.tokenizer).spelling
+    found, words = 0, Counter[str]()
+    for example in examples:
+        spelt = [word for text in texts_of(example) for word in spelling.findall(text)]
+        words.update(spelt)
+        found += bool(spelt)
+    if not found:
+        return []
+    named = ", ".join(word for word, _ in words.most_common(SHOWN_WORDS))
+    more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
+    return [
+        f"{found:,} rows spell special tokens of the model ({named}{more}), which are learnt as words; "
+        "name under as_tokens those that are to be tokens"
+    ]
+
+
+def adapted(base: Base, recipe: Recipe, settings: Settings, scope: Scope) -> PeftModel:
+    """The model to train: ``base`` with a fresh adapter, or with the one that ``recipe`` names.
+
+    Raises AdapterError, TargetError or ConfigError."""
+    if recipe.adapter is not None:
+        return PeftModel.from_pretrained(base.model, recipe.adapter, is_trainable=True, allow=())
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=recipe.dropout,
+        **scope.options(),
+    )
+    return get_peft_model(base.model, config)
+
+
+def adapter_hash(folder: Path | None) -> str:
+    """sha256 of the weights of the adapter that a run starts from; empty if it starts afresh."""
+    return "" if folder is None else hashlib.sha256(_weights_of(folder).read_bytes()).hexdigest()
+
+
+def _weights_of(folder: Path) -> Path:
+    found = next((folder / name for name in (WEIGHTS_NAME, PICKLED_NAME) if (folder / name).is_file()), None)
+    if found is None:
+        raise AdapterError(f"{folder} holds no {WEIGHTS_NAME}: a run starts from an adapter's folder here")
+    return found
