@@ -5,7 +5,7 @@ import torch
 
 from rankfold.digits.assemble import Tower, assemble
 from rankfold.models.base.load import load_base
-from rankfold.models.base.text_side import load_processor
+from rankfold.models.base.text_side import load_text
 from rankfold.models.messages.images import image_reader
 
 TINY = Tower(width=16, layers=1, heads=2, patch_side=8)
@@ -29,7 +29,7 @@ def test_it_is_an_ordinary_model_folder(assembled):
     }
     reader = image_reader(base.processor)
     assert reader.tiles == 1
-    assert load_processor(str(assembled)).image_seq_length == TINY.image_tokens == 4
+    assert load_text(str(assembled))[1].image_seq_length == TINY.image_tokens == 4
 
 
 def test_it_says_of_text_what_its_language_model_says(assembled, tiny_folder):

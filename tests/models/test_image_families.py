@@ -16,7 +16,7 @@ from rankfold.digits.assemble import Tower, assemble
 from rankfold.errors import ModelError
 from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.base.processors import load_processor, most_tiles, sees_images, without_video
-from rankfold.models.base.text_side import load_tokenizer
+from rankfold.models.base.text_side import load_text
 from rankfold.models.messages.images import image_prompt, image_reader
 from rankfold.models.running.generate import replies, reply
 from rankfold.models.running.sampling import Sampling
@@ -140,7 +140,7 @@ def test_a_folder_is_loaded_with_its_processor(family, tmp_path):
         assert type(base.processor).__name__ == type(processor).__name__
         assert base.tokenizer is base.processor.tokenizer
         assert image_reader(base.processor).image_ids == image_reader(processor).image_ids
-        assert load_tokenizer(str(tmp_path))[1] == 512
+        assert load_text(str(tmp_path))[2] == 512
     assert sees_images(model.config)
     assert most_tiles(processor) is None
 

@@ -82,12 +82,12 @@ def test_the_adapter_gives_equal_logits_here_and_in_peft_and_they_are_not_the_ba
 def test_the_numbers_are_those_of_peft_on_the_same_rows(recipe):
     """Held-out loss of base and tuned, worked out anew with PEFT and transformers' own loss."""
     from rankfold.data.tokens.encode import encode_all
-    from rankfold.train.planning.plan import read_data
+    from rankfold.train.planning.rows import read_data
 
     settings = recipe()
     result = fine_tune(settings)
     tokenizer = load.load_base(settings.model).tokenizer
-    rows, _ = encode_all(read_data(settings).held_out, tokenizer, 512)
+    rows, _ = encode_all(read_data(settings, False).held_out, tokenizer, 512)
     models = [tiny_llama(), peft.PeftModel.from_pretrained(tiny_llama(), result.out).eval()]
     means = []
     for model in models:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def command(words: tuple[str, ...], dry_run: bool, **options: Any) -> int:
 
 def run(recipe: Recipe, dry_run: bool = False) -> int:
     """Train with a terminal listener; the exit status."""
+    from rankfold.train.keeping.names import refuse_used_folder
+    from rankfold.train.planning.rows import prepare
+
+    prepared = None
+    if recipe.adapter is None and "WORLD_SIZE" not in os.environ:  # else that takes torch, which takes time
+        if not dry_run:
+            refuse_used_folder(recipe.out)
+        prepared = prepare(recipe)
     from rankfold.cli.console import make_console
     from rankfold.cli.view import TerminalListener
     from rankfold.train.run import decide, fine_tune
@@ -41,7 +50,7 @@ def run(recipe: Recipe, dry_run: bool = False) -> int:
 
     listener = TerminalListener(make_console(sys.stdout))
     if dry_run:
-        decide(recipe, listener)
+        decide(recipe, listener, prepared=prepared)
         return 0
-    result = fine_tune(recipe, listener)
+    result = fine_tune(recipe, listener, prepared)
     return STATUS_OF_SIGNAL + result.stopped_by if result.stopped_by else 0

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, distributed
 
 from rankfold.errors import ConfigError, RankfoldError
-from rankfold.models.base.precision import Precision, PrecisionName, choose_precision, default_device
+from rankfold.models.base.precision import Precision, choose_precision, default_device
+from rankfold.models.choices import PrecisionName
 
 T = TypeVar("T")
 

@@ -15,19 +15,21 @@ from typing import Any
 from rankfold.data.order.batches import epoch_steps
 from rankfold.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from rankfold.files import require_space, write_whole
-from rankfold.models.adapters.metadata import tokenizer_marks
+from rankfold.models.base.tokenizer_marks import tokenizer_marks
 from rankfold.models.messages.template import template_of
 from rankfold.peft_surface.saving_and_loading import fingerprint_to_save
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.asked.recipe_file import changed_recipe, read_recipe, resolved_recipe
 from rankfold.train.judging.judge import Judge
 from rankfold.train.keeping.checkpoints import clear_partial, latest_checkpoint, save_checkpoint
-from rankfold.train.keeping.folder import RECORD_NAME, REPORT_NAME, RunFolder
+from rankfold.train.keeping.folder import RunFolder
 from rankfold.train.keeping.identity import identity_of, refuse_other_identity
 from rankfold.train.keeping.listener import Listener, RunResult
+from rankfold.train.keeping.names import REPORT_NAME, refuse_used_folder
 from rankfold.train.keeping.report import render_report
 from rankfold.train.keeping.trackers import Trackers, require_trackers
-from rankfold.train.planning.plan import Plan, make_plan, read_data
+from rankfold.train.planning.plan import Plan, make_plan
+from rankfold.train.planning.rows import Prepared, prepare
 from rankfold.train.planning.start import as_its_adapter
 from rankfold.train.planning.trial import Activations, recompute_activations
 from rankfold.train.processes import Processes, shared_precision
@@ -42,19 +44,21 @@ SAVE_EVERY_S = 60.0
 SAVE_SHARE = 0.01  # the next save is due when the last one took this share of the time since
 
 
-def fine_tune(recipe: Recipe, listener: Listener | None = None) -> RunResult:
+def fine_tune(
+    recipe: Recipe, listener: Listener | None = None, prepared: Prepared | None = None
+) -> RunResult:
     """Fine-tune ``recipe.model`` on ``recipe.data`` and write adapter, facts and report to ``recipe.out``.
 
     The folder appears when everything is decided, and keeps checkpoints from which ``resume`` goes on as
     if nothing had happened.  SIGINT or SIGTERM lets the running step finish, saves, and leaves out the
     comparison; a second one stops at once.  Under ``torchrun`` or ``accelerate launch`` every process calls
-    it; the first one's ``listener`` is told.
+    it; the first one's ``listener`` is told.  ``prepared`` are the rows if they are there already.
 
     Raises RankfoldError: before the first step ``recipe.out`` does not exist then; a TrainingError
     leaves the last good state in it."""
     processes, listener = _met(listener)
     processes.first_does(partial(_prepare, recipe))
-    plan = decide(recipe, listener, processes)
+    plan = decide(recipe, listener, processes, prepared)
     identity = _shared_identity(plan)
     choices = resolved_recipe(plan.recipe, plan.settings) | plan.choices
     record = {"status": "running", "identity": identity}
@@ -124,29 +128,18 @@ def _shared_identity(plan: Plan) -> dict[str, Any]:
     return identity
 
 
-def refuse_used_folder(out: Path) -> None:
-    """Raise OutputError if ``out`` is anything but a new or an empty folder."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        if (out / RECORD_NAME).is_file():
-            raise OutputError(
-                f"the output folder {out} holds a run already; go on with it by `rankfold resume {out}`, "
-                "or name another --out"
-            )
-        raise OutputError(
-            f"the output folder {out} exists and is not an empty folder; "
-            "name another --out, or remove it first"
-        )
-
-
-def decide(recipe: Recipe, listener: Listener, processes: Processes | None = None) -> Plan:
-    """Everything up to the first step: read, check, load, encode, choose, adapt and time.  Writes nothing."""
+def decide(
+    recipe: Recipe,
+    listener: Listener,
+    processes: Processes | None = None,
+    prepared: Prepared | None = None,
+) -> Plan:
+    """Everything up to the first step: read, check, encode, load, choose, adapt and time.  Writes nothing."""
     processes = processes or Processes()
     recipe = as_its_adapter(recipe)
     if recipe.shard_base:
         require_several(processes, recipe.stored)
-    rows = processes.together(lambda: read_data(recipe))
+    rows = prepared or processes.together(lambda: prepare(recipe))
     listener.on_stage("loading the model and timing a step")
     precision = shared_precision(recipe.precision, processes)
     plan = processes.together(lambda: make_plan(recipe, rows, precision, processes))

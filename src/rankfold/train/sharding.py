@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rankfold.errors import ConfigError
-from rankfold.models.base.packed import Stored
+from rankfold.models.choices import Stored
 from rankfold.peft_surface import PeftModel
 from rankfold.train.compiling import decoder_layers
 from rankfold.train.processes import Processes

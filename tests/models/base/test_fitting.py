@@ -102,7 +102,8 @@ def test_a_damaged_tokenizer_in_an_adapter_is_one_sentence(tiny_folder, tmp_path
 def test_another_tokenizer_is_refused_and_can_be_allowed(tiny_folder, tmp_path):
     import json
 
-    from rankfold.models.adapters.metadata import AdapterMetadata, tokenizer_marks
+    from rankfold.lora.files.adapter_metadata import AdapterMetadata
+    from rankfold.models.base.tokenizer_marks import tokenizer_marks
 
     base = load_base(str(tiny_folder))
     out = tmp_path / "adapter"

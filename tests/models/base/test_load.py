@@ -8,9 +8,9 @@ import torch
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
 from rankfold.errors import AdapterError, ModelError
-from rankfold.models.adapters.metadata import AdapterMetadata
+from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.models.base.find import DEFAULT_MODEL, find_base
-from rankfold.models.base.text_side import load_tokenizer
+from rankfold.models.base.text_side import load_text
 
 
 def test_the_real_model_is_what_transformers_reads_from_the_gguf_file(real_base):
@@ -126,7 +126,7 @@ def test_damaged_facts_are_refused(tmp_path, content, message):
 
 
 def test_a_tokenizer_is_loaded_without_the_weights(real_base, tiny_folder, tmp_path):
-    tokenizer, longest = load_tokenizer(DEFAULT_MODEL)
+    tokenizer, _, longest = load_text(DEFAULT_MODEL)
     text = "Hats, 帽子 and <|im_end|>"
     assert tokenizer(text)["input_ids"] == real_base.tokenizer(text)["input_ids"]
     assert tokenizer.chat_template == real_base.tokenizer.chat_template
@@ -134,6 +134,6 @@ def test_a_tokenizer_is_loaded_without_the_weights(real_base, tiny_folder, tmp_p
     for file in tiny_folder.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert load_tokenizer(str(tmp_path))[1] == 512
+    assert load_text(str(tmp_path))[2] == 512
     with pytest.raises(ModelError, match="no such model folder"):
-        load_tokenizer("./nowhere")
+        load_text("./nowhere")

@@ -19,7 +19,7 @@ from rankfold.lora.files.fingerprint import fingerprint
 from rankfold.models.base.find import DEFAULT_MODEL, BaseSource
 from rankfold.models.base.load import Base, load_base
 from rankfold.models.base.packed import describe, held_model
-from rankfold.models.base.text_side import load_tokenizer
+from rankfold.models.base.text_side import load_text
 from rankfold.models.running.head import output_head
 from rankfold.storage.layers import HeldEmbedding, HeldLinear, held_layers
 
@@ -271,7 +271,7 @@ def test_how_an_answer_ends_is_read_from_the_folder(tiny_folder, tmp_path):
 def test_config_and_tokenizer_of_a_gguf_file_are_kept_for_next_time(real_held, own_cache, monkeypatch):
     assert [folder.name for folder in own_cache.iterdir()] == ["gguf"]
     monkeypatch.setenv("RANKFOLD_CACHE", str(own_cache))
-    tokenizer, longest = load_tokenizer(DEFAULT_MODEL)
+    tokenizer, _, longest = load_text(DEFAULT_MODEL)
     text = "Hats, 帽子 and <|im_end|>"
     assert tokenizer(text)["input_ids"] == real_held.tokenizer(text)["input_ids"]
     assert tokenizer.chat_template == real_held.tokenizer.chat_template

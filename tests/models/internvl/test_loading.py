@@ -12,7 +12,7 @@ from rankfold import load_base
 from rankfold.errors import ModelError
 from rankfold.models.base.precision import Precision
 from rankfold.models.base.processors import most_tiles, set_most_tiles
-from rankfold.models.base.text_side import load_tokenizer
+from rankfold.models.base.text_side import load_text
 
 
 @pytest.mark.parametrize("language", ["internlm2", "qwen2"])
@@ -29,8 +29,8 @@ def test_an_original_folder_is_loaded_without_its_code(tmp_path, language):
         found = base.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
     assert base.processor.tokenizer is base.tokenizer
-    assert load_tokenizer(str(folder))[0].get_vocab() == base.tokenizer.get_vocab()
-    assert load_tokenizer(str(folder))[1] == 4096
+    assert load_text(str(folder))[0].get_vocab() == base.tokenizer.get_vocab()
+    assert load_text(str(folder))[2] == 4096
 
 
 def test_a_native_folder_is_loaded_with_its_processor(tmp_path):

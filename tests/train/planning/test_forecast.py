@@ -12,7 +12,8 @@ from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.meta_model import load_outline
 from rankfold.models.base.precision import Precision
 from rankfold.train.planning.forecast import MARGIN, ForecastRequest, forecast
-from rankfold.train.planning.plan import make_plan, read_data
+from rankfold.train.planning.plan import make_plan
+from rankfold.train.planning.rows import prepare
 from rankfold.train.processes import Processes
 
 QUICK = {"tflops": 1, "memory_gb": 24}  # nothing is timed
@@ -87,7 +88,7 @@ def test_a_plan_for_a_small_model_says_what_a_run_would(ask, tiny_folder, write_
             "epochs": 2,
         }
     )
-    plan = make_plan(recipe, read_data(recipe), Precision.of("float32"), Processes())
+    plan = make_plan(recipe, prepare(recipe), Precision.of("float32"), Processes())
     trainable, everything = plan.model.get_nb_trainable_parameters()
     assert told.adapter.trained == trainable
     assert sum(told.parameters.values()) == everything - trainable

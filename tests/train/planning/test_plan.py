@@ -13,7 +13,8 @@ from rankfold.errors import DataError
 from rankfold.models.base.precision import Precision
 from rankfold.train.keeping.listener import Listener
 from rankfold.train.keeping.report import setting_rows
-from rankfold.train.planning.plan import make_plan, read_data
+from rankfold.train.planning.plan import make_plan
+from rankfold.train.planning.rows import prepare, read_data
 from rankfold.train.processes import Processes
 from rankfold.train.run import decide
 
@@ -28,7 +29,7 @@ def recipe(tiny_folder, write_rows, joke_rows, tmp_path):
 
 
 def plan_of(recipe: Recipe):
-    return make_plan(recipe, read_data(recipe), Precision.of("float32"), Processes())
+    return make_plan(recipe, prepare(recipe), Precision.of("float32"), Processes())
 
 
 def test_a_plan_changes_no_weight_and_starts_as_the_base(recipe):
@@ -53,7 +54,7 @@ def test_rows_that_are_too_long_are_left_out_and_named(recipe, joke_rows):
 
 
 def test_copies_of_held_out_rows_are_left_out_and_counted(recipe, joke_rows):
-    rows = read_data(recipe([*joke_rows, *joke_rows]))
+    rows = read_data(recipe([*joke_rows, *joke_rows]), False)
     assert (len(rows.train), len(rows.held_out)) == (44, 2)
     assert not {e.messages[0].text for e in rows.train} & {e.messages[0].text for e in rows.held_out}
     assert rows.notes == ["2 training rows left out: copies or near copies of held-out rows"]
@@ -67,7 +68,8 @@ def test_the_expected_time_follows_tokens_and_speed(recipe):
 
 def test_held_out_rows_of_another_style_are_noticed(recipe, write_rows):
     held_out = write_rows([{"text": "It was cold."}], "held_out.jsonl")
-    assert any("held-out rows are plain" in note for note in read_data(recipe(held_out=held_out)).notes)
+    notes = read_data(recipe(held_out=held_out), False).notes
+    assert any("held-out rows are plain" in note for note in notes)
 
 
 def test_a_rank_that_no_weight_can_hold_is_told_of(recipe):
@@ -106,7 +108,7 @@ def test_near_copies_of_rows_in_the_held_out_file_are_told(recipe, write_rows, j
     told = joke_rows[3]["completion"] + " Nobody laughed, but they were polite about it. " * 4
     rows = [*joke_rows, {"prompt": "Joke?", "completion": told + "!"}]
     held_out = write_rows([{"prompt": "Joke?", "completion": told}], "held_out.jsonl")
-    notes = read_data(recipe(rows, held_out=held_out)).notes
+    notes = read_data(recipe(rows, held_out=held_out), False).notes
     assert len(notes) == 1
     assert "1 training rows are near copies of rows in the held-out file" in notes[0]
     assert "rows.jsonl:25" in notes[0]
@@ -115,7 +117,7 @@ def test_near_copies_of_rows_in_the_held_out_file_are_told(recipe, write_rows, j
 def test_any_source_is_read_with_its_shape_and_weight(recipe, tmp_path):
     table = tmp_path / "rows.csv"
     table.write_text("task,reply\n" + "".join(f"t{number},r{number}\n" for number in range(40)))
-    rows = read_data(recipe(data=f"{table}:2", shape="prompt=task,completion=reply"))
+    rows = read_data(recipe(data=f"{table}:2", shape="prompt=task,completion=reply"), False)
     assert (len(rows.train), len(rows.held_out)) == (76, 2)
     assert rows.shape == "40 rows of prompt-completion (as given), 2 times: 80 examples"
 
@@ -123,15 +125,15 @@ def test_any_source_is_read_with_its_shape_and_weight(recipe, tmp_path):
 def test_bad_rows_are_left_out_only_as_far_as_the_recipe_allows(recipe, joke_rows):
     rows = [*joke_rows, {"prompt": "p", "completion": ""}]
     with pytest.raises(DataError, match="rows.jsonl:25: message 2"):
-        read_data(recipe(rows))
-    assert "1 bad rows left out:" in read_data(recipe(rows, skip_bad=0.1)).notes[0]
+        read_data(recipe(rows), False)
+    assert "1 bad rows left out:" in read_data(recipe(rows, skip_bad=0.1), False).notes[0]
 
 
 def test_preference_pairs_are_refused_unless_the_chosen_answers_are_asked_for(recipe):
     pairs = [{"prompt": f"p{number}", "chosen": "a", "rejected": "b"} for number in range(9)]
     with pytest.raises(DataError, match="the rows are preference pairs"):
-        read_data(recipe(pairs))
-    assert len(read_data(recipe(pairs, shape="chosen")).train) == 8
+        read_data(recipe(pairs), False)
+    assert len(read_data(recipe(pairs, shape="chosen"), False).train) == 8
 
 
 def test_without_a_length_training_rows_are_cut_off_where_the_doctor_would(recipe):

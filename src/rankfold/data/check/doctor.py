@@ -23,7 +23,7 @@ from rankfold.data.tokens.encode import encode_each
 from rankfold.data.tokens.proof import MaskProof, prove_mask
 from rankfold.errors import DataError, OutputError, bullet_list
 from rankfold.files import whole_file, write_whole
-from rankfold.models.base.text_side import load_processor, load_tokenizer
+from rankfold.models.base.text_side import load_text
 from rankfold.models.messages.images import image_reader
 from rankfold.settings import CheckedSettings
 
@@ -84,8 +84,7 @@ def check(request: CheckRequest, on_rows: Callable[[int], None] = lambda _: None
     rows or cannot be read at all, ModelError, and OutputError for a place that must not be written."""
     started = time.perf_counter()
     _check_outputs(request)
-    tokenizer, longest = load_tokenizer(request.model) if request.model else (None, None)
-    processor = load_processor(request.model) if request.model else None
+    tokenizer, processor, longest = load_text(request.model) if request.model else (None, None, None)
     reader = None if processor is None else image_reader(processor)
     examination = Examination(tokenizer, shown=request.show, seed=request.seed, reader=reader)
     sources = request.sources()

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from rankfold.data.reading.row import BadRow, Row
 from rankfold.data.shapes.example import Example
 from rankfold.data.shapes.formats import named_shape
 from rankfold.data.shapes.interpret import interpret
 from rankfold.errors import DataError, bullet_list
-
-if TYPE_CHECKING:
-    from rankfold.models.adapters.metadata import PromptStyle
+from rankfold.models.choices import PromptStyle
 
 MOST_NAMES = 8  # of unused columns in a description
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -20,10 +20,8 @@ from rankfold.data.shapes.convert import Converted, convert, prompt_style
 from rankfold.data.shapes.example import Example
 from rankfold.data.shapes.meta_file import meta_entries
 from rankfold.errors import DataError
+from rankfold.models.choices import PromptStyle
 from rankfold.settings import split_at_commas
-
-if TYPE_CHECKING:
-    from rankfold.models.adapters.metadata import PromptStyle
 
 # Settings that say how rows are read.
 Encoding = Annotated[str | None, AfterValidator(lambda name: None if name is None else known_encoding(name))]

@@ -22,7 +22,7 @@ from rankfold.data.shapes.example import Example
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import OutputError
 from rankfold.files import cache_folder, staged_folder
-from rankfold.models.adapters.metadata import tokenizer_marks
+from rankfold.models.base.tokenizer_marks import tokenizer_marks
 
 Encoded = tuple[Sequence[EncodedRow], list[str]]  # rows, and the names of those that were left out
 

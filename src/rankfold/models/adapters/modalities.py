@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import BeforeValidator
 from torch import nn
 
 from rankfold.errors import ConfigError, TargetError, bullet_list, nearest
@@ -15,11 +14,9 @@ from rankfold.lora import LoraConfig
 from rankfold.lora.config.patterns import is_named
 from rankfold.lora.layers.registry import base_modules
 from rankfold.lora.placing.targets import find_targets, module_names, shortest_list
-from rankfold.settings import split_at_commas
+from rankfold.models.choices import Part
 
-Part = Literal["language", "projector", "vision"]
 PARTS: tuple[Part, ...] = get_args(Part)
-PartNames = Annotated[list[Part], BeforeValidator(split_at_commas)]  # a list, or words and commas
 IN_WORDS = {"language": "language model", "projector": "projector", "vision": "vision tower"}
 MERGER = "merger"  # what a projector inside a vision tower is called (Qwen-VL)
 

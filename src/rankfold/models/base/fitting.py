@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rankfold.errors import AdapterError, ModelError
+from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import WEIGHTS_NAME, Fault
-from rankfold.models.adapters.metadata import AdapterMetadata, tokenizer_changes
 from rankfold.models.base.processors import set_most_tiles
 from rankfold.models.base.quiet import quiet_transformers
+from rankfold.models.base.tokenizer_marks import tokenizer_changes
 from rankfold.models.base.tokens import with_tokens
 from rankfold.models.messages.plain_template import plain_template
 
@@ -21,10 +22,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 
 def fit_to_adapter(base: Any, folder: Path, facts: AdapterMetadata, allow: Collection[Fault]) -> None:
-    """Let ``base`` read text as it did when the adapter in ``folder`` was trained; in place.
+    """Let ``base`` read text as it did when the adapter in ``folder`` was trained; in place.  Its model may
+    be None, if it is not loaded yet; its vocabulary may have to grow then (see ``grow_vocabulary``).
 
     Raises ModelError if its tokenizer is another one, AdapterError for a damaged one in the folder."""
-    base.notes += grow_vocabulary(base.model, folder)
+    if base.model is not None:
+        base.notes += grow_vocabulary(base.model, folder)
     if (own := own_tokenizer(folder)) is not None and len(own) > len(base.tokenizer):
         own.name_or_path = base.tokenizer.name_or_path
         set_tokenizer(base, own)

@@ -11,9 +11,10 @@ import torch
 
 from rankfold.errors import ModelError
 from rankfold.models.base.find import BaseSource, cannot_load
-from rankfold.models.base.packed import Stored, held_model
+from rankfold.models.base.packed import held_model
 from rankfold.models.base.processors import load_processor, sees_images
 from rankfold.models.base.quiet import quiet_transformers
+from rankfold.models.choices import Stored
 from rankfold.models.internvl.chat import NO_PROMPT, SYSTEM_PROMPT
 from rankfold.models.internvl.config import (
     NATIVE_TYPE,

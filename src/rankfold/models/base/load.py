@@ -12,9 +12,9 @@ import torch
 
 from rankfold.errors import ConfigError, ModelError
 from rankfold.lora import LoraConfig
+from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, Fault
 from rankfold.models.adapters.convert import natively_named
-from rankfold.models.adapters.metadata import AdapterMetadata
 from rankfold.models.base.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
 from rankfold.models.base.fitting import fit_to_adapter, set_tokenizer
 from rankfold.models.base.heap import large_blocks_apart
@@ -25,11 +25,12 @@ from rankfold.models.base.image_text import (
     load_image_text,
     prompt_notes,
 )
-from rankfold.models.base.packed import Stored, describe, held_model
+from rankfold.models.base.packed import describe, held_model
 from rankfold.models.base.precision import Precision, default_device, held_notes, hold_in
 from rankfold.models.base.quiet import quiet_transformers
 from rankfold.models.base.text_side import text_side
 from rankfold.models.base.tokens import with_tokens
+from rankfold.models.choices import Stored
 from rankfold.models.gguf.architectures import ARCHITECTURES
 from rankfold.models.gguf.file import GgufFile, read_gguf
 from rankfold.models.gguf.others import other_model

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from rankfold.models.base.contents import contents_of
 from rankfold.models.base.find import BaseSource
 from rankfold.models.base.four_bit import four_bit_sizes, require_bitsandbytes, to_four_bits
 from rankfold.models.base.processors import sees_images
+from rankfold.models.choices import Stored
 from rankfold.models.internvl.names import Layout
 from rankfold.storage.forms import BF16, INT8, ROUNDED_Q4_0, Form, to_bf16, to_int8
 from rankfold.storage.layers import can_hold, held_layers, hold
 
 MATRIX = 2  # dimensions
-Stored = Literal["bfloat16", "int8", "q4_0", "gguf", "nf4"]
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def text_side(source: BaseSource) -> TextSide:
         raise cannot_load(source.location, source.name, error) from error
 
 
-def load_tokenizer(name: str) -> tuple[Any, int | None]:
-    """The tokenizer of ``name`` (see ``find_base``) without its weights, and the longest input in tokens
-    that the model was made for, if its config says so.
+def load_text(name: str) -> tuple[Any, Any, int | None]:
+    """The tokenizer of ``name`` (see ``find_base``) without its weights, its processor if it sees images,
+    else None, and the longest input in tokens that the model was made for, if its config says so.
 
     Raises ModelError."""
     source = find_base(name)
@@ -48,25 +48,14 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
         kept = _place_of(source.gguf_file)
         if (kept / CONFIG_NAME).is_file():
             told = json.loads((kept / CONFIG_NAME).read_text(encoding="utf-8"))
-            return _kept_tokenizer(kept), told.get("max_position_embeddings")
+            return _kept_tokenizer(kept), None, told.get("max_position_embeddings")
     elif (seeing := _image_text_config(source)) is not None:
         from rankfold.models.base.image_text import load_processor_of
 
-        return load_processor_of(source, seeing).tokenizer, longest_input(seeing)
+        processor = load_processor_of(source, seeing)
+        return processor.tokenizer, processor, longest_input(seeing)
     side = text_side(source)
-    return side.tokenizer, longest_input(side.config)
-
-
-def load_processor(name: str) -> Any:
-    """The processor of a model that sees images, without its weights; None for any other.
-
-    Raises ModelError."""
-    source = find_base(name)
-    if source.gguf_file is not None or (config := _image_text_config(source)) is None:
-        return None
-    from rankfold.models.base.image_text import load_processor_of
-
-    return load_processor_of(source, config)
+    return side.tokenizer, None, longest_input(side.config)
 
 
 def _image_text_config(source: BaseSource) -> Any:

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from rankfold.lora import LoraConfig
+from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import WEIGHTS_NAME
-from rankfold.models.adapters.metadata import AdapterMetadata
 
 MLX_WEIGHTS = "adapters.safetensors"
 RECORD = "rankfold"  # beside mlx's own keys: the config that the adapter had, to come back to it

@@ -15,9 +15,9 @@ from rankfold.errors import AdapterError, bullet_list
 from rankfold.lora import LoraConfig
 from rankfold.lora.config.lora_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from rankfold.lora.config.strict_json import read_json_object
+from rankfold.lora.files.adapter_metadata import METADATA_NAME, AdapterMetadata
 from rankfold.lora.files.lora_weights import Pair, pair_tensors
 from rankfold.lora.placing.targets import alpha_of, rank_of, shortest_list
-from rankfold.models.adapters.metadata import METADATA_NAME, AdapterMetadata
 from rankfold.models.mlx.layout import MAGNITUDE, MLX_WEIGHTS, RECORD, MlxBase, Unpacked
 
 ENDINGS = {"lora_a": "A", "lora_b": "B", "m": MAGNITUDE}

@@ -19,8 +19,8 @@ from rankfold.errors import AdapterError, OutputError, bullet_list
 from rankfold.files import write_whole
 from rankfold.lora import LoraConfig
 from rankfold.lora.config.lora_config import CONFIG_NAME, changes_base
+from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.lora_weights import Pair, is_embedding, padded, pair_of, sorted_out
-from rankfold.models.adapters.metadata import AdapterMetadata
 from rankfold.models.mlx.layout import MAGNITUDE, MLX_WEIGHTS, RECORD, MlxBase, Unpacked
 
 BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")

@@ -12,10 +12,8 @@ from pydantic import BeforeValidator, Field
 from rankfold.data.order.split import how_many
 from rankfold.data.shapes.sources import Encoding, LeftOut, Source
 from rankfold.data.tokens.mask import TrainOn
-from rankfold.models.adapters.modalities import PartNames
 from rankfold.models.base.find import DEFAULT_MODEL
-from rankfold.models.base.packed import Stored
-from rankfold.models.base.precision import PrecisionName
+from rankfold.models.choices import PartNames, PrecisionName, Stored
 from rankfold.settings import CheckedSettings, split_at_commas
 from rankfold.train.keeping.trackers import TrackerNames
 from rankfold.train.step.schedule import Schedule

@@ -15,13 +15,8 @@ import yaml
 
 from rankfold.errors import CheckpointError, OutputError
 from rankfold.files import staged_folder, write_whole
+from rankfold.train.keeping.names import LOCK_NAME, METRICS_NAME, RECIPE_NAME, RECORD_NAME
 from rankfold.train.step.loop import StepRecord
-
-RECIPE_NAME = "recipe.yaml"
-RECORD_NAME = "run.json"
-METRICS_NAME = "metrics.jsonl"
-REPORT_NAME = "report.html"
-LOCK_NAME = ".lock"
 
 
 class RunFolder:

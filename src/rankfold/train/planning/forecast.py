@@ -38,7 +38,7 @@ from rankfold.train.planning.footprint import (
 from rankfold.train.planning.lengths import RowLengths, TileSize, row_lengths, tile_size
 from rankfold.train.planning.machine import Machine, planned_machine
 from rankfold.train.planning.peak import MARGIN, WASTE, Peak, Tower
-from rankfold.train.planning.plan import read_data
+from rankfold.train.planning.rows import read_data
 from rankfold.train.planning.start import as_its_adapter, spelt_tokens
 
 Fits = Literal["yes", "recomputed", "no"]
@@ -117,7 +117,8 @@ def forecast(request: ForecastRequest) -> Forecast:
         set_tokenizer(base, with_tokens(base.tokenizer, request.eos_token, request.as_tokens))
     sees = sees_images(base.model.config)
     rows = read_data(request, sees)
-    spelt = [] if base.tokenizer is None else spelt_tokens((*rows.train, *rows.held_out), base)
+    every = (*rows.train, *rows.held_out)
+    spelt = [] if base.tokenizer is None else spelt_tokens(every, base.tokenizer)
     lengths, tile = row_lengths(request, rows, base), tile_size(base, request)
     weights = weights_of(base.model)
     parameters = parameters_by_part(weights)

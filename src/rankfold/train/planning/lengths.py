@@ -15,7 +15,7 @@ from rankfold.models.base.processors import cut_at_most
 from rankfold.models.base.text_side import longest_input
 from rankfold.models.messages.images import ImageReader, size_of
 from rankfold.train.asked.recipe import Recipe
-from rankfold.train.planning.plan import Rows, encode_rows, has_images, reader_of
+from rankfold.train.planning.rows import Rows, Text, encode_rows, has_images
 
 ASCII_CHARS = 4  # of a token of English or code; any other character is counted as a token of its own
 TURN_TOKENS = 5  # that a template adds to a message: its role, two marks and line feeds
@@ -64,10 +64,10 @@ def row_lengths(recipe: Recipe, rows: Rows, base: Base) -> RowLengths:
     if base.tokenizer is None:
         return _estimated(recipe, rows, base)
     base.prompt_style = rows.prompt_style
-    reader = reader_of(recipe, rows, base)
-    encoded = encode_rows(recipe, rows, base, reader)
-    tile = tile_size(base, recipe)
-    tiles = [_tiles(row.input_ids, reader, tile) for row in encoded.train]
+    longest = longest_input(base.model.config)
+    text = Text(tokenizer=base.tokenizer, processor=base.processor, longest=longest)
+    encoded, tile = encode_rows(recipe, rows, text), tile_size(base, recipe)
+    tiles = [_tiles(row.input_ids, encoded.reader, tile) for row in encoded.train]
     return RowLengths(
         train=[len(row) for row in encoded.train],
         held_out=sum(map(len, encoded.held_out)),

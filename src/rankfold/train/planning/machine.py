@@ -9,11 +9,11 @@ import torch
 
 from rankfold.models.base.precision import (
     Precision,
-    PrecisionName,
     choose_precision,
     default_device,
     product_speed,
 )
+from rankfold.models.choices import PrecisionName
 from rankfold.train.memory import free_memory_bytes
 
 SPEED_SHARE = 0.7  # of its products' speed that a whole step reaches: 0.74 on 2 cores (docs/benchmarks.md)

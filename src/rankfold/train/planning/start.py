@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +13,10 @@ from rankfold.data.check.measure import texts_of
 from rankfold.data.shapes.example import Example
 from rankfold.errors import AdapterError, ConfigError, bullet_list
 from rankfold.lora import LoraConfig, TaskType
+from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import PICKLED_NAME, WEIGHTS_NAME
-from rankfold.models.adapters.metadata import AdapterMetadata, PromptStyle
 from rankfold.models.adapters.modalities import Scope
+from rankfold.models.base.find import find_base
 from rankfold.models.base.fitting import fit_to_adapter, set_tokenizer
 from rankfold.models.base.load import Base
 from rankfold.models.base.tokens import with_tokens
@@ -22,6 +24,7 @@ from rankfold.models.messages.prompt import prompt_encoder
 from rankfold.peft_surface import PeftModel, get_peft_model
 from rankfold.train.asked.advise import Settings
 from rankfold.train.asked.recipe import Recipe
+from rankfold.train.planning.rows import Text
 
 SHOWN_WORDS = 5
 R = TypeVar("R", bound=Recipe)
@@ -62,27 +65,22 @@ def _in_order(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value
 
 
-def fit_base(base: Base, recipe: Recipe, style: PromptStyle) -> AdapterMetadata:
-    """Let ``base`` read rows of that ``style`` as ``recipe`` and the adapter that it starts from say; the
-    adapter's facts.
+def text_of_start(recipe: Recipe, text: Text) -> Text:
+    """``text`` as the adapter that ``recipe`` starts from was trained with, and as ``recipe`` says.
 
     Raises ModelError, AdapterError or ConfigError."""
-    facts = AdapterMetadata()
-    if recipe.adapter is not None:
-        facts = AdapterMetadata.read(recipe.adapter)
-        fit_to_adapter(base, recipe.adapter, facts, allow=())
-        if facts.versions and facts.prompt_style != style:
-            base.notes.append(f"the adapter was trained on {facts.prompt_style} rows, and these are {style}")
-    base.prompt_style = style
-    if base.tokenizer is not None:
-        new = [word for word in recipe.as_tokens if word not in facts.as_tokens]
-        set_tokenizer(base, with_tokens(base.tokenizer, recipe.eos_token, new))
-    return facts
+    assert recipe.adapter is not None
+    facts = AdapterMetadata.read(recipe.adapter)
+    base = Base(None, text.tokenizer, find_base(recipe.model), processor=text.processor)
+    fit_to_adapter(base, recipe.adapter, facts, allow=())
+    new = [word for word in recipe.as_tokens if word not in facts.as_tokens]
+    set_tokenizer(base, with_tokens(base.tokenizer, recipe.eos_token, new))
+    return replace(text, tokenizer=base.tokenizer, started=facts, notes=base.notes)
 
 
-def spelt_tokens(examples: Iterable[Example], base: Base) -> list[str]:
-    """A note on ``examples`` that spell special tokens of the base, which are learnt as words."""
-    spelling = prompt_encoder(base.tokenizer).spelling
+def spelt_tokens(examples: Iterable[Example], tokenizer: Any) -> list[str]:
+    """A note on ``examples`` that spell special tokens of the model, which are learnt as words."""
+    spelling = prompt_encoder(tokenizer).spelling
     found, words = 0, Counter[str]()
     for example in examples:
         spelt = [word for text in texts_of(example) for word in spelling.findall(text)]

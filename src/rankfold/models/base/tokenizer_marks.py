@@ -1,4 +1,4 @@
-"""What an adapter tells about itself (``rankfold.json``), and the marks of a tokenizer in it."""
+"""By what a tokenizer is known again: the marks of it that an adapter and the cache keep."""
 
 from __future__ import annotations
 
@@ -6,17 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
-
-from rankfold.lora.files.adapter_metadata import METADATA_NAME, SCHEMA_VERSION, AdapterMetadata, PromptStyle
-
-__all__ = [
-    "METADATA_NAME",
-    "SCHEMA_VERSION",
-    "AdapterMetadata",
-    "PromptStyle",
-    "tokenizer_changes",
-    "tokenizer_marks",
-]
 
 
 def tokenizer_marks(tokenizer: Any) -> dict[str, str]:

@@ -9,9 +9,9 @@ import pytest
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model, load_tuned
 from rankfold.errors import AdapterError, ModelError
-from rankfold.lora.files.adapter_metadata import SCHEMA_VERSION, versions
-from rankfold.models.adapters.metadata import AdapterMetadata, tokenizer_changes, tokenizer_marks
+from rankfold.lora.files.adapter_metadata import SCHEMA_VERSION, AdapterMetadata, versions
 from rankfold.models.base.load import load_base
+from rankfold.models.base.tokenizer_marks import tokenizer_changes, tokenizer_marks
 from rankfold.models.messages.plain_template import PLAIN_NAME, PLAIN_TEMPLATES
 from rankfold.models.messages.template import template_of
 

@@ -1,0 +1,187 @@
+"""The first two steps of a plan: how the base reads, and the rows as it reads them.
+
+Nothing here needs torch, so that a fault in the rows is told before anything that takes time."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankfold.data.check.balance import Lengths, summarise
+from rankfold.data.order.split import near_leaks, split_held_out, without_leaks
+from rankfold.data.shapes.convert import refuse_untrainable
+from rankfold.data.shapes.example import Example
+from rankfold.data.shapes.sources import Mixture, Source, read_examples, sources_of
+from rankfold.data.tokens.cache import encode_cached, encoding_marks
+from rankfold.data.tokens.encode import EncodedRow, encode_all, too_long
+from rankfold.errors import ConfigError, DataError, bullet_list
+from rankfold.models.base.processors import set_most_tiles
+from rankfold.models.base.text_side import load_text
+from rankfold.models.base.tokens import with_tokens
+from rankfold.models.choices import PromptStyle
+from rankfold.models.messages.images import ImageReader, image_reader
+from rankfold.train.asked.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rankfold.lora.files.adapter_metadata import AdapterMetadata
+
+NAMED_ROWS = 10  # of those that are too long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """How a base reads and writes: its tokenizer, its processor if it sees images, and the longest input that
+    it was made for; ``started`` are the facts of the adapter that a run starts from, if it names one."""
+
+    tokenizer: Any
+    processor: Any = None
+    longest: int | None = None
+    started: AdapterMetadata | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The data of a run: examples to train and judge on, and what was noticed about them."""
+
+    train: list[Example]
+    held_out: list[Example]
+    prompt_style: PromptStyle
+    shape: str
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Training and held-out rows as tokens, what was cut off, and what was noticed."""
+
+    train: Sequence[EncodedRow]
+    held_out: list[EncodedRow]
+    reader: ImageReader | None
+    cut: Lengths
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The rows of a run, and its base as far as they need it."""
+
+    text: Text
+    rows: Rows
+    encoded: Encoded
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read the rows and make tokens of them.  Raises DataError, ModelError, ConfigError or AdapterError."""
+    text = read_text(recipe)
+    rows = read_data(recipe, text.processor is not None)
+    return Prepared(text=text, rows=rows, encoded=encode_rows(recipe, rows, text))
+
+
+def read_text(recipe: Recipe) -> Text:
+    """Raises ModelError, AdapterError or ConfigError."""
+    tokenizer, processor, longest = load_text(recipe.model)
+    if recipe.adapter is not None:
+        from rankfold.train.planning.start import text_of_start
+
+        return text_of_start(recipe, Text(tokenizer=tokenizer, processor=processor, longest=longest))
+    tokenizer = with_tokens(tokenizer, recipe.eos_token, recipe.as_tokens)
+    if processor is not None:
+        processor.tokenizer = tokenizer
+    return Text(tokenizer=tokenizer, processor=processor, longest=longest)
+
+
+def read_data(recipe: Recipe, sees_images: bool) -> Rows:
+    """Read and split the rows.  Raises DataError, also for images that the model does not see."""
+    data = _read(recipe, recipe.data)
+    refuse_untrainable(data.examples, sees_images=sees_images)
+    notes = _noticed(data)
+    if recipe.held_out is None or isinstance(recipe.held_out, float):
+        train, held_out = split_held_out(data.examples, recipe.held_out)
+        dropped = len(data.examples) - len(train) - len(held_out)
+        if dropped:
+            notes.append(f"{dropped} training rows left out: copies or near copies of held-out rows")
+    else:
+        other = _read(recipe, recipe.held_out)
+        refuse_untrainable(other.examples, sees_images=sees_images)
+        notes += _noticed(other)
+        held_out = other.examples
+        train, leaked = without_leaks(data.examples, held_out)
+        if leaked:
+            notes.append(
+                f"{len(leaked)} training rows left out: they are in the held-out file too ({leaked[0]} ...)"
+            )
+        if near := near_leaks(train, held_out):
+            notes.append(
+                f"{len(near)} training rows are near copies of rows in the held-out file ({near[0]} ...); "
+                "they stay, and make the tuned model look better than it is"
+            )
+        if other.prompt_style != data.prompt_style:
+            notes.append(f"the held-out rows are {other.prompt_style}, the training rows {data.prompt_style}")
+    return Rows(
+        train=train,
+        held_out=held_out,
+        prompt_style=data.prompt_style,
+        shape=data.description,
+        notes=notes,
+    )
+
+
+def _read(recipe: Recipe, data: str | Path | list[Source]) -> Mixture:
+    sources = sources_of(data, recipe.shape, recipe.encoding, recipe.leave_out)
+    return read_examples(sources, recipe.seed, recipe.skip_bad)
+
+
+def has_images(examples: Sequence[Example]) -> bool:
+    return any(message.images for example in examples for message in example.messages)
+
+
+def _noticed(data: Mixture) -> list[str]:
+    """What was read otherwise than it is written, and the bad rows that the recipe allows for, the first few
+    by name."""
+    if not data.bad:
+        return [*data.notes]
+    named = [f"{row.origin}: {row.problem}" for row in data.bad]
+    return [*data.notes, bullet_list(f"{len(named)} bad rows left out:", named, shown=3)]
+
+
+def encode_rows(recipe: Recipe, rows: Rows, text: Text) -> Encoded:
+    """Training and held-out rows as tokens, without those that are too long for the model or for
+    ``recipe``; where it is silent, they are cut off where ``rankfold check`` would cut the training rows.
+
+    Raises DataError, ConfigError, or ModelError."""
+    reader, longest = _reader(recipe, rows, text), text.longest
+    most, train_on = recipe.max_length or longest or sys.maxsize, recipe.train_on
+    encode = partial(encode_all, tokenizer=text.tokenizer, max_length=most, train_on=train_on, reader=reader)
+    if reader is None:
+        marks = encoding_marks(text.tokenizer, max_length=most, train_on=train_on)
+        train, over = encode_cached(partial(encode, rows.train), rows.train, marks)
+    else:
+        train, over = encode(rows.train)
+    held_out, more_over = encode(rows.held_out)
+    lengths = summarise(array("I", map(len, train)), "tokens", longest, recipe.max_length)
+    over = [*over, *more_over]
+    if max(map(len, (*train, *held_out))) > lengths.cut:
+        over += [too_long(row, lengths.cut) for row in (*train, *held_out) if len(row) > lengths.cut]
+        train, held_out = ([row for row in part if len(row) <= lengths.cut] for part in (train, held_out))
+    if not held_out:
+        raise DataError(bullet_list("every held-out row is too long; raise --max-length:", over))
+    notes = [f"left out, too long: {row}" for row in over[:NAMED_ROWS]]
+    if len(over) > NAMED_ROWS:
+        notes.append(f"and {len(over) - NAMED_ROWS:,} more rows that are too long")
+    return Encoded(train=train, held_out=held_out, reader=reader, cut=lengths, notes=notes)
+
+
+def _reader(recipe: Recipe, rows: Rows, text: Text) -> ImageReader | None:
+    """What reads the images of the rows, if any has some.  Raises ConfigError or ModelError for
+    ``image_tiles`` of a model that does not count in them."""
+    if recipe.image_tiles is not None and text.processor is None:
+        raise ConfigError(f"image_tiles: {recipe.model} does not see images")
+    if recipe.image_tiles is not None:
+        set_most_tiles(text.processor, recipe.image_tiles)
+    return image_reader(text.processor) if has_images([*rows.train, *rows.held_out]) else None
