@@ -4,18 +4,21 @@ import json
 import os
 import re
 import signal
+from functools import partial
 
 import peft
 import pytest
 import torch
 
+import rankfold.train.run
 from conftest import tiny_llama
 from rankfold import PeftModel, Recipe, fine_tune
 from rankfold.data.shapes.sources import Source
 from rankfold.errors import DataError, OutputError, TrainingError
 from rankfold.models.base import load
 from rankfold.train.keeping.listener import Listener
-from rankfold.train.run import decide
+from rankfold.train.run import decide, resume
+from rankfold.train.step.pace import Pace
 
 BEGUN = {".lock", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json"}
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "rankfold.json"}
@@ -221,6 +224,37 @@ def test_a_run_can_be_limited_in_steps_and_in_minutes(recipe, tmp_path):
     assert len(hurried.steps) == 1
     assert not hurried.interrupted
     assert hurried.comparison is not None
+
+
+class StepClock:
+    """A step asks three times what time it is; between the last two of them four seconds pass."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self) -> float:
+        self.asked += 1
+        return 4.0 * (self.asked // 3)
+
+
+def test_a_timed_run_ends_its_fall_with_its_time_and_goes_on_exactly(recipe, tmp_path, monkeypatch):
+    """6 steps are planned; in 18 seconds there is room for 4.  One run is stopped after 2 of them."""
+
+    def timed(out):
+        monkeypatch.setattr(rankfold.train.run, "Pace", partial(Pace, clock=StepClock()))
+        options = {"epochs": 2, "rows_per_step": 8, "max_minutes": 0.3, "evaluate_every_steps": 0}
+        return recipe(**options, samples=0, out=tmp_path / out)
+
+    whole = fine_tune(timed("whole"))
+    rates = [record.learning_rate for record in whole.steps]
+    assert len(rates) == 4
+    assert rates[-1] < 0.1 * max(rates)
+    cut = fine_tune(timed("cut"), Doing(2, interrupt))
+    assert cut.interrupted
+    timed("cut")
+    again = resume(tmp_path / "cut")
+    assert [record.learning_rate for record in again.steps] == rates
+    assert [record.loss for record in again.steps] == [record.loss for record in whole.steps]
 
 
 def test_packed_and_padded_runs_learn_the_same(recipe, tmp_path):

@@ -101,7 +101,7 @@ def print_plan(console: Console, plan: Plan) -> None:
     for name, value, reason in setting_rows(plan):
         table.add_row(name, value, reason)
     table.add_row("parameters", f"{trainable:,} trained", f"{100 * trainable / total:.2f} % of {total:,}")
-    measured = f"at {plan.tokens_per_second:,.0f} tokens/s, just measured on the longest rows"
+    measured = f"at {plan.tokens_per_second:,.0f} tokens/s, as batches like the run's just took"
     table.add_row("expected", f"about {plan.expected_minutes:.1f} minutes", measured)
     console.print(table)
     for note in plan.notes:

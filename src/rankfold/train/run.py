@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -36,6 +35,7 @@ from rankfold.train.processes import Processes, shared_precision
 from rankfold.train.sharding import require_several, shard_base
 from rankfold.train.step.loop import StepRecord, Trainer
 from rankfold.train.step.method import method_of
+from rankfold.train.step.pace import Pace
 from rankfold.train.stopping import stop_requests
 
 OUTPUT_BYTES = 200_000_000  # adapter, report and room to spare
@@ -61,7 +61,7 @@ def fine_tune(
     plan = decide(recipe, listener, processes, prepared)
     identity = _shared_identity(plan)
     choices = resolved_recipe(plan.recipe, plan.settings) | plan.choices
-    record = {"status": "running", "identity": identity}
+    record = {"status": "running", "identity": identity, "steps_planned": plan.settings.steps}
     processes.first_does(lambda: RunFolder.create(recipe.out, choices, record) and None)
     with ExitStack() as stack:
         folder = _hold(RunFolder(recipe.out), processes, stack)
@@ -91,6 +91,7 @@ def resume(
     with ExitStack() as stack:
         _hold(folder, processes, stack)
         plan = decide(recipe, listener, processes)
+        plan = planned_as(plan, record.get("steps_planned"))
         identity = _shared_identity(plan)
         for note in refuse_other_identity(record.get("identity"), identity, path):
             listener.on_note(note)
@@ -148,6 +149,15 @@ def decide(
     return plan
 
 
+def planned_as(plan: Plan, steps: int | None) -> Plan:
+    """``plan`` with the steps that were planned when the run began, whatever fits into its time today: the
+    learning rates of the steps that are done followed them."""
+    if plan.recipe.max_minutes is None or steps is None:
+        return plan
+    warmup_steps = max(1, round(plan.recipe.warmup_share * steps))
+    return replace(plan, settings=replace(plan.settings, steps=steps, warmup_steps=warmup_steps))
+
+
 def recomputed_in_all(plan: Plan) -> Plan:
     """``plan`` with activations recomputed if they do not fit in one of its processes: those that share a
     base wait for each other in every layer, so they must do the same."""
@@ -173,7 +183,9 @@ class Run:
         if plan.recipe.shard_base:
             shard_base(plan.model, plan.processes)
         method = method_of(plan.recipe, plan.settings, plan.batching, plan.precision)
-        self.trainer = Trainer(plan.model, plan.pad_id, plan.settings.steps, method, plan.processes)
+        minutes, per_step = plan.recipe.max_minutes, plan.seconds_per_step / plan.processes.count
+        pace = Pace(plan.settings.steps, minutes and 60 * minutes, per_step, plan.most_steps)
+        self.trainer = Trainer(plan.model, plan.pad_id, pace, method, plan.processes)
         self.judge = Judge(plan, self.trainer)
 
     def go(self, reset_optimizer: bool = False) -> RunResult:
@@ -238,13 +250,10 @@ class Run:
         epochs = (
             epoch_steps(self.plan.train, settings.rows_per_step, seed, e) for e in range(settings.epochs)
         )
-        steps = islice(chain.from_iterable(epochs), self.saved_step, settings.steps)
-        minutes = self.plan.recipe.max_minutes
-        until = time.monotonic() + 60 * minutes if minutes else math.inf
+        steps = islice(chain.from_iterable(epochs), self.saved_step, self.plan.most_steps)
 
         def should_stop() -> bool:
-            late = bool(self.records) and time.monotonic() > until
-            return self.processes.highest(stop_signal() or int(late)) > 0 or self.judge.had_enough
+            return self.processes.highest(stop_signal()) > 0 or self.judge.had_enough
 
         try:
             self.trainer.run(steps, self._on_step, should_stop)
@@ -253,19 +262,23 @@ class Run:
                 self.processes.first_does(partial(self._save, self.trainer.step_done))
             self.processes.first_does(partial(self._set_status, "failed"))
             raise
-        if self.judge.had_enough and self.trainer.step_done < settings.steps:
+        if self.judge.had_enough and self.trainer.pace.left(self.trainer.step_done):
             self._note(f"stopped early: {self.plan.recipe.patience} evaluations brought nothing better")
         self.processes.first_does(partial(self._save, self.trainer.step_done))
 
     def _on_step(self, record: StepRecord) -> None:
         recipe, step = self.plan.recipe, record.step
-        if _due(step, self.plan.settings.evaluate_every_steps):
+        if _due(step, self.plan.settings.evaluate_every_steps) and self._has_time_to_look():
             record = replace(record, held_out_loss=self.judge.evaluate(step))
         if _due(step, recipe.sample_every_steps):
             record = replace(record, answers=self.judge.answers())
         self.records.append(record)
         self.listener.on_step(record)
         self.processes.first_does(partial(self._record_step, record))
+
+    def _has_time_to_look(self) -> bool:
+        """Whether a look now would let the run end in its time; at the end there is one anyway."""
+        return not self.processes.highest(int(self.trainer.pace.remaining < self.plan.look_seconds))
 
     def _record_step(self, record: StepRecord) -> None:
         self.folder.add_metrics(record)

@@ -26,6 +26,7 @@ from rankfold.peft_surface import PeftModel, get_peft_model
 from rankfold.train.keeping.checkpoints import read_checkpoint, save_checkpoint
 from rankfold.train.processes import Processes
 from rankfold.train.step.loop import Method, Trainer
+from rankfold.train.step.pace import Pace
 
 ROWS = 8
 VOCABULARY = 512
@@ -112,7 +113,7 @@ def gradients(
     model: PeftModel, rows: list[EncodedRow], batching: Batching, processes: Processes | None = None
 ) -> list[Tensor]:
     """Of the mean loss over the trained tokens of ``rows``, in the order of the trained parameters."""
-    trainer = Trainer(model, 0, 1, Method(rates=lambda _: 0.0, batching=batching), processes)
+    trainer = Trainer(model, 0, Pace(1), Method(rates=lambda _: 0.0, batching=batching), processes)
     trainer.mean_gradients(rows)
     return [p.grad for p in trainer.trained.values() if p.grad is not None]
 
@@ -143,7 +144,7 @@ def _resumed(folder: Path) -> Check:
 
 
 def _trainer(seed: int = 0) -> Trainer:
-    return Trainer(small_model(seed, dropout=0.1), 0, 4, Method(rates=lambda _: 1e-2))
+    return Trainer(small_model(seed, dropout=0.1), 0, Pace(4), Method(rates=lambda _: 1e-2))
 
 
 def _merged() -> list[Check]:

@@ -8,6 +8,8 @@ import torch
 
 from conftest import tiny_llama
 from rankfold import Recipe
+from rankfold.data.order.batches import epoch_steps
+from rankfold.data.order.pack import Batching
 from rankfold.data.tokens import cache
 from rankfold.errors import DataError
 from rankfold.models.base.precision import Precision
@@ -15,6 +17,7 @@ from rankfold.train.keeping.listener import Listener
 from rankfold.train.keeping.report import setting_rows
 from rankfold.train.planning.plan import make_plan
 from rankfold.train.planning.rows import prepare, read_data
+from rankfold.train.planning.trial import Cost
 from rankfold.train.processes import Processes
 from rankfold.train.run import decide
 
@@ -60,10 +63,28 @@ def test_copies_of_held_out_rows_are_left_out_and_counted(recipe, joke_rows):
     assert rows.notes == ["2 training rows left out: copies or near copies of held-out rows"]
 
 
-def test_the_expected_time_follows_tokens_and_speed(recipe):
-    plan = plan_of(recipe(epochs=3))
-    tokens = 3 * sum(map(len, plan.train)) + sum(map(len, plan.held_out))
-    assert plan.expected_minutes == pytest.approx(tokens / plan.tokens_per_second / 60)
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_the_expected_time_is_that_of_the_batches_that_the_run_will_have(recipe, batching):
+    plan = replace(plan_of(recipe(epochs=3, batching=batching)), cost=Cost(0.5, 0.01, 0.25))
+    rows, settings = plan.train, plan.settings
+    groups = [
+        group
+        for step in epoch_steps(rows, settings.rows_per_step, plan.recipe.seed)
+        for group in plan.batching.cut(step)
+    ]
+    wide = len if batching == "packed" else lambda row: 0
+    tokens = sum(sum(map(wide, g)) if batching == "packed" else len(g) * max(map(len, g)) for g in groups)
+    held_out = Batching("padded", tokens=plan.batching.tokens).cut(plan.held_out)
+    look = 0.25 * sum(0.5 + 0.01 * len(group) * max(map(len, group)) for group in held_out)
+    training = 3 * (0.5 * len(groups) + 0.01 * tokens)
+    assert plan.expected_minutes == pytest.approx((training + 4 * look) / 60)
+
+
+def test_minutes_are_the_length_of_the_run(recipe):
+    whole, short = plan_of(recipe(epochs=3)), plan_of(recipe(epochs=3, max_minutes=1e-6))
+    assert (whole.most_steps, short.most_steps) == (whole.settings.steps,) * 2
+    assert (short.settings.steps, short.settings.warmup_steps) == (1, 1)
+    assert "1 of " in short.settings.reasons["epochs"]
 
 
 def test_held_out_rows_of_another_style_are_noticed(recipe, write_rows):

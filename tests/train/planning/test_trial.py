@@ -28,7 +28,10 @@ def trial() -> Trial:
 @pytest.mark.parametrize("batching", BATCHINGS, ids=str)
 def test_a_trial_gives_a_speed_and_leaves_nothing(trial, batching):
     before, state = {n: p.clone() for n, p in trial.model.named_parameters()}, torch.get_rng_state()
-    assert trial.tokens_per_second(batching) > 0
+    cost = trial.cost(batching)
+    assert cost.per_token >= 0
+    assert 0 < cost.forward < 1
+    assert cost.seconds(batching.cut(ROWS), batching) > 0
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in trial.model.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -15,6 +15,7 @@ from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import TrainingError
 from rankfold.train.step.loop import Method, Trainer, draw_seed
 from rankfold.train.step.objectives import supervised
+from rankfold.train.step.pace import Pace
 from rankfold.train.step.schedule import learning_rate_at
 
 
@@ -34,7 +35,7 @@ def make_model():
 
 
 def make_trainer(model, rate: float = 1e-2, steps: int = 1, **method) -> Trainer:
-    return Trainer(model, 0, steps, Method(rates=lambda _: rate, **method))
+    return Trainer(model, 0, Pace(steps), Method(rates=lambda _: rate, **method))
 
 
 class Cut(Batching):
@@ -90,7 +91,7 @@ def test_one_seed_gives_the_same_weights_bit_for_bit():
     results = []
     for _ in range(2):
         model = make_model()
-        trainer = Trainer(model, 0, 4, Method(rates=lambda step: learning_rate_at(step, 4, 1, 1e-2)))
+        trainer = Trainer(model, 0, Pace(4), Method(rates=lambda step: learning_rate_at(step, 4, 1, 1e-2)))
         trainer.run(list(epoch_steps(make_rows(), 3, 5)), lambda _: None, lambda: False)
         results.append(trained(model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

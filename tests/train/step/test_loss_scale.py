@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from train.test_loop import make_model, make_rows, make_trainer, trained
 
 from rankfold.errors import TrainingError
 from rankfold.models.base.precision import Precision
 from rankfold.train.step.loss_scale import FIRST, GROW_AFTER, LEAST, LossScale
+from train.step.test_loop import make_model, make_rows, make_trainer, trained
 
 
 def test_formats_with_a_wide_range_need_no_scale():

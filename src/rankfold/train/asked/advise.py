@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from rankfold.train.asked.recipe import Recipe
@@ -60,6 +60,26 @@ def settle(recipe: Recipe, rows: int, model_parameters: int) -> Settings:
         warmup_steps=max(1, round(recipe.warmup_share * steps)),
         evaluate_every_steps=evaluate,
         reasons=reasons,
+    )
+
+
+def within_time(settings: Settings, recipe: Recipe, model_parameters: int, per_step: float) -> Settings:
+    """``settings`` with as many steps of ``per_step`` seconds as fit into the recipe's minutes, if those are
+    fewer, and with what follows from their number."""
+    assert recipe.max_minutes is not None
+    fitting = max(1, int(60 * recipe.max_minutes / per_step))
+    if fitting >= settings.steps:
+        return settings
+    rate, reason = _learning_rate(model_parameters, fitting)
+    if recipe.learning_rate is not None:
+        rate, reason = recipe.learning_rate, settings.reasons["learning_rate"]
+    told = f"{fitting:,} of {settings.steps:,} steps fit into {recipe.max_minutes:g} minutes"
+    return replace(
+        settings,
+        steps=fitting,
+        warmup_steps=max(1, round(recipe.warmup_share * fitting)),
+        learning_rate=rate,
+        reasons=settings.reasons | {"learning_rate": reason, "epochs": told},
     )
 
 

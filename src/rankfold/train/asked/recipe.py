@@ -187,7 +187,10 @@ class Recipe(CheckedSettings):
         None, ge=1, description="optimiser steps, in as many passes as they take; at most, beside epochs"
     )
     max_minutes: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="minutes of training at most, then it is judged as it is"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="minutes of training at most: as many steps, and the fall of the learning rate, fit in",
     )
     epochs: int | None = Field(None, ge=1, le=1000, description="passes over the data [by steps, at most 3]")
     rows_per_step: int | None = Field(

@@ -5,15 +5,16 @@ In six steps, each a function whose value the next takes: how the base reads, th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 
 from rankfold.data.check.balance import Lengths
-from rankfold.data.order.pack import Batching, batching_of_images, choose_batching
+from rankfold.data.order.batches import epoch_steps
+from rankfold.data.order.pack import SAMPLED_STEPS, Batching, batching_of_images, choose_batching
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.data.tokens.proof import MaskProof, prove_mask
 from rankfold.errors import ConfigError
@@ -27,12 +28,12 @@ from rankfold.models.messages.template import template_of
 from rankfold.models.running.gates import fuse_gates
 from rankfold.models.running.norms import fuse_norms
 from rankfold.peft_surface import PeftModel
-from rankfold.train.asked.advise import Settings, settle
+from rankfold.train.asked.advise import Settings, settle, within_time
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.compiling import compile_layers
 from rankfold.train.planning.rows import Prepared, Rows, Text
 from rankfold.train.planning.start import adapted, spelt_tokens
-from rankfold.train.planning.trial import Activations, Trial, recompute_activations
+from rankfold.train.planning.trial import Activations, Cost, Trial, recompute_activations
 from rankfold.train.processes import Processes
 
 SHOWN_ROWS = 3  # the longest, the shortest and one by chance
@@ -40,7 +41,8 @@ SHOWN_ROWS = 3  # the longest, the shortest and one by chance
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything decided before the first step.  ``model`` is the base with its adapter on it; ``started``
+    """Everything decided before the first step.  ``settings.steps`` are those that fit into the time that the
+    recipe gives, ``most_steps`` those without it.  ``model`` is the base with its adapter on it; ``started``
     are the facts of the adapter that the run starts from, the usual ones if from a fresh one."""
 
     recipe: Recipe
@@ -56,7 +58,8 @@ class Plan:
     batching: Batching
     activations: Activations
     precision: Precision
-    tokens_per_second: float
+    cost: Cost
+    most_steps: int
     processes: Processes
     started: AdapterMetadata
 
@@ -74,12 +77,29 @@ class Plan:
         return pad_id_of(self.base.tokenizer)
 
     @property
+    def seconds_per_step(self) -> float:
+        return _seconds_per_step(self.train, self.settings, self.recipe, self.cost, self.batching)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one process, without the padding."""
+        per_step = sum(map(len, self.train)) * self.settings.rows_per_step / len(self.train)
+        return per_step / self.seconds_per_step
+
+    @property
+    def look_seconds(self) -> float:
+        """A look at the held-out rows, by all processes."""
+        padded = replace(self.batching, kind="padded")
+        seconds = self.cost.seconds(padded.cut(self.held_out), padded)
+        return self.cost.forward * seconds / self.processes.count
+
+    @property
     def expected_minutes(self) -> float:
-        """Training at the speed just measured, and two evaluations at twice that speed, by all processes."""
-        steps_per_epoch = math.ceil(len(self.train) / self.settings.rows_per_step)
-        per_step = sum(map(len, self.train)) / steps_per_epoch
-        tokens = self.settings.steps * per_step + sum(map(len, self.held_out))
-        return tokens / self.tokens_per_second / self.processes.count / 60
+        """The steps and the looks between them, and the base and the tuned model judged at the end."""
+        every = self.settings.evaluate_every_steps
+        looks = (self.settings.steps - 1) // every if every else 0
+        steps = self.settings.steps * self.seconds_per_step / self.processes.count
+        return (steps + (looks + 2) * self.look_seconds) / 60
 
 
 def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processes: Processes) -> Plan:
@@ -97,6 +117,10 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
         recompute_activations(model)
     if recipe.compile:
         compile_layers(model)
+    cost, most_steps = trial.cost(batching), settings.steps
+    if recipe.max_minutes is not None:
+        per_step = _seconds_per_step(encoded.train, settings, recipe, cost, batching) / processes.count
+        settings = within_time(settings, recipe, _size(base.model), per_step)
     spelt = spelt_tokens((*rows.train, *rows.held_out), text.tokenizer)
     costs = [precision.cost] if precision.cost else []
     return Plan(
@@ -115,8 +139,17 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
         precision=precision,
         processes=processes,
         started=text.started or AdapterMetadata(),
-        tokens_per_second=trial.tokens_per_second(batching),
+        cost=cost,
+        most_steps=most_steps,
     )
+
+
+def _seconds_per_step(
+    rows: Sequence[EncodedRow], settings: Settings, recipe: Recipe, cost: Cost, batching: Batching
+) -> float:
+    """By the batches that the first steps will have, in one process."""
+    steps = list(islice(epoch_steps(rows, settings.rows_per_step, recipe.seed), SAMPLED_STEPS))
+    return sum(cost.seconds(batching.cut(step), batching) for step in steps) / len(steps)
 
 
 def pad_id_of(tokenizer: Any) -> int:

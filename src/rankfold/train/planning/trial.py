@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -23,7 +22,7 @@ from rankfold.models.base.precision import Precision
 from rankfold.train.memory import free_memory_bytes
 from rankfold.train.step.objectives import supervised
 
-LONGEST_ROWS = 64  # enough to fill a micro-batch with short rows
+SMALL, LARGE = 1 / 8, 3 / 8  # of a full micro-batch: enough to tell what a call and what a token takes
 PROBE_TOKENS = 256
 MEMORY_SHARE = 0.6  # of the free memory; the rest is for the backward, the optimiser and other programs
 
@@ -37,9 +36,38 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Seconds that a micro-batch takes, forward and backward: some for the call and some for each token, the
+    padding too; ``forward`` is the share of the forward in them."""
+
+    per_call: float
+    per_token: float
+    forward: float
+
+    def seconds(self, groups: Iterable[MicroBatch], batching: Batching) -> float:
+        return sum(self.per_call + self.per_token * tokens_of(group, batching) for group in groups)
+
+
+def tokens_of(rows: MicroBatch, batching: Batching) -> int:
+    """The tokens of a micro-batch, the padding among them."""
+    lengths = [len(row) for row in rows]
+    return sum(lengths) if batching.kind == "packed" else len(rows) * max(lengths)
+
+
+def _up_to(rows: Sequence[EncodedRow], tokens: float) -> MicroBatch:
+    """So many of ``rows`` that they have about as many tokens; at least one."""
+    taken = [rows[0]]
+    for row in rows[1:]:
+        if sum(map(len, taken)) + len(row) > tokens:
+            break
+        taken.append(row)
+    return taken
+
+
+@dataclass(frozen=True)
 class Trial:
-    """Forward and backward of the adapted ``model`` on the longest of ``rows``.  Nothing remains of it but
-    the warm memory: the gradients are dropped."""
+    """Forward and backward of the adapted ``model`` on some of ``rows``.  Nothing remains of it but the warm
+    memory: the gradients are dropped."""
 
     model: Any
     rows: Sequence[EncodedRow]
@@ -77,20 +105,33 @@ class Trial:
             kept.pop(StorageWeakRef(tensor.untyped_storage()), None)
         return sum(kept.values()) / len(longest)
 
-    def tokens_per_second(self, batching: Batching) -> float:
-        """Of the longest micro-batch, the second time it runs."""
-        rows = heapq.nlargest(LONGEST_ROWS, self.rows, key=len)
-        longest = max(batching.cut(rows), key=lambda group: len(group[0]))
-        self._run(longest, batching)
-        started = time.perf_counter()
-        self._run(longest, batching)
-        return sum(map(len, longest)) / (time.perf_counter() - started)
+    def cost(self, batching: Batching) -> Cost:
+        """What a micro-batch takes, measured on a small one and a larger one of rows of usual length, after
+        one that warms up; on one of images, whose tokens do not tell what they take, alone."""
+        middle = sorted(self.rows, key=len)[len(self.rows) // 4 :]
+        small, large = (_up_to(middle, share * batching.tokens) for share in (SMALL, LARGE))
+        if batching.reader is not None:
+            small = large
+        self._timed(small, batching)
+        forward, seconds = self._timed(small, batching)
+        if len(large) == len(small):
+            return Cost(0.0, seconds / tokens_of(large, batching), forward / seconds)
+        forward, more = self._timed(large, batching)
+        per_token = max(more - seconds, 0.0) / (tokens_of(large, batching) - tokens_of(small, batching))
+        per_token = min(per_token, more / tokens_of(large, batching))
+        return Cost(more - per_token * tokens_of(large, batching), per_token, forward / more)
 
-    def _run(self, rows: MicroBatch, batching: Batching) -> None:
+    def _timed(self, rows: MicroBatch, batching: Batching) -> tuple[float, float]:
+        """Seconds of the forward, and of forward and backward."""
+        started = time.perf_counter()
         losses = self._forward(rows, batching)
+        losses.item()  # a GPU works on after the call
+        forward = time.perf_counter() - started
         losses.backward()
         self.model.zero_grad()
-        losses.item()  # a GPU works on after the call
+        if losses.is_cuda:
+            torch.cuda.synchronize()
+        return forward, time.perf_counter() - started
 
     def _forward(self, rows: MicroBatch, batching: Batching) -> Tensor:
         was_training = self.model.training

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -24,6 +24,7 @@ from rankfold.train.processes import Processes
 from rankfold.train.step.average import Average, set_weights
 from rankfold.train.step.loss_scale import LossScale
 from rankfold.train.step.objectives import Objective, supervised
+from rankfold.train.step.pace import Pace
 
 WHOLE = ".modules_to_save."  # in the names of what is trained whole
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -57,11 +58,11 @@ class StepRecord:
 class Method:
     """How the rows of a step become new weights.
 
-    ``rates`` gives the learning rate of a step; ``lora_B`` learns ``b_rate_factor`` times as fast (LoRA+,
-    Hayou et al. 2024, arXiv 2402.12354, sec. 4), and modules that are trained whole ``whole_rate_factor``
-    times.  With ``ema_decay`` above 0 the weights that count are a running mean."""
+    ``rates`` gives the learning rate at a position (see ``Pace``); ``lora_B`` learns ``b_rate_factor`` times
+    as fast (LoRA+, Hayou et al. 2024, arXiv 2402.12354, sec. 4), and modules that are trained whole
+    ``whole_rate_factor`` times.  With ``ema_decay`` above 0 the weights that count are a running mean."""
 
-    rates: Callable[[int], float]
+    rates: Callable[[float], float]
     objective: Objective = supervised
     batching: Batching = Batching()  # noqa: RUF009 - frozen
     precision: Precision = Precision.of("float32")  # noqa: RUF009 - frozen
@@ -83,11 +84,11 @@ class Trainer:
     """Model and optimiser of one run, in one of its ``processes``."""
 
     def __init__(
-        self, model: Any, pad_id: int, steps: int, method: Method, processes: Processes | None = None
+        self, model: Any, pad_id: int, pace: Pace, method: Method, processes: Processes | None = None
     ) -> None:
         self.model = model
         self.pad_id = pad_id
-        self.steps = steps
+        self.pace = pace
         self.method = method
         self.processes = processes or Processes()
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -113,12 +114,16 @@ class Trainer:
         on_step: Callable[[StepRecord], None],
         should_stop: Callable[[], object],
     ) -> None:
-        """Train on the rows of each step, which go on after ``step_done``, or until ``should_stop``."""
+        """Train on the rows of each step, which go on after ``step_done``, as long as the pace has some left,
+        or until ``should_stop``."""
         self.model.train()
         for rows in steps:
-            if should_stop():
+            left = -self.processes.highest(-self.pace.left(self.step_done))
+            if should_stop() or left < 1:
                 break
-            record = self.step(self.step_done + 1, rows)
+            self.pace.begin_step(left)
+            record = replace(self.step(self.step_done + 1, rows), steps=self.step_done + left)
+            self.pace.end_step()
             self.step_done = record.step
             on_step(record)
         self.model.eval()
@@ -144,7 +149,7 @@ class Trainer:
                 f"step {step} gave loss {loss} and gradient norm {norm}; stopped before the weights changed. "
                 f"Rows of the step: {origins}. A lower learning rate is the usual remedy"
             )
-        rate = self.method.rates(step)
+        rate = self.method.rates(self.pace.position)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimiser.step()
@@ -154,7 +159,7 @@ class Trainer:
             self.average.update(step)
         return StepRecord(
             step=step,
-            steps=self.steps,
+            steps=self.pace.steps,
             loss=loss,
             gradient_norm=norm,
             learning_rate=rate,
@@ -235,7 +240,7 @@ class Trainer:
             trained=trained,
             optimiser=moments,
             averaged=averaged,
-            state={"loss_scale": self.loss_scale.state()},
+            state={"loss_scale": self.loss_scale.state(), "pace": self.pace.state()},
         )
 
     def restore(self, checkpoint: Checkpoint, reset_optimizer: bool = False) -> None:
@@ -260,6 +265,7 @@ class Trainer:
                 else {key: checkpoint.optimiser[f"{name}.{key}"].to(parameter.device) for key in ADAM_STATE}
             )
         self.loss_scale.restore(checkpoint.state.get("loss_scale", {}))
+        self.pace.restore(checkpoint.state.get("pace", {}), checkpoint.step)
         self.step_done = checkpoint.step
 
 

@@ -11,9 +11,9 @@ WSD_DECAY_SHARE = 0.2  # of the steps after the warm-up
 
 
 def learning_rate_at(
-    step: int, steps: int, warmup_steps: int, peak: float, schedule: Schedule = "cosine"
+    step: float, steps: int, warmup_steps: int, peak: float, schedule: Schedule = "cosine"
 ) -> float:
-    """The rate of step ``step`` (1-based) of ``steps``.  After the warm-up:
+    """The rate of step ``step`` (1-based; it may lie between two) of ``steps``.  After the warm-up:
 
     * cosine: half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5)
     * linear: a straight line
