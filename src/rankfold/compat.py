@@ -78,6 +78,12 @@ def sdpa() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return sdpa_attention_forward, sdpa_mask
 
 
+def recomputes_activations(model: Any) -> bool:
+    """Whether a model of transformers is set to do so; by the new name where it has one: the old warns."""
+    new = "is_activation_checkpointing"
+    return getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing", False) is True
+
+
 def layers_kept_whole(base: Any) -> set[str]:
     """The names of the classes that a model of transformers wants on one device: its decoder layers."""
     return {*(getattr(base, "_no_split_modules", None) or ())}

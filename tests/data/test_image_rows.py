@@ -13,7 +13,7 @@ from rankfold.data.check.doctor import CheckRequest, check
 from rankfold.data.order.image_batches import collate_images
 from rankfold.data.shapes.example import Example, Image, Message
 from rankfold.data.tokens.cache import encode_cached
-from rankfold.data.tokens.encode import IGNORE, encode, encode_all, marked_pieces
+from rankfold.data.tokens.encode import IGNORE, Encoding, encode, encode_all, marked_pieces
 from rankfold.errors import DataError
 from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
@@ -207,7 +207,10 @@ def test_rows_with_images_are_not_kept_in_the_cache(images, monkeypatch, tmp_pat
     monkeypatch.setenv("RANKFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("rankfold.data.tokens.cache.LEAST_ROWS", 1)
     example = talk((images[0], "\nWhat?"), "A cat.")
-    assert encode_cached(lambda: ([], ["left out"]), [example], {}) == ([], ["left out"])
+    base = load_base(str(write_original(tmp_path / "base")))
+    encoding = Encoding([example], base.tokenizer, 4096, reader=image_reader(base.processor))
+    rows, left_out = encode_cached(encoding, [example], {})
+    assert (rows, left_out) == (list(encoding), [])
     assert not (tmp_path / "cache").exists()
 
 

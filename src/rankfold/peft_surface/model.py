@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from rankfold.compat import recomputes_activations
 from rankfold.errors import ConfigError, nearest
 from rankfold.lora.config.lora_config import LoraConfig, PeftType
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
@@ -65,7 +66,7 @@ class PeftModel(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
             source=source,
         )
-        if getattr(inner, "is_gradient_checkpointing", False) is True:
+        if recomputes_activations(inner):
             self.prepare_model_for_gradient_checkpointing(inner)
         recognise(type(self))
 

@@ -120,9 +120,9 @@ def test_a_shared_system_prompt_does_not_make_rows_copies_and_images_tell_them_a
         chat("Why is the sky blue?"),
         chat("What is a polar bear?", system="x"),
     ]
-    assert sorted(near_groups(rows)) == [[0, 2], [1]]
+    assert sorted(near_groups(rows)) == [[0, 2]]
     pictures = [chat(Image(Path(name)), "What is this?") for name in ("a.png", "b.png", "a.png")]
-    assert sorted(near_groups(pictures)) == [[0, 2], [1]]
+    assert sorted(near_groups(pictures)) == [[0, 2]]
 
 
 def test_leaks_are_taken_out_and_named():
@@ -148,7 +148,7 @@ def pictured(*names: str, question: str = "What is it?") -> list[Example]:
 def test_images_whose_names_are_alike_are_no_near_copies():
     folder = "/a/folder/with/a/long/name/that/all/of/the/images/share"
     examples = pictured(*(f"{folder}/{number:04}.png" for number in range(40)))
-    assert near_groups(examples) == [[row] for row in range(40)]
+    assert near_groups(examples) == []
     assert near_leaks(examples[:30], examples[30:]) == []
 
 

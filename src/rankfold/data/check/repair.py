@@ -6,6 +6,7 @@ from typing import Any
 
 from rankfold.data.check.hints import repaired_encoding
 from rankfold.data.shapes.example import Example, Image, Message
+from rankfold.data.shapes.fields import spelt
 
 TURNS = (("messages", "role", "content"), ("conversations", "from", "value"))
 ROLE_NAMES = {
@@ -49,7 +50,7 @@ def _mend_text(value: Any, done: list[str]) -> Any:
 
 
 def _mend_turns(turns: list[Turn], role: str, content: str, done: list[str]) -> list[Turn]:
-    mended = [_mend_role(turn, role, done) for turn in turns]
+    mended = [_as_text(_mend_role(turn, role, done), content) for turn in turns]
     if not all(turn.get(role) in MENDABLE and _is_plain(turn, content) for turn in mended):
         return mended
     before: list[Turn] = []
@@ -82,6 +83,12 @@ def _mend_role(turn: Turn, role: str, done: list[str]) -> Turn:
         return {**turn, role: wanted}
     done.append(f"role {given!r} written {wanted!r}")
     return {**turn, role: wanted}
+
+
+def _as_text(turn: Turn, content: str) -> Turn:
+    """A number in the place of words as the text that it is read as."""
+    text = spelt(turn.get(content))
+    return turn if text is None else {**turn, content: text}
 
 
 def _is_plain(turn: Turn, content: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfold.data.tokens.cache import lengths_of
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 
 MICRO_BATCH_TOKENS = 1024  # padded tokens in one forward; larger ones gain no speed on two cores
@@ -35,7 +36,7 @@ def epoch_steps(
 
     Rows of similar length share a step, so that little is padded; which rows, and the order of steps,
     are random, and the same for the same ``seed`` and ``epoch``."""
-    for step in epoch_order([len(row) for row in rows], rows_per_step, seed, epoch)[start:]:
+    for step in epoch_order(lengths_of(rows), rows_per_step, seed, epoch)[start:]:
         yield [rows[place] for place in step]
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 import os
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rankfold.data.order.near import NearDuplicates
 from rankfold.data.shapes.example import Example, Part
+from rankfold.data.shapes.example_store import Joined, pick
 from rankfold.errors import DataError
 
 HELD_OUT_SHARE = 0.05
@@ -32,8 +39,8 @@ def how_many(value: object) -> object:
 
 
 def split_held_out(
-    examples: list[Example], held_out: float | None = None
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[Example], held_out: float | None = None
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and held-out rows, each in the order of ``examples``.
 
     Rows that are copies or near copies of each other, as far as ``NearDuplicates`` finds them, are one
@@ -46,20 +53,30 @@ def split_held_out(
     at most one of the earlier rows to the other side.  Where all rows are near copies of each other, only
     exact copies are a group.  Raises DataError if fewer than two different rows are there, or none would be
     left to train on."""
-    groups = near_groups(examples)
-    if len(groups) == 1:
-        groups = exact_groups(examples)
-    if len(groups) == 1:
+    keys = fingerprints(examples)
+    groups = near_groups(examples, keys)
+    if len(groups) == 1 and len(groups[0]) == len(examples):
+        groups = exact_groups(keys)
+    if len(groups) == 1 and len(groups[0]) == len(examples):
         raise DataError("all rows are the same; one to train on and another to judge on are the least")
-    groups = [group for group in groups if len(group) <= LARGE_GROUP] or groups
-    keys = [fingerprint(example) for example in examples]
     judged_of = {min(group, key=lambda row: (keys[row], row)): group for group in groups}
-    count = _count(len(groups), held_out)
+    grouped = np.zeros(len(examples), dtype=np.bool_)
+    for group in groups:
+        grouped[group] = True
+    small = [row for row, group in judged_of.items() if len(group) <= LARGE_GROUP]
+    alone = np.flatnonzero(~grouped)
+    candidates = len(small) + len(alone) or len(judged_of)
     # Hashed again: the lowest of several keys tends to be low, so larger groups would be picked more often.
-    picked = sorted(judged_of, key=lambda row: hashlib.sha256(keys[row].encode()).digest())[:count]
-    away = {row for judged in picked for row in judged_of[judged]}
-    train = [example for row, example in enumerate(examples) if row not in away]
-    return train, [examples[row] for row in sorted(picked)]
+    picked = heapq.nsmallest(
+        _count(candidates, held_out),
+        chain(small, alone.tolist()) if len(small) + len(alone) else judged_of,
+        key=lambda row: hashlib.sha256(bytes(keys[row])).digest(),
+    )
+    away = {row for judged in picked for row in judged_of.get(judged, (judged,))}
+    stays = np.ones(len(examples), dtype=np.bool_)
+    stays[[*away]] = False
+    train = array("I", np.flatnonzero(stays).astype(np.uint32).tobytes())
+    return pick(examples, train), [examples[row] for row in sorted(picked)]
 
 
 def _count(groups: int, held_out: float | None) -> int:
@@ -73,43 +90,54 @@ def _count(groups: int, held_out: float | None) -> int:
     return count
 
 
-def without_leaks(train: list[Example], held_out: list[Example]) -> tuple[list[Example], list[str]]:
+def without_leaks(
+    train: Sequence[Example], held_out: Sequence[Example]
+) -> tuple[Sequence[Example], list[str]]:
     """``train`` without the rows that are in ``held_out`` too, and the places of those rows.
 
     Raises DataError if nothing is left."""
     seen = {fingerprint(example) for example in held_out}
-    kept = [example for example in train if fingerprint(example) not in seen]
+    kept, leaked = array("I"), []
+    for place, example in enumerate(train):
+        if fingerprint(example) in seen:
+            leaked.append(example.origin)
+        else:
+            kept.append(place)
     if not kept:
         raise DataError("every training row is in the held-out rows too; nothing is left to train on")
-    return kept, [example.origin for example in train if fingerprint(example) in seen]
+    return pick(train, kept) if leaked else train, leaked
 
 
-def near_leaks(train: list[Example], held_out: list[Example]) -> list[str]:
+def near_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
     """The places of the rows of ``train`` that are in one group of near copies with a held-out row."""
-    groups = near_groups([*train, *held_out])
+    both = Joined(train, held_out)
+    groups = near_groups(both)
     straddling = (group for group in groups if group[0] < len(train) <= group[-1])
     return [train[row].origin for group in straddling for row in group if row < len(train)]
 
 
-def near_groups(examples: Sequence[Example]) -> list[list[int]]:
-    """The numbers of the rows that are copies or near copies of each other; most groups hold one row.
+def fingerprints(examples: Iterable[Example]) -> NDArray[np.bytes_]:
+    """Of each row (see ``fingerprint``), 64 bytes of memory each."""
+    return np.fromiter((fingerprint(example).encode() for example in examples), dtype="S64")
+
+
+def near_groups(examples: Sequence[Example], keys: NDArray[np.bytes_] | None = None) -> list[list[int]]:
+    """The numbers of the rows that are copies or near copies of each other; a row alone is in none.
 
     The rows are looked at in the order of their fingerprints, so the groups do not depend on theirs."""
-    order = sorted(range(len(examples)), key=[fingerprint(example) for example in examples].__getitem__)
+    order = np.argsort(fingerprints(examples) if keys is None else keys, kind="stable").tolist()
     finder = NearDuplicates()
     for row in order:
         finder.add(compared_words(examples[row]))
-    groups = [sorted(order[place] for place in group) for group in finder.groups()]
-    alone = set(range(len(examples))).difference(*groups)
-    return [*groups, *([row] for row in sorted(alone))]
+    return [sorted(order[place] for place in group) for group in finder.groups()]
 
 
-def exact_groups(examples: list[Example]) -> list[list[int]]:
-    """The numbers of the rows that are exact copies of each other."""
-    groups: dict[str, list[int]] = {}
-    for row, example in enumerate(examples):
-        groups.setdefault(fingerprint(example), []).append(row)
-    return list(groups.values())
+def exact_groups(keys: NDArray[np.bytes_]) -> list[list[int]]:
+    """The numbers of the rows that are exact copies of each other; a row alone is in none."""
+    groups: dict[bytes, list[int]] = {}
+    for row, key in enumerate(keys.tolist()):
+        groups.setdefault(key, []).append(row)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def compared_words(example: Example) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rankfold.data.reading.row import BadRow, Row
 from rankfold.data.shapes.example import Example
+from rankfold.data.shapes.example_store import ExampleStore
 from rankfold.data.shapes.formats import named_shape
 from rankfold.data.shapes.interpret import interpret
 from rankfold.errors import DataError, bullet_list
@@ -19,10 +20,12 @@ MOST_NAMES = 8  # of unused columns in a description
 @dataclass(slots=True)
 class Converted:
     """Examples that can be trained on, the rows that cannot, the shapes that were found, with counts, and the
-    columns and keys that no shape had a use for.  ``notes``: what was read otherwise than it is written, by
+    columns and keys that no shape had a use for.  ``first``: of each kind of example, and of those with
+    pictures, the first.  ``notes``: what was read otherwise than it is written, by
     rule, the first such row with its words, and how many there are."""
 
-    examples: list[Example] = field(default_factory=list)
+    examples: ExampleStore = field(default_factory=ExampleStore)
+    first: dict[str, Example] = field(default_factory=dict)
     bad: list[BadRow] = field(default_factory=list)
     shapes: Counter[str] = field(default_factory=Counter)
     unused: set[str] = field(default_factory=set)
@@ -44,11 +47,16 @@ class Converted:
         ]
 
 
-def convert(rows: Iterable[Row], shape: str | None = None, leave_out: Collection[str] = ()) -> Converted:
+def convert(
+    rows: Iterable[Row],
+    shape: str | None = None,
+    leave_out: Collection[str] = (),
+    into: ExampleStore | None = None,
+) -> Converted:
     """Convert every row and hold it against the rules.  A row that breaks a fatal one is bad.  ``leave_out``
-    names columns, and kinds of parts, that are passed over."""
+    names columns, and kinds of parts, that are passed over.  The examples are added to ``into``."""
     given = named_shape(shape) if shape else None
-    converted = Converted()
+    converted = Converted(examples=ExampleStore() if into is None else into)
     for row in rows:
         found = interpret(row, given, leave_out)
         fatal = [problem.text for problem in found.problems if problem.fatal]
@@ -59,12 +67,15 @@ def convert(rows: Iterable[Row], shape: str | None = None, leave_out: Collection
             first, count = converted.notes.get(problem.rule, (f"{row.origin}: {problem.text}", 0))
             converted.notes[problem.rule] = first, count + 1
         converted.examples.append(found.example)
+        converted.first.setdefault(found.example.kind, found.example)
+        if any(message.images for message in found.example.messages):
+            converted.first.setdefault("pictures", found.example)
         converted.unused.update(found.unused)
         converted.shapes[found.shape] += 1
     return converted
 
 
-def to_examples(rows: Iterable[Row], shape: str | None = None) -> tuple[list[Example], PromptStyle, str]:
+def to_examples(rows: Iterable[Row], shape: str | None = None) -> tuple[Sequence[Example], PromptStyle, str]:
     """The examples, the prompt style they share, and the shapes found with the reason, in words.
 
     ``shape`` overrides detection (see ``named_shape``).  Raises DataError listing every row that cannot be
@@ -78,7 +89,7 @@ def to_examples(rows: Iterable[Row], shape: str | None = None) -> tuple[list[Exa
 
 def prompt_style(converted: Converted) -> PromptStyle:
     """``plain`` for running text, ``chat`` for all else.  Raises DataError if both are there, or nothing."""
-    styles = {example.kind == "text" for example in converted.examples}
+    styles = {kind == "text" for kind in converted.first if kind != "pictures"}
     if len(styles) > 1:
         raise DataError(
             f"rows of running text stand beside rows of messages: {converted.description}; split the file"

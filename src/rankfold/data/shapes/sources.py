@@ -6,8 +6,10 @@ import math
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,7 @@ from rankfold.data.reading.rows import check_bad_share, stream_rows
 from rankfold.data.reading.text_file import known_encoding
 from rankfold.data.shapes.convert import Converted, convert, prompt_style
 from rankfold.data.shapes.example import Example
+from rankfold.data.shapes.example_store import FEW, ExampleStore, pick
 from rankfold.data.shapes.meta_file import meta_entries
 from rankfold.errors import DataError
 from rankfold.models.choices import PromptStyle
@@ -64,9 +67,10 @@ class Source:
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """Examples of all sources; what was found, in words; the rows that were left out; and what was read
-    otherwise than it is written."""
+    otherwise than it is written.  ``first``: see ``Converted``."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
+    first: dict[str, Example]
     prompt_style: PromptStyle
     description: str
     bad: tuple[BadRow, ...]
@@ -139,23 +143,26 @@ def read_examples(sources: Iterable[Source], seed: int = 0, skip_bad: float = 0.
     Up to the share ``skip_bad`` of a source's rows may be bad: unreadable, of no shape, or against a fatal
     rule.  Raises DataError listing all of them if there are more, if nothing is left, or if text and
     messages are mixed."""
-    examples: list[Example] = []
+    examples, places = ExampleStore(), array("I")
+    first: dict[str, Example] = {}
     bad: list[BadRow] = []
     notes: list[str] = []
     described, styles = [], {}
     for place, source in enumerate(sources):
-        converted = _converted(source, skip_bad)
+        start = len(examples)
+        converted = _converted(source, skip_bad, examples)
+        first = converted.first | first
         bad += converted.bad
         notes += converted.told
-        drawn = weighted(converted.examples, source.weight, f"{seed}/{place}")
+        drawn = weighted(range(start, len(examples)), source.weight, f"{seed}/{place}")
         if not drawn:
             raise DataError(f"the weight {source.weight:g} leaves none of the rows of {source.path}")
         styles[prompt_style(converted)] = source.path
-        examples += drawn
+        places.extend(drawn)
         times = "" if source.weight == 1 else f", {source.weight:g} times: {len(drawn):,} examples"
         left_out = f"; not done: {source.left_out}" if source.left_out else ""
         described.append((source, converted.description + times + left_out))
-    if not examples:
+    if not places:
         raise DataError("no source of data was named")
     if len(styles) > 1:
         raise DataError(
@@ -163,19 +170,21 @@ def read_examples(sources: Iterable[Source], seed: int = 0, skip_bad: float = 0.
         )
     names = len(described) > 1
     words = "; ".join(f"{source.path}: {text}" if names else text for source, text in described)
-    return Mixture(examples, styles.popitem()[0], words, tuple(bad), tuple(notes))
+    as_read = len(examples) > FEW and all(source.weight == 1 for source, _ in described)
+    mixed = examples if as_read else pick(examples, places)
+    return Mixture(mixed, first, styles.popitem()[0], words, tuple(bad), tuple(notes))
 
 
-def weighted(examples: list[Example], weight: float, seed: str) -> list[Example]:
-    """Each example ``floor(weight)`` times, and the nearest whole number to the rest of the weight drawn by
-    ``seed`` without replacement, in their order."""
+def weighted(places: range, weight: float, seed: str) -> Sequence[int]:
+    """Each of ``places`` ``floor(weight)`` times, and the nearest whole number to the rest of the weight
+    drawn by ``seed`` without replacement, in their order."""
     whole = math.floor(weight)
-    count = round((weight - whole) * len(examples))
-    drawn = sorted(random.Random(seed).sample(range(len(examples)), count))
-    return examples * whole + [examples[place] for place in drawn]
+    count = round((weight - whole) * len(places))
+    drawn = sorted(random.Random(seed).sample(places, count))
+    return [*chain.from_iterable(repeat(places, whole)), *drawn] if weight != 1 else places
 
 
-def _converted(source: Source, skip_bad: float) -> Converted:
+def _converted(source: Source, skip_bad: float, into: ExampleStore) -> Converted:
     unreadable: list[BadRow] = []
     rows = 0
 
@@ -187,11 +196,11 @@ def _converted(source: Source, skip_bad: float) -> Converted:
             else:
                 unreadable.append(row)
 
-    converted = convert(readable(), source.shape, source.leave_out)
+    converted = convert(readable(), source.shape, source.leave_out, into)
     if not rows:
         raise DataError(f"{source.path} holds no rows")
     converted.bad[:0] = unreadable
     check_bad_share(converted.bad, rows, skip_bad, f"the rows in {source.path} cannot be used")
-    if not converted.examples:
+    if not converted.first:
         raise DataError(f"every row of {source.path} is bad; nothing is left to train on")
     return converted

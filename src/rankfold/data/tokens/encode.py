@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any
 
@@ -54,6 +54,38 @@ def _folded(text: str) -> str:
     return REPEATED.sub(lambda found: f"{found[1]} x {len(found[0]) // len(found[1]):,} ", text)
 
 
+@dataclass
+class Encoding:
+    """The rows of ``examples`` one after another, whenever it is gone through; ``over`` names those that were
+    left out because they exceed ``max_length`` tokens.  ``reader`` is that of a model that sees images.
+
+    Raises DataError at the end, listing every row that cannot be encoded, or if none is left."""
+
+    examples: Iterable[Example]
+    tokenizer: Any
+    max_length: int
+    train_on: TrainOn = "assistant"
+    reader: ImageReader | None = None
+    over: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[EncodedRow]:
+        self.over, problems, kept = [], [], 0
+        for example, rows in encode_each(self.examples, self.tokenizer, self.train_on, self.reader):
+            if isinstance(rows, DataError):
+                problems.append(f"{example.origin}: {rows}")
+                continue
+            for row in rows:
+                if len(row) <= self.max_length:
+                    kept += 1
+                    yield row
+                else:
+                    self.over.append(too_long(row, self.max_length))
+        if problems:
+            raise DataError(bullet_list(f"{len(problems)} rows cannot be encoded:", problems))
+        if not kept:
+            raise DataError(bullet_list("every row is too long; raise --max-length:", self.over))
+
+
 def encode_all(
     examples: Iterable[Example],
     tokenizer: Any,
@@ -61,25 +93,9 @@ def encode_all(
     train_on: TrainOn = "assistant",
     reader: ImageReader | None = None,
 ) -> tuple[list[EncodedRow], list[str]]:
-    """Encode every example; the second list names the rows left out because they exceed ``max_length``
-    tokens.  ``reader`` is that of a model that sees images.
-
-    Raises DataError listing every row that cannot be encoded, or if none is left."""
-    kept, over, problems = [], [], []
-    for example, rows in encode_each(examples, tokenizer, train_on, reader):
-        if isinstance(rows, DataError):
-            problems.append(f"{example.origin}: {rows}")
-            continue
-        for row in rows:
-            if len(row) <= max_length:
-                kept.append(row)
-            else:
-                over.append(too_long(row, max_length))
-    if problems:
-        raise DataError(bullet_list(f"{len(problems)} rows cannot be encoded:", problems))
-    if not kept:
-        raise DataError(bullet_list("every row is too long; raise --max-length:", over))
-    return kept, over
+    """All rows of an ``Encoding``, and the names of those that were left out.  Raises DataError."""
+    encoding = Encoding(examples, tokenizer, max_length, train_on, reader)
+    return list(encoding), encoding.over
 
 
 def too_long(row: EncodedRow, max_length: int) -> str:

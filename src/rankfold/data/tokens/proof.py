@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankfold.data.tokens.cache import lengths_of, trained_counts
 from rankfold.data.tokens.encode import EncodedRow, marked_pieces
 from rankfold.errors import DataError
 from rankfold.models.messages.prompt import prompt_encoder
@@ -42,22 +43,21 @@ def prove_mask(rows: Sequence[EncodedRow], tokenizer: Any, show: int = 3, seed: 
 
     Raises DataError if nothing is trained at all, or if no row trains a token that ends an answer: the model
     would not learn, or would not learn to stop."""
-    trained = sum(row.trained_tokens for row in rows)
+    stop_ids = sorted(turn_form(prompt_encoder(tokenizer)).stop_ids)
+    trained, counts = trained_counts(rows, stop_ids)
     if not trained:
         raise DataError(
             f"none of the tokens of these {len(rows):,} rows is trained, so nothing would be learnt"
         )
-    stop_ids = turn_form(prompt_encoder(tokenizer)).stop_ids
-    counts = {token: sum(row.labels.count(token) for row in rows) for token in sorted(stop_ids)}
     stops = {tokenizer.convert_ids_to_tokens(token): count for token, count in counts.items() if count}
     if not stops:
-        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(stop_ids)))) or "none is known"
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(stop_ids))) or "none is known"
         raise DataError(
             f"no row trains a token that ends an answer ({names}), so the model would never learn to stop"
         )
     return MaskProof(
         rows=len(rows),
-        tokens=sum(map(len, rows)),
+        tokens=sum(lengths_of(rows)),
         trained_tokens=trained,
         stops=stops,
         shown=[
@@ -69,7 +69,8 @@ def prove_mask(rows: Sequence[EncodedRow], tokenizer: Any, show: int = 3, seed: 
 
 def _chosen(rows: Sequence[EncodedRow], show: int, seed: int) -> list[tuple[str, EncodedRow]]:
     """The rows to show and why, each once."""
-    by_length = sorted(range(len(rows)), key=lambda place: len(rows[place]))
+    lengths = lengths_of(rows)
+    by_length = sorted(range(len(rows)), key=lengths.__getitem__)
     chosen = {by_length[-1]: "longest"}
     chosen.setdefault(by_length[0], "shortest")
     others = [place for place in range(len(rows)) if place not in chosen]

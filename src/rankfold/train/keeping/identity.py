@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rankfold.data.tokens.cache import CachedRows
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import CheckpointError, bullet_list
 from rankfold.lora.files.fingerprint import fingerprint
@@ -46,6 +47,10 @@ def trained_whole(model: PeftModel) -> list[str]:
 
 def rows_hash(rows: Sequence[EncodedRow]) -> str:
     digest = hashlib.sha256()
+    if isinstance(rows, CachedRows):
+        for numbers in rows.numbers():
+            digest.update(numbers)
+        return digest.hexdigest()
     for row in rows:
         digest.update(len(row).to_bytes(8, "little"))
         digest.update(array("q", row.input_ids).tobytes())

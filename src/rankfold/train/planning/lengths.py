@@ -15,7 +15,7 @@ from rankfold.models.base.processors import cut_at_most
 from rankfold.models.base.text_side import longest_input
 from rankfold.models.messages.images import ImageReader, size_of
 from rankfold.train.asked.recipe import Recipe
-from rankfold.train.planning.rows import Rows, Text, encode_rows, has_images
+from rankfold.train.planning.rows import Rows, Text, encode_rows
 
 ASCII_CHARS = 4  # of a token of English or code; any other character is counted as a token of its own
 TURN_TOKENS = 5  # that a template adds to a message: its role, two marks and line feeds
@@ -88,7 +88,7 @@ def _tiles(ids: list[int], reader: ImageReader | None, tile: TileSize | None) ->
 
 def _estimated(recipe: Recipe, rows: Rows, base: Base) -> RowLengths:
     tile, cutter = tile_size(base, recipe), _cutter(base, recipe)
-    if has_images(rows.train) and tile is None:
+    if rows.images and tile is None:
         raise ModelError(
             f"{base.source.name}: how many tokens its images take is for its processor to say, and there is "
             "none beside the config; put the processor's files there"

@@ -15,6 +15,7 @@ import torch
 from rankfold.data.check.balance import Lengths
 from rankfold.data.order.batches import epoch_steps
 from rankfold.data.order.pack import SAMPLED_STEPS, Batching, batching_of_images, choose_batching
+from rankfold.data.tokens.cache import lengths_of
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.data.tokens.proof import MaskProof, prove_mask
 from rankfold.errors import ConfigError
@@ -36,6 +37,7 @@ from rankfold.train.planning.start import adapted, spelt_tokens
 from rankfold.train.planning.trial import Activations, Cost, Trial, recompute_activations
 from rankfold.train.processes import Processes
 
+SAMPLED_ROWS = 500  # for the trial
 SHOWN_ROWS = 3  # the longest, the shortest and one by chance
 
 
@@ -83,7 +85,7 @@ class Plan:
     @property
     def tokens_per_second(self) -> float:
         """Of one process, without the padding."""
-        per_step = sum(map(len, self.train)) * self.settings.rows_per_step / len(self.train)
+        per_step = sum(lengths_of(self.train)) * self.settings.rows_per_step / len(self.train)
         return per_step / self.seconds_per_step
 
     @property
@@ -111,7 +113,7 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
     settings = settle(recipe, len(encoded.train), _size(base.model))
     batching = _batching(recipe, prepared, base, settings)
     model, told = _adapt(recipe, base, settings)
-    trial = Trial(model, encoded.train, pad_id_of(text.tokenizer), precision)
+    trial = Trial(model, _sample(encoded.train), pad_id_of(text.tokenizer), precision)
     batching, activations = trial.room(batching, recipe.activation_checkpointing)
     if activations.recomputed:
         recompute_activations(model)
@@ -150,6 +152,13 @@ def _seconds_per_step(
     """By the batches that the first steps will have, in one process."""
     steps = list(islice(epoch_steps(rows, settings.rows_per_step, recipe.seed), SAMPLED_STEPS))
     return sum(cost.seconds(batching.cut(step), batching) for step in steps) / len(steps)
+
+
+def _sample(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+    """Rows of every length that there is, the longest among them."""
+    lengths = lengths_of(rows)
+    by_length = sorted(range(len(rows)), key=lengths.__getitem__)
+    return [rows[place] for place in by_length[:: -max(1, len(rows) // SAMPLED_ROWS)]]
 
 
 def pad_id_of(tokenizer: Any) -> int:

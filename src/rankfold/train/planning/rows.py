@@ -5,10 +5,8 @@ Nothing here needs torch, so that a fault in the rows is told before anything th
 from __future__ import annotations
 
 import sys
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +15,8 @@ from rankfold.data.order.split import near_leaks, split_held_out, without_leaks
 from rankfold.data.shapes.convert import refuse_untrainable
 from rankfold.data.shapes.example import Example
 from rankfold.data.shapes.sources import Mixture, Source, read_examples, sources_of
-from rankfold.data.tokens.cache import encode_cached, encoding_marks
-from rankfold.data.tokens.encode import EncodedRow, encode_all, too_long
+from rankfold.data.tokens.cache import CachedRows, encode_cached, encoding_marks, lengths_of
+from rankfold.data.tokens.encode import EncodedRow, Encoding, encode_all, too_long
 from rankfold.errors import ConfigError, DataError, bullet_list
 from rankfold.models.base.processors import set_most_tiles
 from rankfold.models.base.text_side import load_text
@@ -47,10 +45,11 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The data of a run: examples to train and judge on, and what was noticed about them."""
+    """The data of a run: examples to train and judge on, whether any has images, and what was noticed."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    images: bool
     prompt_style: PromptStyle
     shape: str
     notes: list[str]
@@ -99,8 +98,8 @@ def read_text(recipe: Recipe) -> Text:
 def read_data(recipe: Recipe, sees_images: bool) -> Rows:
     """Read and split the rows.  Raises DataError, also for images that the model does not see."""
     data = _read(recipe, recipe.data)
-    refuse_untrainable(data.examples, sees_images=sees_images)
-    notes = _noticed(data)
+    refuse_untrainable(data.first.values(), sees_images=sees_images)
+    notes, images = _noticed(data), "pictures" in data.first
     if recipe.held_out is None or isinstance(recipe.held_out, float):
         train, held_out = split_held_out(data.examples, recipe.held_out)
         dropped = len(data.examples) - len(train) - len(held_out)
@@ -108,7 +107,8 @@ def read_data(recipe: Recipe, sees_images: bool) -> Rows:
             notes.append(f"{dropped} training rows left out: copies or near copies of held-out rows")
     else:
         other = _read(recipe, recipe.held_out)
-        refuse_untrainable(other.examples, sees_images=sees_images)
+        refuse_untrainable(other.first.values(), sees_images=sees_images)
+        images = images or "pictures" in other.first
         notes += _noticed(other)
         held_out = other.examples
         train, leaked = without_leaks(data.examples, held_out)
@@ -126,6 +126,7 @@ def read_data(recipe: Recipe, sees_images: bool) -> Rows:
     return Rows(
         train=train,
         held_out=held_out,
+        images=images,
         prompt_style=data.prompt_style,
         shape=data.description,
         notes=notes,
@@ -135,10 +136,6 @@ def read_data(recipe: Recipe, sees_images: bool) -> Rows:
 def _read(recipe: Recipe, data: str | Path | list[Source]) -> Mixture:
     sources = sources_of(data, recipe.shape, recipe.encoding, recipe.leave_out)
     return read_examples(sources, recipe.seed, recipe.skip_bad)
-
-
-def has_images(examples: Sequence[Example]) -> bool:
-    return any(message.images for example in examples for message in example.messages)
 
 
 def _noticed(data: Mixture) -> list[str]:
@@ -157,24 +154,28 @@ def encode_rows(recipe: Recipe, rows: Rows, text: Text) -> Encoded:
     Raises DataError, ConfigError, or ModelError."""
     reader, longest = _reader(recipe, rows, text), text.longest
     most, train_on = recipe.max_length or longest or sys.maxsize, recipe.train_on
-    encode = partial(encode_all, tokenizer=text.tokenizer, max_length=most, train_on=train_on, reader=reader)
-    if reader is None:
-        marks = encoding_marks(text.tokenizer, max_length=most, train_on=train_on)
-        train, over = encode_cached(partial(encode, rows.train), rows.train, marks)
-    else:
-        train, over = encode(rows.train)
-    held_out, more_over = encode(rows.held_out)
-    lengths = summarise(array("I", map(len, train)), "tokens", longest, recipe.max_length)
-    over = [*over, *more_over]
-    if max(map(len, (*train, *held_out))) > lengths.cut:
-        over += [too_long(row, lengths.cut) for row in (*train, *held_out) if len(row) > lengths.cut]
-        train, held_out = ([row for row in part if len(row) <= lengths.cut] for part in (train, held_out))
+    encoding = Encoding(rows.train, text.tokenizer, most, train_on, reader)
+    marks = encoding_marks(text.tokenizer, max_length=most, train_on=train_on)
+    train, over = encode_cached(encoding, rows.train, marks)
+    judged, more_over = encode_all(rows.held_out, text.tokenizer, most, train_on, reader)
+    lengths = summarise(lengths_of(train), "tokens", longest, recipe.max_length)
+    (train, cut), (held_out, more_cut) = (_cut(part, lengths.cut) for part in (train, judged))
+    over = [*over, *more_over, *cut, *more_cut]
     if not held_out:
         raise DataError(bullet_list("every held-out row is too long; raise --max-length:", over))
     notes = [f"left out, too long: {row}" for row in over[:NAMED_ROWS]]
     if len(over) > NAMED_ROWS:
         notes.append(f"and {len(over) - NAMED_ROWS:,} more rows that are too long")
-    return Encoded(train=train, held_out=held_out, reader=reader, cut=lengths, notes=notes)
+    return Encoded(train=train, held_out=list(held_out), reader=reader, cut=lengths, notes=notes)
+
+
+def _cut(rows: Sequence[EncodedRow], most: int) -> tuple[Sequence[EncodedRow], list[str]]:
+    """The rows of at most ``most`` tokens, and the names of the others."""
+    over = [place for place, length in enumerate(lengths_of(rows)) if length > most]
+    named = [too_long(rows[place], most) for place in over]
+    if isinstance(rows, CachedRows):
+        return rows.up_to(most), named
+    return [row for row in rows if len(row) <= most], named
 
 
 def _reader(recipe: Recipe, rows: Rows, text: Text) -> ImageReader | None:
@@ -184,4 +185,4 @@ def _reader(recipe: Recipe, rows: Rows, text: Text) -> ImageReader | None:
         raise ConfigError(f"image_tiles: {recipe.model} does not see images")
     if recipe.image_tiles is not None:
         set_most_tiles(text.processor, recipe.image_tiles)
-    return image_reader(text.processor) if has_images([*rows.train, *rows.held_out]) else None
+    return image_reader(text.processor) if rows.images else None
