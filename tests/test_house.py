@@ -137,3 +137,12 @@ def test_importing_rankfold_brings_nothing_heavy():
         "assert not heavy & (set(sys.modules) - before)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_everything_can_be_imported_where_there_is_no_fcntl_and_no_resource():
+    """As on Windows."""
+    code = (
+        "import sys, psutil, torch; sys.modules['fcntl'] = sys.modules['resource'] = None;"
+        "import rankfold.train.run, rankfold.cli.main, rankfold.cli.train, rankfold.digits.lesson"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

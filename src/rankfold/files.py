@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 import shutil
@@ -13,6 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rankfold.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -98,13 +102,22 @@ def staged_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def lock_for_one(descriptor: int) -> None:
+    """Lock an open file or folder for this process alone, for as long as the descriptor is open.  Where the
+    system has no such locks (Windows) nobody is kept out.
+
+    Raises BlockingIOError if another process holds it."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _lock(folder: Path) -> int:
     """Lock ``folder`` for as long as the returned descriptor, or this process, lives.
 
     Raises BlockingIOError if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_for_one(descriptor)
     except OSError:
         os.close(descriptor)
         raise

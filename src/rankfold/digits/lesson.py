@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import resource
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -180,8 +179,7 @@ def _chats(base: Base) -> list[EncodedRow]:
 
 
 def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    return time.process_time()
 
 
 def _record(outcome: Outcome, before: list[str], after: list[str]) -> dict[str, Any]:

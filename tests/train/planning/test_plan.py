@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
@@ -82,9 +83,19 @@ def test_the_expected_time_is_that_of_the_batches_that_the_run_will_have(recipe,
 
 def test_minutes_are_the_length_of_the_run(recipe):
     whole, short = plan_of(recipe(epochs=3)), plan_of(recipe(epochs=3, max_minutes=1e-6))
-    assert (whole.most_steps, short.most_steps) == (whole.settings.steps,) * 2
-    assert (short.settings.steps, short.settings.warmup_steps) == (1, 1)
+    assert whole.most_steps == whole.settings.steps
+    assert (short.settings.steps, short.settings.warmup_steps, short.settings.rows_per_step) == (1, 1, 4)
+    assert short.most_steps == 3 * math.ceil(len(short.train) / 4)
     assert "1 of " in short.settings.reasons["epochs"]
+    asked = plan_of(recipe(epochs=3, max_minutes=1e-6, rows_per_step=8, max_steps=2))
+    assert (asked.settings.steps, asked.settings.rows_per_step, asked.most_steps) == (1, 8, 2)
+
+
+def test_the_plan_says_what_is_computed_as_one(recipe):
+    plan = plan_of(recipe())
+    layers = plan.model.config.num_hidden_layers
+    norms = 2 * layers + 1
+    assert plan.fused == f"{layers} of {layers} SwiGLU blocks, {norms} of {norms} RMS norms"
 
 
 def test_held_out_rows_of_another_style_are_noticed(recipe, write_rows):

@@ -196,6 +196,11 @@ def _write(folder: Path, encoding: Encoding) -> None:
     (folder / DIGEST).write_text(_digest(folder), encoding="ascii")
 
 
+def entry_named(name: str) -> CachedRows | None:
+    """The entry of that name, if it is there as it was written."""
+    return _read(cache_folder() / "tokens" / name)
+
+
 def _read(folder: Path) -> CachedRows | None:
     """The entry, or None and no entry any more if it is not as it was written."""
     if not folder.is_dir():

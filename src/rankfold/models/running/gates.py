@@ -27,6 +27,12 @@ def fuse_gates(model: nn.Module) -> int:
     return len(blocks)
 
 
+def swiglu_like(model: nn.Module) -> int:
+    """How many blocks of ``model`` have the parts of a SwiGLU block."""
+    parts = ("gate_proj", "up_proj", "down_proj")
+    return sum(all(hasattr(module, part) for part in parts) for module in model.modules())
+
+
 def _gated_forward(block: Any, x: Tensor) -> Tensor:
     gate, up, down = block.gate_proj(x), block.up_proj(x), block.down_proj
     out = down.fused(gate, up) if _may_fuse(down, gate, up) else None

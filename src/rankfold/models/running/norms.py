@@ -28,6 +28,11 @@ def fuse_norms(model: nn.Module) -> int:
     return len(norms)
 
 
+def norm_like(model: nn.Module) -> int:
+    """How many modules of ``model`` are called RMS norms."""
+    return sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
+
+
 def _fused_forward(norm: Any, hidden_states: Tensor) -> Tensor:
     if _may_fuse(norm.weight, hidden_states):
         return rms_norm(hidden_states, norm.weight, norm.variance_epsilon)

@@ -12,6 +12,7 @@ MANY_ROWS = 10_000
 SMALL_MODEL_PARAMETERS = 2_000_000_000
 HUGE_MODEL_PARAMETERS = 30_000_000_000
 SHORT_RUN_STEPS = 100
+FEWEST_ROWS = 4  # of a step, where time is short
 SHORT_RUN_FACTOR = 1.5
 USUAL_EPOCHS = 3
 
@@ -63,23 +64,42 @@ def settle(recipe: Recipe, rows: int, model_parameters: int) -> Settings:
     )
 
 
+def steps_of(rows: int, settings: Settings, recipe: Recipe) -> int:
+    """The steps of all epochs, or as many as the recipe says; a time may leave fewer."""
+    steps = math.ceil(rows / settings.rows_per_step) * settings.epochs
+    return min(steps, recipe.max_steps or steps)
+
+
 def within_time(settings: Settings, recipe: Recipe, model_parameters: int, per_step: float) -> Settings:
     """``settings`` with as many steps of ``per_step`` seconds as fit into the recipe's minutes, if those are
     fewer, and with what follows from their number."""
     assert recipe.max_minutes is not None
-    fitting = max(1, int(60 * recipe.max_minutes / per_step))
-    if fitting >= settings.steps:
+    rows, steps, seconds = settings.rows_per_step, settings.steps, 60 * recipe.max_minutes
+    fitting = max(1, int(seconds / per_step))
+    if fitting >= steps:
         return settings
+    may_cut = recipe.rows_per_step is None and recipe.max_steps is None
+    while may_cut and fitting < SHORT_RUN_STEPS and rows > FEWEST_ROWS:
+        rows, fitting, steps = rows // 2, max(1, int(seconds / (per_step / 2))), 2 * steps
+        per_step /= 2
     rate, reason = _learning_rate(model_parameters, fitting)
     if recipe.learning_rate is not None:
         rate, reason = recipe.learning_rate, settings.reasons["learning_rate"]
-    told = f"{fitting:,} of {settings.steps:,} steps fit into {recipe.max_minutes:g} minutes"
+    told = f"{fitting:,} of {steps:,} steps fit into {recipe.max_minutes:g} minutes"
+    looks = settings.evaluate_every_steps
+    if recipe.evaluate_every_steps is None:
+        looks = looks * settings.rows_per_step // rows
+    small = {"rows_per_step": "little time: small steps, so that there are enough of them"}
     return replace(
         settings,
         steps=fitting,
         warmup_steps=max(1, round(recipe.warmup_share * fitting)),
         learning_rate=rate,
-        reasons=settings.reasons | {"learning_rate": reason, "epochs": told},
+        rows_per_step=rows,
+        evaluate_every_steps=looks,
+        reasons=settings.reasons
+        | {"learning_rate": reason, "epochs": told}
+        | (small if rows != settings.rows_per_step else {}),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 
 from rankfold.errors import CheckpointError, OutputError
-from rankfold.files import staged_folder, write_whole
+from rankfold.files import lock_for_one, staged_folder, write_whole
 from rankfold.train.keeping.names import LOCK_NAME, METRICS_NAME, RECIPE_NAME, RECORD_NAME
 from rankfold.train.step.loop import StepRecord
 
@@ -43,7 +42,7 @@ class RunFolder:
         """Hold the folder for this process; raises OutputError naming the process that holds it."""
         descriptor = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_for_one(descriptor)
         except BlockingIOError as error:
             holder = os.read(descriptor, 32).decode().strip()
             os.close(descriptor)

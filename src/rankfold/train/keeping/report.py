@@ -66,6 +66,7 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows.append(
         ("activations", "recomputed" if plan.activations.recomputed else "kept", plan.activations.reason)
     )
+    rows.append(("fused", plan.fused, "computed as one, and kept in less memory"))
     rows.append(
         (
             "targets",

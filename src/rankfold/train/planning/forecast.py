@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rankfold.data.order.batches import MICRO_BATCH_TOKENS
+from rankfold.data.shapes.example_store import Joined
 from rankfold.lora import LoraConfig, TaskType
 from rankfold.models.adapters.modalities import adapter_scope, model_parts
 from rankfold.models.base.fitting import set_tokenizer
@@ -38,8 +39,8 @@ from rankfold.train.planning.footprint import (
 from rankfold.train.planning.lengths import RowLengths, TileSize, row_lengths, tile_size
 from rankfold.train.planning.machine import Machine, planned_machine
 from rankfold.train.planning.peak import MARGIN, WASTE, Peak, Tower
-from rankfold.train.planning.rows import read_data
-from rankfold.train.planning.start import as_its_adapter, spelt_tokens
+from rankfold.train.planning.rows import read_data, spelt_tokens
+from rankfold.train.planning.start import as_its_adapter
 
 Fits = Literal["yes", "recomputed", "no"]
 
@@ -117,7 +118,7 @@ def forecast(request: ForecastRequest) -> Forecast:
         set_tokenizer(base, with_tokens(base.tokenizer, request.eos_token, request.as_tokens))
     sees = sees_images(base.model.config)
     rows = read_data(request, sees)
-    every = (*rows.train, *rows.held_out)
+    every = Joined(rows.train, rows.held_out)
     spelt = [] if base.tokenizer is None else spelt_tokens(every, base.tokenizer)
     lengths, tile = row_lengths(request, rows, base), tile_size(base, request)
     weights = weights_of(base.model)

@@ -26,14 +26,14 @@ from rankfold.models.base.fitting import grow_vocabulary, set_tokenizer
 from rankfold.models.base.load import Base, load_base
 from rankfold.models.base.precision import Precision
 from rankfold.models.messages.template import template_of
-from rankfold.models.running.gates import fuse_gates
-from rankfold.models.running.norms import fuse_norms
+from rankfold.models.running.gates import fuse_gates, swiglu_like
+from rankfold.models.running.norms import fuse_norms, norm_like
 from rankfold.peft_surface import PeftModel
-from rankfold.train.asked.advise import Settings, settle, within_time
+from rankfold.train.asked.advise import Settings, settle, steps_of, within_time
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.compiling import compile_layers
 from rankfold.train.planning.rows import Prepared, Rows, Text
-from rankfold.train.planning.start import adapted, spelt_tokens
+from rankfold.train.planning.start import adapted
 from rankfold.train.planning.trial import Activations, Cost, Trial, recompute_activations
 from rankfold.train.processes import Processes
 
@@ -44,8 +44,9 @@ SHOWN_ROWS = 3  # the longest, the shortest and one by chance
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything decided before the first step.  ``settings.steps`` are those that fit into the time that the
-    recipe gives, ``most_steps`` those without it.  ``model`` is the base with its adapter on it; ``started``
-    are the facts of the adapter that the run starts from, the usual ones if from a fresh one."""
+    recipe gives, ``most_steps`` those without it; ``fused`` says what is computed as one.  ``model`` is the
+    base with its adapter on it; ``started`` are the facts of the adapter that the run starts from, the usual
+    ones if from a fresh one."""
 
     recipe: Recipe
     settings: Settings
@@ -60,6 +61,7 @@ class Plan:
     batching: Batching
     activations: Activations
     precision: Precision
+    fused: str
     cost: Cost
     most_steps: int
     processes: Processes
@@ -112,18 +114,17 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
     base = load_weights(recipe, text, precision, rows)
     settings = settle(recipe, len(encoded.train), _size(base.model))
     batching = _batching(recipe, prepared, base, settings)
-    model, told = _adapt(recipe, base, settings)
+    model, fused, told = _adapt(recipe, base, settings)
     trial = Trial(model, _sample(encoded.train), pad_id_of(text.tokenizer), precision)
     batching, activations = trial.room(batching, recipe.activation_checkpointing)
     if activations.recomputed:
         recompute_activations(model)
     if recipe.compile:
         compile_layers(model)
-    cost, most_steps = trial.cost(batching), settings.steps
+    cost = trial.cost(batching)
     if recipe.max_minutes is not None:
         per_step = _seconds_per_step(encoded.train, settings, recipe, cost, batching) / processes.count
         settings = within_time(settings, recipe, _size(base.model), per_step)
-    spelt = spelt_tokens((*rows.train, *rows.held_out), text.tokenizer)
     costs = [precision.cost] if precision.cost else []
     return Plan(
         recipe=recipe,
@@ -135,14 +136,15 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
         held_out=encoded.held_out,
         lengths=encoded.cut,
         proof=prove_mask(encoded.train, text.tokenizer, SHOWN_ROWS, recipe.seed),
-        notes=[*costs, *base.notes, *rows.notes, *spelt, *encoded.notes, *told],
+        notes=[*costs, *base.notes, *rows.notes, *encoded.notes, *told],
         batching=batching,
         activations=activations,
         precision=precision,
         processes=processes,
         started=text.started or AdapterMetadata(),
+        fused=fused,
         cost=cost,
-        most_steps=most_steps,
+        most_steps=steps_of(len(encoded.train), settings, recipe),
     )
 
 
@@ -193,18 +195,18 @@ def _batching(recipe: Recipe, prepared: Prepared, base: Base, settings: Settings
     return choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching)
 
 
-def _adapt(recipe: Recipe, base: Base, settings: Settings) -> tuple[PeftModel, list[str]]:
-    """``base`` with its adapter on it, and which parts of it are trained, in words."""
+def _adapt(recipe: Recipe, base: Base, settings: Settings) -> tuple[PeftModel, str, list[str]]:
+    """``base`` with its adapter on it; what of it is computed as one; and which parts of it are trained."""
     scope = adapter_scope(base.model, recipe.targets, recipe.parts, recipe.whole)
     if recipe.whole_learning_rate is not None and not scope.modules_to_save:
         raise ConfigError("whole_learning_rate: nothing is trained whole; name a part under parts and whole")
     torch.manual_seed(recipe.seed)
     model = adapted(base, recipe, settings, scope)
     _widen_trained(model)
-    fuse_gates(model)
-    fuse_norms(model)
+    gates, norms = swiglu_like(model), norm_like(model)
+    fused = f"{fuse_gates(model)} of {gates} SwiGLU blocks, {fuse_norms(model)} of {norms} RMS norms"
     base.model = model
-    return model, scope.told if base.processor is not None else []
+    return model, fused, scope.told if base.processor is not None else []
 
 
 def _size(model: Any) -> int:

@@ -5,15 +5,18 @@ Nothing here needs torch, so that a fault in the rows is told before anything th
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankfold.data.check.balance import Lengths, summarise
+from rankfold.data.check.measure import texts_of
 from rankfold.data.order.split import near_leaks, split_held_out, without_leaks
 from rankfold.data.shapes.convert import refuse_untrainable
 from rankfold.data.shapes.example import Example
+from rankfold.data.shapes.example_store import Joined
 from rankfold.data.shapes.sources import Mixture, Source, read_examples, sources_of
 from rankfold.data.tokens.cache import CachedRows, encode_cached, encoding_marks, lengths_of
 from rankfold.data.tokens.encode import EncodedRow, Encoding, encode_all, too_long
@@ -23,11 +26,14 @@ from rankfold.models.base.text_side import load_text
 from rankfold.models.base.tokens import with_tokens
 from rankfold.models.choices import PromptStyle
 from rankfold.models.messages.images import ImageReader, image_reader
+from rankfold.models.messages.prompt import prompt_encoder
 from rankfold.train.asked.recipe import Recipe
+from rankfold.train.planning.kept_rows import Kept, keep, kept_name, read_kept
 
 if TYPE_CHECKING:
     from rankfold.lora.files.adapter_metadata import AdapterMetadata
 
+SHOWN_WORDS = 5  # of special tokens that rows spell
 NAMED_ROWS = 10  # of those that are too long
 
 
@@ -76,10 +82,55 @@ class Prepared:
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Read the rows and make tokens of them.  Raises DataError, ModelError, ConfigError or AdapterError."""
+    """Read the rows and make tokens of them, unless that was done before.
+
+    Raises DataError, ModelError, ConfigError or AdapterError."""
     text = read_text(recipe)
+    name = kept_name(recipe, text.tokenizer) if text.processor is None else None
+    if name is not None and (kept := read_kept(name)) is not None:
+        return _prepared(recipe, text, kept)
     rows = read_data(recipe, text.processor is not None)
-    return Prepared(text=text, rows=rows, encoded=encode_rows(recipe, rows, text))
+    spelt = spelt_tokens(Joined(rows.train, rows.held_out), text.tokenizer)
+    rows = replace(rows, notes=[*rows.notes, *spelt])
+    encoded = encode_rows(recipe, rows, text)
+    if name is not None and isinstance(encoded.train, CachedRows):
+        facts = {
+            "style": rows.prompt_style,
+            "shape": rows.shape,
+            "rows": rows.notes,
+            "encoded": encoded.notes,
+        }
+        held_out = list(rows.held_out)
+        keep(name, Kept(train=encoded.train, held_out=held_out, cut=encoded.cut, facts=facts))
+    return Prepared(text=text, rows=rows, encoded=encoded)
+
+
+def _prepared(recipe: Recipe, text: Text, kept: Kept) -> Prepared:
+    """What was prepared before, but for the training rows as they were written, which nobody needs again."""
+    facts = kept.facts
+    style, shape, notes = facts["style"], facts["shape"], facts["rows"]
+    rows = Rows(train=[], held_out=kept.held_out, images=False, prompt_style=style, shape=shape, notes=notes)
+    judged, _ = encode_all(kept.held_out, text.tokenizer, kept.cut.cut, recipe.train_on)
+    encoded = Encoded(train=kept.train, held_out=judged, reader=None, cut=kept.cut, notes=facts["encoded"])
+    return Prepared(text=text, rows=rows, encoded=encoded)
+
+
+def spelt_tokens(examples: Iterable[Example], tokenizer: Any) -> list[str]:
+    """A note on ``examples`` that spell special tokens of the model, which are learnt as words."""
+    spelling = prompt_encoder(tokenizer).spelling
+    found, words = 0, Counter[str]()
+    for example in examples:
+        spelt = [word for text in texts_of(example) for word in spelling.findall(text)]
+        words.update(spelt)
+        found += bool(spelt)
+    if not found:
+        return []
+    named = ", ".join(word for word, _ in words.most_common(SHOWN_WORDS))
+    more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
+    return [
+        f"{found:,} rows spell special tokens of the model ({named}{more}), which are learnt as words; "
+        "name under as_tokens those that are to be tokens"
+    ]
 
 
 def read_text(recipe: Recipe) -> Text:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rankfold.data.check.measure import texts_of
-from rankfold.data.shapes.example import Example
 from rankfold.errors import AdapterError, ConfigError, bullet_list
 from rankfold.lora import LoraConfig, TaskType
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
@@ -20,13 +16,11 @@ from rankfold.models.base.find import find_base
 from rankfold.models.base.fitting import fit_to_adapter, set_tokenizer
 from rankfold.models.base.load import Base
 from rankfold.models.base.tokens import with_tokens
-from rankfold.models.messages.prompt import prompt_encoder
 from rankfold.peft_surface import PeftModel, get_peft_model
 from rankfold.train.asked.advise import Settings
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.planning.rows import Text
 
-SHOWN_WORDS = 5
 R = TypeVar("R", bound=Recipe)
 
 
@@ -76,24 +70,6 @@ def text_of_start(recipe: Recipe, text: Text) -> Text:
     new = [word for word in recipe.as_tokens if word not in facts.as_tokens]
     set_tokenizer(base, with_tokens(base.tokenizer, recipe.eos_token, new))
     return replace(text, tokenizer=base.tokenizer, started=facts, notes=base.notes)
-
-
-def spelt_tokens(examples: Iterable[Example], tokenizer: Any) -> list[str]:
-    """A note on ``examples`` that spell special tokens of the model, which are learnt as words."""
-    spelling = prompt_encoder(tokenizer).spelling
-    found, words = 0, Counter[str]()
-    for example in examples:
-        spelt = [word for text in texts_of(example) for word in spelling.findall(text)]
-        words.update(spelt)
-        found += bool(spelt)
-    if not found:
-        return []
-    named = ", ".join(word for word, _ in words.most_common(SHOWN_WORDS))
-    more = f" and {len(words) - SHOWN_WORDS} more" if len(words) > SHOWN_WORDS else ""
-    return [
-        f"{found:,} rows spell special tokens of the model ({named}{more}), which are learnt as words; "
-        "name under as_tokens those that are to be tokens"
-    ]
 
 
 def adapted(base: Base, recipe: Recipe, settings: Settings, scope: Scope) -> PeftModel:

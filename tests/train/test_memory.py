@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import psutil
+import pytest
+
+from rankfold.train import memory
+from rankfold.train.memory import container_bytes, free_memory_bytes
+
+GB = 10**9
+
+
+def group(folder, names, limit, used, kept) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {kept}\ntotal_inactive_file {kept}\n")
+
+
+NAMES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limits_of_a_container_and_of_what_holds_it_count(tmp_path, version):
+    root = tmp_path / "cgroup" / ("memory" if version == 1 else "")
+    group(root / "outer", NAMES[version], 8 * GB, 5 * GB, GB)
+    group(root / "outer" / "inner", NAMES[version], 3 * GB if version == 1 else "max", 2 * GB, 0)
+    told = tmp_path / "self"
+    told.write_text("7:cpu:/other\n6:memory:/outer/inner\n" if version == 1 else "0::/outer/inner\n")
+    assert [*container_bytes(tmp_path / "cgroup", told)] == ([GB, 4 * GB] if version == 1 else [4 * GB])
+
+
+def test_without_control_groups_the_machine_counts(tmp_path):
+    assert [*container_bytes(tmp_path / "nowhere", tmp_path / "nothing")] == []
+
+
+def test_free_memory_is_the_least_of_all_and_shared_among_the_processes_here(monkeypatch):
+    monkeypatch.setattr(memory, "container_bytes", lambda: iter([3 * GB, 2 * GB]))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 4 * GB}))
+    assert free_memory_bytes("cpu") == 2 * GB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory_bytes("cpu") == GB // 2
