@@ -12,6 +12,7 @@ import statistics
 
 from figures import Figure, parser, record
 from torch.profiler import ProfilerActivity, profile
+from trials import tokens_per_second
 from tried import encoded, packed, trial
 
 from rankfold.models.base.precision import Precision
@@ -28,11 +29,11 @@ def main() -> None:
     rows = encoded(options)
     for dtype in ("float32", "bfloat16"):
         side = trial(options, rows, "all", Precision.of(dtype))
-        side.tokens_per_second(packed())
+        tokens_per_second(side, packed())
         taken = []
         for _ in range(options.rounds):
             with profile(activities=[ProfilerActivity.CPU]) as seen:
-                side.tokens_per_second(packed())
+                tokens_per_second(side, packed())
             taken.append(seconds_by_kind(seen))
         record([share(dtype, kind, taken) for kind in KINDS])
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from figures import Figure, parser, record
 from sides import NO_SAVES, write_rows
+from trials import tokens_per_second
 
 from rankfold import LoraConfig, Recipe, fine_tune, get_peft_model, load_base
 from rankfold.data.order.batches import MICRO_BATCH_TOKENS
@@ -46,7 +47,8 @@ def main() -> None:
     precision = choose_precision(None, default_device())
     sides = {name: trial(options, rows, name, precision) for name in ("all", "upper", "upper alone")}
     speeds = [
-        {name: side.tokens_per_second(packed()) for name, side in sides.items()} for _ in range(options.pairs)
+        {name: tokens_per_second(side, packed()) for name, side in sides.items()}
+        for _ in range(options.pairs)
     ]
     record([*trunk(options, speeds), several(options, sides["all"])])
 
@@ -142,7 +144,7 @@ def held_out_loss(options: argparse.Namespace, epochs: int, targets: str) -> flo
 def several(options: argparse.Namespace, side: Trial) -> Figure:
     longer = replace(side, rows=[*side.rows] * ADAPTERS)
     pairs = [
-        [longer.tokens_per_second(packed(times)) for times in (ADAPTERS, 1)] for _ in range(options.pairs)
+        [tokens_per_second(longer, packed(times)) for times in (ADAPTERS, 1)] for _ in range(options.pairs)
     ]
     ours, theirs = (statistics.median(each) for each in zip(*pairs, strict=True))
     return Figure(

@@ -112,16 +112,16 @@ class Trial:
         small, large = (_up_to(middle, share * batching.tokens) for share in (SMALL, LARGE))
         if batching.reader is not None:
             small = large
-        self._timed(small, batching)
-        forward, seconds = self._timed(small, batching)
+        self.seconds(small, batching)
+        forward, seconds = self.seconds(small, batching)
         if len(large) == len(small):
             return Cost(0.0, seconds / tokens_of(large, batching), forward / seconds)
-        forward, more = self._timed(large, batching)
+        forward, more = self.seconds(large, batching)
         per_token = max(more - seconds, 0.0) / (tokens_of(large, batching) - tokens_of(small, batching))
         per_token = min(per_token, more / tokens_of(large, batching))
         return Cost(more - per_token * tokens_of(large, batching), per_token, forward / more)
 
-    def _timed(self, rows: MicroBatch, batching: Batching) -> tuple[float, float]:
+    def seconds(self, rows: MicroBatch, batching: Batching) -> tuple[float, float]:
         """Seconds of the forward, and of forward and backward."""
         started = time.perf_counter()
         losses = self._forward(rows, batching)
