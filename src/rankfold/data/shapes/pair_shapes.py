@@ -6,14 +6,8 @@ import re
 from dataclasses import replace
 
 from rankfold.data.reading.row import Row
-from rankfold.data.shapes.chat_shapes import (
-    ANSWER_NAMES,
-    BESIDE,
-    PROMPT_NAMES,
-    asked_and_answered,
-    chat,
-    from_turns,
-)
+from rankfold.data.shapes.chat_shapes import asked_and_answered, chat, from_turns
+from rankfold.data.shapes.column_names import ANSWER_NAMES, BESIDE, PROMPT_NAMES
 from rankfold.data.shapes.example import Example, Message
 from rankfold.data.shapes.fields import Values, described, text_of, truth_of
 from rankfold.data.shapes.shape import Columns, Shape
