@@ -257,6 +257,21 @@ def test_a_timed_run_ends_its_fall_with_its_time_and_goes_on_exactly(recipe, tmp
     assert [record.loss for record in again.steps] == [record.loss for record in whole.steps]
 
 
+def test_a_listener_can_stop_a_run_which_then_goes_on(recipe, tmp_path):
+    class Enough(Listener):
+        seen = 0
+
+        def on_step(self, record):
+            self.seen += 1
+
+        def wants_stop(self):
+            return self.seen == 2
+
+    stopped = fine_tune(recipe(), Enough())
+    assert (stopped.interrupted, len(stopped.steps)) == (True, 2)
+    assert len(resume(stopped.out).steps) == 3
+
+
 def test_packed_and_padded_runs_learn_the_same(recipe, tmp_path):
     packed, padded = (
         fine_tune(recipe(out=tmp_path / kind, batching=kind, samples=0)) for kind in ("packed", "padded")

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from rankfold.train.stopping import stop_requests
+from rankfold.train.stopping import CALLER, stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -45,3 +45,20 @@ def test_elsewhere_than_in_the_main_thread_nothing_is_caught():
     thread.join()
     assert seen == [0]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_caller_can_ask_for_a_stop_in_any_thread():
+    def ask(told: list[int]) -> None:
+        wanted = False
+        with stop_requests(lambda: None, lambda: wanted) as stop_signal:
+            told.append(stop_signal())
+            wanted = True
+            told.append(stop_signal())
+
+    here: list[int] = []
+    ask(here)
+    elsewhere: list[int] = []
+    thread = threading.Thread(target=ask, args=(elsewhere,))
+    thread.start()
+    thread.join()
+    assert here == elsewhere == [0, CALLER]

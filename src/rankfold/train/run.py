@@ -206,7 +206,7 @@ class Run:
         return Trackers(names, self.folder.path, recipe, self._note, self.saved_step)
 
     def _go(self) -> RunResult:
-        with stop_requests(self.listener.on_stopping) as stop_signal:
+        with stop_requests(self.listener.on_stopping, self.listener.wants_stop) as stop_signal:
             self.listener.on_stage("training")
             self._train(stop_signal)
             stopped_by = self.processes.highest(stop_signal())

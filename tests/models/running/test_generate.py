@@ -6,7 +6,7 @@ import dataclasses
 import torch
 
 from rankfold.models.messages.prompt import prompt_encoder
-from rankfold.models.running.generate import reply
+from rankfold.models.running.generate import answer_all, reply
 from rankfold.models.running.sampling import Sampling
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
@@ -29,6 +29,18 @@ def test_the_likeliest_answer_is_a_plain_argmax_walk(real_base):
             ids = torch.cat([ids, following], dim=1)
     expected = real_base.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
     assert reply(real_base, ASK, Sampling(max_new_tokens=6, temperature=0)) == expected.strip()
+
+
+def test_an_answer_knows_its_tokens_and_why_it_ended(real_base):
+    asked = [[{"role": "user", "content": text}] for text in ("Say only: Hi.", "Tell me a long story.")]
+    short, long = answer_all(real_base, asked, Sampling(max_new_tokens=24, temperature=0.0))
+    assert (long.finish_reason, len(long.tokens)) == ("length", 24)
+    assert short.finish_reason == (
+        "stop" if short.tokens[-1] in real_base.tokenizer.all_special_ids else "length"
+    )
+    for answer, messages in zip((short, long), asked, strict=True):
+        assert answer.text == reply(real_base, messages, Sampling(max_new_tokens=24, temperature=0.0))
+        assert answer.prompt_tokens == len(prompt_encoder(real_base.tokenizer).prompt_ids(messages))
 
 
 def test_a_seed_repeats_and_another_seed_does_not(real_base):

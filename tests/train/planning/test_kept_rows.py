@@ -7,14 +7,16 @@ import pytest
 
 import rankfold.train.planning.rows as module
 from rankfold import Recipe
+from rankfold.data.tokens import cache
 from rankfold.errors import DataError
 from rankfold.train.keeping.identity import rows_hash
 from rankfold.train.planning import kept_rows
+from rankfold.train.planning.kept_rows import kept_name
 from rankfold.train.planning.rows import prepare
 
 ROWS = [
     {"prompt": f"Question {n * 7919 % 10007} of many?", "completion": f"It is {n} <|im_end|>" * (1 + n % 3)}
-    for n in range(1200)
+    for n in range(60)
 ]
 
 
@@ -22,6 +24,7 @@ ROWS = [
 def everything_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("RANKFOLD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kept_rows, "LEAST_BYTES", 1)
+    monkeypatch.setattr(cache, "LEAST_ROWS", 1)
 
 
 @pytest.fixture
@@ -59,14 +62,15 @@ def test_rows_that_were_prepared_are_not_read_again_and_are_the_same(recipe, mon
     assert (again.encoded.notes, again.encoded.cut) == (first.encoded.notes, first.encoded.cut)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [{"held_out": 0.2}, {"max_length": 70}, {"train_on": "all"}, {"seed": 3}, {"shape": "prompt-completion"}],
-    ids=lambda other: next(iter(other)),
-)
-def test_another_setting_reads_the_rows_again(recipe, monkeypatch, other):
-    prepare(recipe())
-    assert read_again(monkeypatch, recipe(**other)) == 1
+def test_another_setting_is_another_entry(recipe, tiny_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    others = [{"held_out": 0.2}, {"max_length": 70}, {"train_on": "all"}, {"seed": 3}, {"encoding": "cp1252"}]
+    others += [{"shape": "prompt-completion"}, {"leave_out": ["x"]}, {"skip_bad": 0.1}]
+    names = {kept_name(recipe(**other), tokenizer) for other in ({}, *others)}
+    assert len(names) == 1 + len(others)
+    assert kept_name(recipe(epochs=3, rank=2), tokenizer) == kept_name(recipe(), tokenizer)
 
 
 def test_another_file_or_other_tokens_are_read_again(recipe, monkeypatch):
@@ -94,5 +98,5 @@ def test_a_damaged_entry_is_made_again(recipe, monkeypatch, harm):
 def test_a_fault_in_the_rows_is_told_every_time(recipe, write_rows):
     data = write_rows([*ROWS, {"prompt": "only"}], "other.jsonl")
     for _ in range(2):
-        with pytest.raises(DataError, match=r":1201: 'completion' is missing"):
+        with pytest.raises(DataError, match=r":61: 'completion' is missing"):
             prepare(recipe(data=data))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,17 @@ TOGETHER = 64  # prompts answered at a time: beyond, a CPU gains nothing
 Prompt = tuple[list[int], dict[str, Tensor]]  # its tokens, and what else the model reads of its images
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer: its words; its tokens, with the one that ended it; whether that was said ("stop") or there
+    was no room for more ("length"); and how many tokens the prompt had."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+
+
 def reply(
     base: Base,
     messages: list[TemplateMessage],
@@ -37,10 +49,17 @@ def reply(
     stands.  A model that sees images gets those that stand in the messages' contents as parts
     ``{"type": "image", "path": ...}``.  ``write`` gets the answer piece by piece as it comes; a search with
     beams (see ``Sampling.generation_config``) comes whole at the end.  Raises DataError."""
-    return _answers(base, [_prompt(base, messages)], sampling, write)[0]
+    return _answers(base, [_prompt(base, messages)], sampling, write)[0].text
 
 
 def replies(base: Base, conversations: Sequence[list[TemplateMessage]], sampling: Sampling) -> list[str]:
+    """The words of ``answer_all``."""
+    return [answer.text for answer in answer_all(base, conversations, sampling)]
+
+
+def answer_all(
+    base: Base, conversations: Sequence[list[TemplateMessage]], sampling: Sampling
+) -> list[Answer]:
     """What ``reply`` gives for each of ``conversations``, faster: prompts of one length are answered
     together, so that none is padded.  With a temperature above 0 what is drawn depends on those beside it.
 
@@ -51,7 +70,7 @@ def replies(base: Base, conversations: Sequence[list[TemplateMessage]], sampling
         alike.setdefault((len(ids), *((name, *value.shape) for name, value in seen.items())), []).append(
             place
         )
-    answers: dict[int, str] = {}
+    answers: dict[int, Answer] = {}
     for places in alike.values():
         for start in range(0, len(places), TOGETHER):
             group = places[start : start + TOGETHER]
@@ -61,7 +80,7 @@ def replies(base: Base, conversations: Sequence[list[TemplateMessage]], sampling
 
 def _answers(
     base: Base, prompts: list[Prompt], sampling: Sampling, write: Callable[[str], object] | None = None
-) -> list[str]:
+) -> list[Answer]:
     """The answers to prompts of one length."""
     device = base.model.device
     inputs = torch.tensor([ids for ids, _ in prompts], device=device)
@@ -72,10 +91,18 @@ def _answers(
     with torch.random.fork_rng(), torch.inference_mode(), _only(base, options):
         torch.manual_seed(sampling.seed)
         output = base.model.generate(inputs, attention_mask=torch.ones_like(inputs), **seen, streamer=stream)
-    answers = [decoded(base.tokenizer, row[inputs.shape[1] :].tolist()) for row in output]
+    stops = _stops(base)
+    answers = [_answer(base, row[inputs.shape[1] :].tolist(), stops, inputs.shape[1]) for row in output]
     if write is not None and at_once:
-        write(answers[0])
+        write(answers[0].text)
     return answers
+
+
+def _answer(base: Base, ids: list[int], stops: Collection[int], prompt_tokens: int) -> Answer:
+    """``ids`` may go on behind the token that ends the answer, where others beside it are longer."""
+    end = next((place for place, token in enumerate(ids) if token in stops), None)
+    tokens = ids if end is None else ids[: end + 1]
+    return Answer(decoded(base.tokenizer, tokens), tokens, "length" if end is None else "stop", prompt_tokens)
 
 
 @contextmanager

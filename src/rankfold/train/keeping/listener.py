@@ -26,7 +26,7 @@ class RunResult:
 
     out: Path
     steps: list[StepRecord]
-    stopped_by: int = 0  # the number of the signal that ended it early
+    stopped_by: int = 0  # the number of the signal that ended it early, or ``stopping.CALLER``
     comparison: Comparison | None = None
     samples: list[Sample] = field(default_factory=list)
 
@@ -52,6 +52,10 @@ class Listener:
 
     def on_stopping(self) -> None:
         """SIGINT (Ctrl-C) or SIGTERM came; the run stops after this step."""
+
+    def wants_stop(self) -> bool:
+        """Asked after every step, in whichever thread the run is: whether it is to stop as after SIGINT."""
+        return False
 
     def on_result(self, result: RunResult) -> None:
         """The output folder is complete."""
