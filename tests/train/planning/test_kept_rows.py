@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -93,6 +94,13 @@ def test_a_damaged_entry_is_made_again(recipe, monkeypatch, harm):
     [entry] = (kept_rows.cache_folder() / "rows").iterdir()
     harm(entry / kept_rows.FACTS)
     assert read_again(monkeypatch, recipe()) == 1
+
+
+def test_an_entry_whose_tokens_are_gone_goes_too(recipe):
+    prepare(recipe())
+    shutil.rmtree(kept_rows.cache_folder() / "tokens")
+    prepare(recipe(max_length=70))
+    assert len([*(kept_rows.cache_folder() / "rows").iterdir()]) == 1
 
 
 def test_a_fault_in_the_rows_is_told_every_time(recipe, write_rows):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -88,8 +89,15 @@ def read_kept(name: str) -> Kept | None:
 
 
 def keep(name: str, kept: Kept) -> None:
-    """Write the entry; a place that cannot be written costs only the time of reading the rows again."""
-    with suppress(OutputError, OSError), staged_folder(cache_folder() / "rows" / name) as folder:
+    """Write the entry, and drop those whose tokens the cache has let go; a place that cannot be written costs
+    only the time of reading the rows again."""
+    kept_here = cache_folder() / "rows"
+    for path in kept_here.glob(f"*/{FACTS}"):
+        with suppress(OSError, ValueError, KeyError):
+            told = json.loads(path.read_text(encoding="utf-8"))
+            if not (cache_folder() / "tokens" / told["tokens"]).is_dir():
+                shutil.rmtree(path.parent, ignore_errors=True)
+    with suppress(OutputError, OSError), staged_folder(kept_here / name) as folder:
         facts = kept.facts | {"tokens": kept.train.folder.name, "cut": asdict(kept.cut)}
         (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
         (folder / HELD_OUT).write_bytes(b"".join(map(packed, kept.held_out)))
