@@ -316,7 +316,7 @@ def run_in_terminal(arguments: list[str], **environment: str) -> str:
     return shown.decode()
 
 
-@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize("colour", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_terminal_gets_a_progress_bar_and_colour_unless_it_refuses_it(tiny_folder, data, tmp_path, colour):
     arguments = [
         "train",

@@ -231,6 +231,7 @@ def test_the_command_shows_images(tmp_path):
     assert (failed.returncode, failed.stderr) == (2, f"error: no such image: {tmp_path / 'gone.png'}\n")
 
 
+@pytest.mark.slow
 def test_a_chat_shows_images_with_the_next_message(tmp_path):
     folder = write_original(tmp_path / "base")
     base = load_base(str(folder))

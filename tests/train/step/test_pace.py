@@ -27,7 +27,7 @@ def run(pace: Pace, clock: Clock, step_seconds: Callable[[int], float], done: in
     rates = []
     while (left := pace.left(done)) and done < until:
         pace.begin_step(left)
-        rates.append(learning_rate_at(pace.position, pace.steps, WARMUP, 1.0))
+        rates.append(learning_rate_at(pace.ahead, pace.steps, WARMUP, 1.0))
         clock.now += step_seconds(done)
         pace.end_step()
         done += 1
@@ -112,6 +112,8 @@ def test_a_checkpoint_that_knows_no_pace_is_at_its_step():
     pace.restore({}, 7)
     assert pace.left(7) == 13
     pace.begin_step(13)
+    assert (pace.ahead, pace.position) == (8, 7)  # a step that fails has not been one
+    pace.end_step()
     assert pace.position == 8
 
 

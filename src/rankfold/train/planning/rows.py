@@ -20,7 +20,7 @@ from rankfold.data.shapes.example_store import Joined
 from rankfold.data.shapes.sources import Mixture, Source, read_examples, sources_of
 from rankfold.data.tokens.cache import CachedRows, encode_cached, encoding_marks, lengths_of
 from rankfold.data.tokens.encode import EncodedRow, Encoding, encode_all, too_long
-from rankfold.errors import ConfigError, DataError, bullet_list
+from rankfold.errors import ConfigError, bullet_list
 from rankfold.models.base.processors import set_most_tiles
 from rankfold.models.base.text_side import load_text
 from rankfold.models.base.tokens import with_tokens
@@ -110,8 +110,16 @@ def _prepared(recipe: Recipe, text: Text, kept: Kept) -> Prepared:
     facts = kept.facts
     style, shape, notes = facts["style"], facts["shape"], facts["rows"]
     rows = Rows(train=[], held_out=kept.held_out, images=False, prompt_style=style, shape=shape, notes=notes)
-    judged, _ = encode_all(kept.held_out, text.tokenizer, kept.cut.cut, recipe.train_on)
-    encoded = Encoded(train=kept.train, held_out=judged, reader=None, cut=kept.cut, notes=facts["encoded"])
+    most = recipe.max_length or text.longest or sys.maxsize
+    judged, _ = encode_all(kept.held_out, text.tokenizer, most, recipe.train_on)
+    held_out, _ = _cut(judged, kept.cut.cut)
+    encoded = Encoded(
+        train=kept.train,
+        held_out=list(held_out or judged),
+        reader=None,
+        cut=kept.cut,
+        notes=facts["encoded"],
+    )
     return Prepared(text=text, rows=rows, encoded=encoded)
 
 
@@ -211,13 +219,13 @@ def encode_rows(recipe: Recipe, rows: Rows, text: Text) -> Encoded:
     judged, more_over = encode_all(rows.held_out, text.tokenizer, most, train_on, reader)
     lengths = summarise(lengths_of(train), "tokens", longest, recipe.max_length)
     (train, cut), (held_out, more_cut) = (_cut(part, lengths.cut) for part in (train, judged))
-    over = [*over, *more_over, *cut, *more_cut]
-    if not held_out:
-        raise DataError(bullet_list("every held-out row is too long; raise --max-length:", over))
+    over = [*over, *more_over, *cut, *(more_cut if held_out else [])]
     notes = [f"left out, too long: {row}" for row in over[:NAMED_ROWS]]
     if len(over) > NAMED_ROWS:
         notes.append(f"and {len(over) - NAMED_ROWS:,} more rows that are too long")
-    return Encoded(train=train, held_out=list(held_out), reader=reader, cut=lengths, notes=notes)
+    if not held_out:
+        notes.append(f"every held-out row is over {lengths.cut:,} tokens, so they stay")
+    return Encoded(train=train, held_out=list(held_out or judged), reader=reader, cut=lengths, notes=notes)
 
 
 def _cut(rows: Sequence[EncodedRow], most: int) -> tuple[Sequence[EncodedRow], list[str]]:

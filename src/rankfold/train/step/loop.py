@@ -149,7 +149,7 @@ class Trainer:
                 f"step {step} gave loss {loss} and gradient norm {norm}; stopped before the weights changed. "
                 f"Rows of the step: {origins}. A lower learning rate is the usual remedy"
             )
-        rate = self.method.rates(self.pace.position)
+        rate = self.method.rates(self.pace.ahead)
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimiser.step()

@@ -12,7 +12,8 @@ RECENT_STEPS = 8  # whose mean time the next ones are taken to need
 
 
 class Pace:
-    """``position`` is how much of the plan's ``steps`` is done; the learning rate follows it.
+    """``position`` is how much of the plan's ``steps`` is done, ``ahead`` how much will be after the step that
+    has begun; the learning rate follows that.
 
     Without a time it is the number of the last step.  In a run of ``seconds`` each step goes on by an equal
     share of what is left, as many as still fit and ``most`` at most: so the last step that fits has the last
@@ -28,7 +29,7 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.steps, self.seconds, self.most = steps, seconds, most or steps
-        self.position = 0.0
+        self.position = self.ahead = 0.0
         self.used = 0.0
         self._per_step = per_step
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -48,13 +49,12 @@ class Pace:
     def begin_step(self, left: int) -> None:
         """The next of ``left`` steps begins."""
         self._pass_time()
-        self.position = self.position + 1 if self.seconds is None else self.position + self._share(left)
-
-    def _share(self, left: int) -> float:
-        return (self.steps - self.position) / left
+        share = 1.0 if self.seconds is None else (self.steps - self.position) / left
+        self.ahead = self.position + share
 
     def end_step(self) -> None:
         self._recent.append(self._pass_time())
+        self.position = self.ahead
 
     @property
     def remaining(self) -> float:
