@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from rankfold.data.reading.row import Row
@@ -33,18 +34,16 @@ def beside(row: Row, columns: Columns, given: bool = False) -> tuple[list[Proble
     has ``given`` the shape."""
     used = {name if name in row.values else name.partition(".")[0] for name in columns.values()}
     unused = {name: row.values[name] for name in row.values.keys() - used}
-    found = [
-        Problem(note.rule, note.text, False) for note in row.notes if note.column in used or not note.column
-    ]
+    notes = (note for note in row.notes if note.column in used or not note.column)
+    found = [Problem(note.rule, note.text, False) for note in notes]
     for field, column in columns.items():
-        if field not in NOT_TEXT and not isinstance(value := row.values.get(column), str):
+        value = row.values.get(column)
+        if not isinstance(value, str) and field not in NOT_TEXT:
             found += [Problem("not-text", text, False) for text in _not_text(value, column)]
             unused |= _not_read(value, column)
-    found += [
-        Problem("not-used", _told(name, what), True)
-        for name, what in _meaningful(unused)
-        if what != LABELS or not given
-    ]
+    for name, what in _meaningful(unused) if unused else ():
+        if what != LABELS or not given:
+            found.append(Problem("not-used", _told(name, what), True))
     return found, unused.keys()
 
 
@@ -102,10 +101,15 @@ def _meaningful(unused: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in unused.items():
         if is_nothing(value) or value in ("", [], {}):
             continue
-        plain = plain_name(name.rpartition(".")[2])
-        what = next((what for pattern, what in MEANING if pattern.fullmatch(plain)), None)
-        if what is not None:
+        if (what := _meaning(name)) is not None:
             yield name, what
+
+
+@lru_cache(maxsize=1024)
+def _meaning(name: str) -> str | None:
+    """What a column, or a key of turns, of this name holds that changes the meaning of a row."""
+    plain = plain_name(name.rpartition(".")[2])
+    return next((what for pattern, what in MEANING if pattern.fullmatch(plain)), None)
 
 
 def _told(name: str, what: str) -> str:

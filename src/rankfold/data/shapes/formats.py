@@ -103,7 +103,7 @@ def to_example(row: Row, shape: Shape) -> Example:
     Raises ValueError, in words that follow on the row's origin, if its values are not such as the shape
     holds.  Whether the example can be trained on is for ``rules.problems`` to say."""
     found = bound(shape, row.values)
-    if shape.columns:
+    if not row.values.keys() >= {*found.columns.values()}:
         row = replace(row, values=with_paths(row.values, shape))
     return found.convert(row, found.columns)
 

@@ -129,12 +129,9 @@ def _marks_have_images(example: Example) -> Iterator[str]:
 
 
 def _media_are_there(example: Example) -> Iterator[str]:
-    marks = {
-        mark
-        for message in (*example.messages, *example.rejected)
-        for mark in MEDIA_MARK.findall(message.text)
-    }
-    if marks:
+    parts = (part for message in (*example.messages, *example.rejected) for part in message.parts)
+    texts = (part for part in parts if isinstance(part, str) and "<" in part)
+    if marks := {mark for text in texts for mark in MEDIA_MARK.findall(text)}:
         yield f"the text speaks of {' and '.join(sorted(marks))}, which nothing here sees or hears"
 
 

@@ -12,8 +12,8 @@ RECENT_STEPS = 8  # whose mean time the next ones are taken to need
 
 
 class Pace:
-    """``position`` is how much of the plan's ``steps`` is done, ``ahead`` how much will be after the step that
-    has begun; the learning rate follows that.
+    """``position`` is how much of the plan's ``steps`` is done, ``ahead`` how much will be after the step
+    that has begun; the learning rate follows that.
 
     Without a time it is the number of the last step.  In a run of ``seconds`` each step goes on by an equal
     share of what is left, as many as still fit and ``most`` at most: so the last step that fits has the last
