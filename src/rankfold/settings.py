@@ -33,7 +33,7 @@ class CheckedSettings(BaseModel):
             return f"unknown setting {name!r}{nearest(name, cls.model_fields)}"
         if problem["type"] == "missing":
             return f"{name} is missing: {cls.model_fields[name].description}"
-        message = problem["msg"]
+        message = problem["msg"].removeprefix("Value error, ")
         return f"{name}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
 
 
