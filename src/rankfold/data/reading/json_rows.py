@@ -76,14 +76,6 @@ def is_conversation(value: Any) -> bool:
     )
 
 
-def parse_object(text: str) -> dict[str, Any]:
-    """One line's object, or the conversation that stands in its place, as ``messages``; strictly: no key
-    twice, no number that is too large.  NaN, which Python writes for what is missing, is null.
-
-    Raises ValueError whose words follow on ``file:line``."""
-    return Strict().row(text)
-
-
 class Strict:
     """A decoder that says what Python's would take in silence: a key given twice (the last one would win),
     NaN, and numbers too large for a float."""
@@ -95,6 +87,10 @@ class Strict:
         )
 
     def row(self, text: str) -> dict[str, Any]:
+        """One line's object, or the conversation that stands in its place, as ``messages``.  NaN, which Python
+        writes for what is missing, is null.
+
+        Raises ValueError whose words follow on ``file:line``."""
         self.clear()
         try:
             value = self.json.decode(text)

@@ -10,8 +10,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
+from rankfold.data.on_demand import OnDemand
 from rankfold.data.shapes.example import Example, Image, Message
 
 FEW = 5_000  # so many are kept as they are
@@ -21,7 +22,7 @@ _MESSAGE = ("role", "train", "reasoning", "tool_calls", "tool_call_id", "name")
 _REST = ("origin", "text", "tools", "desirable", "label")
 
 
-class ExampleStore(Sequence[Example]):
+class ExampleStore(OnDemand[Example]):
     """Examples in the order in which they were added.  Beyond FEW of them each takes 8 bytes of memory."""
 
     def __init__(self) -> None:
@@ -43,14 +44,7 @@ class ExampleStore(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._few) + len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        if isinstance(place, slice):
-            return [self[at] for at in range(*place.indices(len(self)))]
-        at = range(len(self))[place]
+    def _item(self, at: int) -> Example:
         if at < len(self._few):
             return self._few[at]
         start, end = self._ends[at - len(self._few)], self._ends[at - len(self._few) + 1]
@@ -69,7 +63,7 @@ class ExampleStore(Sequence[Example]):
                     at = end
 
 
-class Picked(Sequence[Example]):
+class Picked(OnDemand[Example]):
     """Some of ``examples``, in the order of ``places``; one may stand in it several times."""
 
     def __init__(self, examples: Sequence[Example], places: array[int]) -> None:
@@ -78,20 +72,14 @@ class Picked(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        if isinstance(place, slice):
-            return [self._examples[at] for at in self._places[place]]
-        return self._examples[self._places[place]]
+    def _item(self, at: int) -> Example:
+        return self._examples[self._places[at]]
 
     def __iter__(self) -> Iterator[Example]:
         return (self._examples[at] for at in self._places)
 
 
-class Joined(Sequence[Example]):
+class Joined(OnDemand[Example]):
     """Two sequences, one behind the other."""
 
     def __init__(self, first: Sequence[Example], second: Sequence[Example]) -> None:
@@ -100,14 +88,7 @@ class Joined(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._first) + len(self._second)
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
-        if isinstance(place, slice):
-            return [self[at] for at in range(*place.indices(len(self)))]
-        at = range(len(self))[place]
+    def _item(self, at: int) -> Example:
         return self._first[at] if at < len(self._first) else self._second[at - len(self._first)]
 
 

@@ -17,11 +17,12 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rankfold.data.on_demand import OnDemand
 from rankfold.data.shapes.example import Example
 from rankfold.data.shapes.example_store import packed
 from rankfold.data.tokens.encode import IGNORE, EncodedRow, Encoding
@@ -45,7 +46,7 @@ WRITTEN_ROWS = 2048  # at a time
 FACTS, DIGEST = "facts.json", "sha256"
 
 
-class CachedRows(Sequence[EncodedRow]):
+class CachedRows(OnDemand[EncodedRow]):
     """Encoded rows read from an entry, all or those at ``places``; a row is made when it is asked for."""
 
     def __init__(self, folder: Path, places: Places | None = None) -> None:
@@ -57,14 +58,8 @@ class CachedRows(Sequence[EncodedRow]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, place: int) -> EncodedRow: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[EncodedRow]: ...
-    def __getitem__(self, place: int | slice) -> EncodedRow | list[EncodedRow]:
-        if isinstance(place, slice):
-            return [self[at] for at in range(*place.indices(len(self)))]
-        at = int(self._places[range(len(self))[place]])
+    def _item(self, at: int) -> EncodedRow:
+        at = int(self._places[at])
         ids, trained = self._part("input_ids", at), self._part("trained", at)
         labels = np.where(trained, ids, IGNORE)
         origin = self._part("origins", at, "origin_ends").tobytes().decode("utf-8", "surrogatepass")
