@@ -87,8 +87,8 @@ class Strict:
         )
 
     def row(self, text: str) -> dict[str, Any]:
-        """One line's object, or the conversation that stands in its place, as ``messages``.  NaN, which Python
-        writes for what is missing, is null.
+        """One line's object, or the conversation that stands in its place, as ``messages``.  NaN, which
+        Python writes for what is missing, is null.
 
         Raises ValueError whose words follow on ``file:line``."""
         self.clear()
