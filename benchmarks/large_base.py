@@ -25,6 +25,9 @@ from figures import Figure, record
 from torch import nn
 
 from rankfold import LoraConfig, get_peft_model
+from rankfold.data.order.batch import Batch
+from rankfold.data.order.batching import Padded
+from rankfold.data.tokens.encode import EncodedRow
 from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.heap import large_blocks_apart
 from rankfold.models.base.load import load_base
@@ -68,7 +71,7 @@ def random_base(layers: int, vocabulary: int) -> Any:
     return model
 
 
-def step(model: Any, optimiser: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:
+def step(model: Any, optimiser: torch.optim.Optimizer, batch: Batch) -> float:
     """One training step on ``batch``; its seconds."""
     started = time.perf_counter()
     losses = token_losses(model, batch)
@@ -76,6 +79,11 @@ def step(model: Any, optimiser: torch.optim.Optimizer, batch: dict[str, torch.Te
     optimiser.step()
     optimiser.zero_grad()
     return time.perf_counter() - started
+
+
+def batch_of(ids: torch.Tensor) -> Batch:
+    """Rows of which every token is trained."""
+    return Padded().collate([EncodedRow("", row, row) for row in ids.tolist()], 0, "cpu")
 
 
 def adapted(base: Any, rank: int) -> tuple[Any, torch.optim.Optimizer]:
@@ -91,7 +99,7 @@ def large(layers: int, vocabulary: int, tokens: int, recompute: bool) -> dict[st
     if recompute:
         recompute_activations(model)
     ids = torch.randint(0, vocabulary, (1, tokens))
-    seconds = step(model, optimiser, {"input_ids": ids, "labels": ids})
+    seconds = step(model, optimiser, batch_of(ids))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
     trainable, total = model.get_nb_trainable_parameters()
     return {"weights": total - trainable, "trainable": trainable, "peak": peak / GIGABYTE, "seconds": seconds}
@@ -124,7 +132,7 @@ def small_figure(pairs: int, tokens: int) -> Figure:
     """The speed of a step on SmolLM2 held as blocks, as a share of its speed in float32."""
     torch.manual_seed(0)
     ids = torch.randint(0, 40000, (4, tokens // 4))
-    batch = {"input_ids": ids, "labels": ids}
+    batch = batch_of(ids)
     sides = [adapted(load_base(DEFAULT_MODEL, stored=stored).model, rank=8) for stored in (None, "gguf")]
     for side in sides:
         step(*side, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Batching
 from rankfold.train.planning.trial import Trial
 
 LONGEST_ROWS = 64  # enough to fill a micro-batch with short rows

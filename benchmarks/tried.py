@@ -26,7 +26,7 @@ from trials import tokens_per_second
 
 from rankfold import LoraConfig, Recipe, fine_tune, get_peft_model, load_base
 from rankfold.data.order.batches import MICRO_BATCH_TOKENS
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Packed
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.models.base.precision import Precision, choose_precision, default_device
 from rankfold.models.running.rows_apart import attend_rows_apart
@@ -53,8 +53,8 @@ def main() -> None:
     record([*trunk(options, speeds), several(options, sides["all"])])
 
 
-def packed(times: int = 1) -> Batching:
-    return Batching("packed", tokens=times * MICRO_BATCH_TOKENS)
+def packed(times: int = 1) -> Packed:
+    return Packed(tokens=times * MICRO_BATCH_TOKENS)
 
 
 def encoded(options: argparse.Namespace) -> list[EncodedRow]:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from compatibility import Writer
+from rankfold.data.tokens.encode import EncodedRow
 from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.load import Base, load_base
 
@@ -48,6 +49,20 @@ def real_base() -> Base:
 @pytest.fixture
 def fresh_base() -> Base:
     return load_base(DEFAULT_MODEL)
+
+
+def labelled(rows: Sequence[EncodedRow], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """``rows`` padded, with their labels, as transformers' models take them: none of our own code in it."""
+    longest = max(map(len, rows))
+
+    def padded(lists: Iterable[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([[*values, *[fill] * (longest - len(values))] for values in lists])
+
+    return {
+        "input_ids": padded((row.input_ids for row in rows), pad_id),
+        "attention_mask": padded(([1] * len(row) for row in rows), 0),
+        "labels": padded((row.labels for row in rows), -100),
+    }
 
 
 def tiny_llama(seed: int = 0, tied: bool = False) -> nn.Module:

@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
+from conftest import labelled
 from image_bases import noise, write_original
 from internvl_reference import IMAGE_TOKEN
 from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
 from rankfold.data.check.doctor import CheckRequest, check
-from rankfold.data.order.image_batches import collate_images
+from rankfold.data.order.batching import PaddedImages
 from rankfold.data.shapes.example import Example, Image, Message
 from rankfold.data.tokens.cache import encode_cached
 from rankfold.data.tokens.encode import IGNORE, Encoding, encode, encode_all, marked_pieces
@@ -91,24 +92,24 @@ def test_a_batch_gives_the_logits_that_its_rows_give_alone(base, reader, images)
         talk((small, "\nAnd ", wide, "?"), "Both."),
     ]
     rows = [encode(example, base.tokenizer, reader=reader) for example in examples]
-    batch = collate_images(rows, 291, "cpu", reader)
-    assert batch["pixel_values"].shape == (4 + 1 + 4, 3, 28, 28)
-    labels = batch.pop("labels")
+    batch = PaddedImages(reader=reader).collate(rows, 291, "cpu")
+    assert batch.inputs["pixel_values"].shape == (4 + 1 + 4, 3, 28, 28)
+    labels = labelled(rows)["labels"]
     with torch.no_grad():
-        together = base.model(**batch).logits
+        together = base.model(**batch.inputs).logits
         for place, row in enumerate(rows):
-            alone = collate_images([row], 291, "cpu", reader)
-            alone.pop("labels")
+            alone = PaddedImages(reader=reader).collate([row], 291, "cpu")
             torch.testing.assert_close(
-                together[place, : len(row)], base.model(**alone).logits[0], rtol=1e-4, atol=1e-5
+                together[place, : len(row)], base.model(**alone.inputs).logits[0], rtol=1e-4, atol=1e-5
             )
     assert (labels[0, len(rows[0]) :] == IGNORE).all()
-    assert int((batch["input_ids"] == IMAGE_TOKEN).sum()) == PER_TILE * 9
+    assert int((batch.inputs["input_ids"] == IMAGE_TOKEN).sum()) == PER_TILE * 9
 
 
 def test_a_batch_of_text_rows_has_no_pixels(base, reader):
-    batch = collate_images([encode(talk("Hello", "Good day."), base.tokenizer)], 291, "cpu", reader)
-    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    rows = [encode(talk("Hello", "Good day."), base.tokenizer)]
+    batch = PaddedImages(reader=reader).collate(rows, 291, "cpu")
+    assert batch.inputs.keys() == {"input_ids", "attention_mask"}
 
 
 def test_a_broken_image_is_named_with_its_row(base, reader, images, tmp_path):
@@ -128,7 +129,7 @@ def test_an_image_that_went_away_after_the_rows_were_read_is_named_with_its_row(
     row = encode(talk((images[0], "\nWhat?"), "A cat."), base.tokenizer, reader=reader)
     images[0].path.unlink()
     with pytest.raises(DataError, match=r"rows.jsonl:3: no such image: .*wide.png"):
-        collate_images([row], 291, "cpu", reader)
+        PaddedImages(reader=reader).collate([row], 291, "cpu")
 
 
 def test_a_row_that_is_too_long_is_left_out_whole_and_told(base, reader, images):
@@ -229,11 +230,11 @@ def test_what_is_in_the_image_can_be_learnt(tmp_path):
     scope = adapter_scope(base.model, train=["language", "projector"])
     torch.manual_seed(0)
     model = get_peft_model(base.model, LoraConfig(r=8, lora_alpha=16, **scope.options())).train()
-    batch = collate_images(rows, 291, "cpu", reader)
-    labels = batch.pop("labels")[:, 1:]
+    batch = PaddedImages(reader=reader).collate(rows, 291, "cpu")
+    labels = labelled(rows)["labels"][:, 1:]
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(80):
-        logits = model(**batch).logits[:, :-1]
+        logits = model(**batch.inputs).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         loss.backward()
         optimiser.step()

@@ -300,7 +300,22 @@ def test_llama_factory_s_parts_are_words_thoughts_and_calls(tmp_path):
     assert example.messages[1].tool_calls[0]["function"] == {"name": "add", "arguments": {"a": 1}}
     assert [message.train for message in example.messages] == [False, None, None, True]
     assert example.answer == "2."
-    turns[3]["loss_weight"] = 0.5
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "loss_weight"])
+@pytest.mark.parametrize("value", [0.5, "0.5", 3])
+def test_a_turn_s_weight_is_what_its_loss_counts(tmp_path, key, value):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]
+    path = write(tmp_path / "r.jsonl", [{"messages": turns}])
+    [example] = read_examples(sources_of(path)).examples
+    assert (example.messages[1].train, example.messages[1].weight) == (True, float(value))
+    report = checked(path)
+    assert (report.status, rules_of(report)["loss-weight"]) == (0, 1)
+
+
+@pytest.mark.parametrize("value", [-1, "half", float("inf"), [1]])
+def test_a_weight_that_is_no_number_of_at_least_nought_is_refused(tmp_path, value):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": value}]
     assert checked(write(tmp_path / "r.jsonl", [{"messages": turns}])).status == 1
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from rankfold.kernels.cross_entropy import IGNORE, LossForm, head_cross_entropy, linear_cross_entropy
+from rankfold.kernels.cross_entropy import LossForm, head_cross_entropy, linear_cross_entropy
 
 FORMS = [
     LossForm(),
@@ -29,19 +29,16 @@ def whole(hidden, weight, targets, bias=None, form=FORMS[0]):
     logits = logits.to(wide) * form.scale
     if form.softcap is not None:
         logits = torch.tanh(logits / form.softcap) * form.softcap
-    return F.cross_entropy(
-        logits, targets, ignore_index=IGNORE, reduction="none", label_smoothing=form.label_smoothing
-    )
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=form.label_smoothing)
 
 
-def inputs(tokens, width, vocabulary, dtype=torch.float64, ignored=0.3, seed=0):
+def inputs(tokens, width, vocabulary, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
-    targets[torch.rand(tokens, generator=generator) < ignored] = IGNORE
     return random(tokens, width), random(vocabulary, width), targets, random(vocabulary)
 
 
@@ -62,15 +59,14 @@ def test_gradients_are_those_of_finite_differences(form, trained):
     sizes=st.tuples(st.integers(0, 20), st.integers(1, 9), st.integers(1, 30)),
     chunk=st.integers(1, 25),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
-    ignored=st.sampled_from([0.0, 0.4, 1.0]),
     form=st.sampled_from(FORMS),
     trained=st.sampled_from(["", "weight", "weight, bias"]),
 )
-def test_losses_and_gradients_are_torchs_own(sizes, chunk, dtype, ignored, form, trained):
+def test_losses_and_gradients_are_torchs_own(sizes, chunk, dtype, form, trained):
     """Every token has a weight of its own in the sum, as in preference losses."""
     found, wanted = [], []
     for result in (found, wanted):
-        hidden, weight, targets, bias = inputs(*sizes, dtype, ignored)
+        hidden, weight, targets, bias = inputs(*sizes, dtype)
         leaves = [hidden, *([weight] if trained else []), *([bias] if "bias" in trained else [])]
         for leaf in leaves:
             leaf.requires_grad_()
@@ -87,16 +83,6 @@ def test_losses_and_gradients_are_torchs_own(sizes, chunk, dtype, ignored, form,
         torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * max(1.0, largest))
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_without_a_trained_token_there_is_no_loss_and_no_gradient(trained):
-    hidden, weight, _, _ = inputs(4, 3, 5)
-    hidden.requires_grad_()
-    weight.requires_grad_(trained)
-    linear_cross_entropy(hidden, weight, torch.full((4,), IGNORE)).sum().backward()
-    assert not hidden.grad.any()
-    assert weight.grad is None or not weight.grad.any()
-
-
 def test_logits_far_beyond_the_range_of_exp_give_finite_losses():
     hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
     weight, targets = torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0])
@@ -107,7 +93,7 @@ def test_logits_far_beyond_the_range_of_exp_give_finite_losses():
 
 
 def test_a_number_that_is_not_finite_shows_in_the_loss_of_its_token_alone():
-    hidden, weight, targets, _ = inputs(3, 2, 4, torch.float32, ignored=0.0)
+    hidden, weight, targets, _ = inputs(3, 2, 4, torch.float32)
     hidden[1, 0] = math.nan
     assert linear_cross_entropy(hidden, weight, targets, chunk_tokens=3).isfinite().tolist() == [
         True,
@@ -148,7 +134,7 @@ def test_a_head_with_dropout_draws_the_same_again_in_the_backward():
 
 
 def test_no_tensor_holds_more_logits_than_one_chunk():
-    hidden, weight, targets, _ = inputs(64, 4, 100, torch.float32, ignored=0.0)
+    hidden, weight, targets, _ = inputs(64, 4, 100, torch.float32)
     largest = 0
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image as Pillow
 
+from conftest import labelled
 from image_bases import noise
 from image_models import tiny_image_model
 from rankfold import LoraConfig, get_peft_model, load_base
-from rankfold.data.order.image_batches import collate_images
+from rankfold.data.order.batching import PaddedImages
 from rankfold.data.shapes.example import Example, Image, Message
 from rankfold.data.tokens.encode import IGNORE, encode
 from rankfold.digits.assemble import Tower, assemble
@@ -67,14 +68,14 @@ def test_a_row_has_the_tokens_and_pixels_that_the_processor_gives_it(family, ima
         expected = theirs(processor, example)
         row = encode(example, processor.tokenizer, reader=reader)
         assert [*row.input_ids, *processor.tokenizer("\n").input_ids] == expected["input_ids"][0].tolist()
-        batch = collate_images([row], 291, "cpu", reader)
+        batch = PaddedImages(reader=reader).collate([row], 291, "cpu")
         own = {key: value for key, value in expected.items() if key not in ("input_ids", "attention_mask")}
-        assert batch.keys() - {"input_ids", "attention_mask", "labels"} == own.keys() | (
+        assert batch.inputs.keys() - {"input_ids", "attention_mask"} == own.keys() | (
             {reader.type_name} - {""}
         )
-        for key in own.keys() & batch.keys():
+        for key in own.keys() & batch.inputs.keys():
             cut = own[key][:, : len(row)] if key == reader.type_name else own[key]
-            assert torch.equal(batch[key], cut), (name, key)
+            assert torch.equal(batch.inputs[key], cut), (name, key)
         trained = [i for i, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORE]
         assert processor.tokenizer.decode(trained) == "It is.<|im_end|>"
 
@@ -84,20 +85,19 @@ def test_a_batch_gives_the_logits_of_its_rows_and_trains_the_language_model_alon
     model, _ = tiny_image_model(name)
     reader = image_reader(processor)
     rows = [encode(example, processor.tokenizer, reader=reader) for example in rows_of(images)]
-    batch = collate_images(rows, 291, "cpu", reader)
-    labels = batch.pop("labels")
+    batch = PaddedImages(reader=reader).collate(rows, 291, "cpu")
+    labels = labelled(rows)["labels"]
     with torch.no_grad():
-        together = model(**batch).logits
+        together = model(**batch.inputs).logits
         for place, row in enumerate(rows):
-            alone = collate_images([row], 291, "cpu", reader)
-            alone.pop("labels")
+            alone = PaddedImages(reader=reader).collate([row], 291, "cpu")
             torch.testing.assert_close(
-                together[place, : len(row)], model(**alone).logits[0], rtol=1e-3, atol=1e-4
+                together[place, : len(row)], model(**alone.inputs).logits[0], rtol=1e-3, atol=1e-4
             )
     wrapped = get_peft_model(model, LoraConfig(r=2, **adapter_scope(model).options()))
     before = {path: p.detach().clone() for path, p in wrapped.named_parameters()}
     optimiser = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
-    logits = wrapped.train()(**batch).logits[:, :-1]
+    logits = wrapped.train()(**batch.inputs).logits[:, :-1]
     torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
     ).backward()

@@ -6,12 +6,12 @@ from torch import nn
 
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Packed
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.models.running.rows_apart import attend_rows_apart
 from rankfold.train.compiling import compile_layers, decoder_layers
-from rankfold.train.step.objectives import supervised
+from rankfold.train.step.objectives import Supervised
 
 # What torch's compiler does to itself.
 pytestmark = [
@@ -35,7 +35,7 @@ def model():
 
 def loss_and_gradients(wrapped, lengths):
     rows = [EncodedRow(str(n), list(range(3, 3 + n)), list(range(3, 3 + n))) for n in lengths]
-    loss, _ = supervised(wrapped, Batching("packed").collate(rows, 0, "cpu"))
+    loss, _ = Supervised().sum(wrapped, Packed().collate(rows, 0, "cpu"))
     wrapped.zero_grad()
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in wrapped.named_parameters() if p.grad is not None}

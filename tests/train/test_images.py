@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from conftest import labelled
 from image_bases import noise, write_original
 from image_models import tiny_image_model
 from rankfold import Recipe, fine_tune, load_tuned
-from rankfold.data.order.image_batches import collate_images
+from rankfold.data.order.batching import PaddedImages
 from rankfold.errors import ConfigError, DataError
 from rankfold.models.messages.images import image_reader
 from rankfold.models.running.generate import reply
@@ -76,10 +77,10 @@ def test_a_run_on_images_starts_at_the_models_own_loss_and_lowers_it(recipe, fam
     plan = decide(recipe(family), Listener())
     reader = image_reader(plan.base.processor)
     assert {len(row.images) for row in plan.train} == {0, 1}
-    batch = collate_images(list(plan.train), plan.pad_id, "cpu", reader)
-    labels = batch.pop("labels")
+    batch = PaddedImages(reader=reader).collate(list(plan.train), plan.pad_id, "cpu")
+    labels = labelled(plan.train, plan.pad_id)["labels"]
     with torch.no_grad():
-        logits = plan.model.eval()(**batch, use_cache=False).logits
+        logits = plan.model.eval()(**batch.inputs, use_cache=False).logits
     own = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     result = fine_tune(recipe(family, rows_per_step=len(plan.train), epochs=6))
     assert result.steps[0].loss == pytest.approx(float(own), rel=1e-4)

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankfold.data.order import pack
+from rankfold.data.order import batching
 from rankfold.data.tokens.encode import IGNORE
-from rankfold.train import selftest
 from rankfold.train.selftest import Check, in_one_process, self_test
 from rankfold.train.step import loop
 
@@ -29,12 +28,14 @@ def broken(checks: list[Check]) -> list[str]:
 
 
 def test_packed_rows_that_see_each_other_are_noticed(monkeypatch):
-    def joined(rows, device):
-        batch = pack.collate_packed(rows, device)
-        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+    apart = batching.Packed.collate
+
+    def joined(self, rows, pad, device):
+        batch = apart(self, rows, pad, device)
+        batch.inputs["position_ids"] = torch.arange(batch.inputs["input_ids"].shape[1])[None]
         return batch
 
-    monkeypatch.setattr(selftest.Batching, "collate", lambda self, rows, pad, device: joined(rows, device))
+    monkeypatch.setattr(batching.Packed, "collate", joined)
     assert any("packed" in promise for promise in broken(in_one_process()))
 
 

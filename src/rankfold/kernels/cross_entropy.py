@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rankfold.kernels.frozen import FrozenMatrix, product, transposed_product
 
-IGNORE = -100  # the target of a token that is not trained, as in F.cross_entropy
 CHUNK_LOGITS = 6 << 20  # of one chunk: 24 MB of float32, 128 tokens of a vocabulary of 49,152
 
 Head = Callable[[Tensor], Tensor]
@@ -56,7 +55,7 @@ def linear_cross_entropy(
     form: LossForm = PLAIN,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """The loss of each token in nats, 0 where the target is IGNORE.
+    """The loss of each token in nats.
 
     Shapes: hidden (tokens, width), weight (vocabulary, width), targets (tokens), bias (vocabulary) ->
     (tokens), at least float32.  Where weight and bias are frozen, the gradient for ``hidden`` is made in the
@@ -68,12 +67,9 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (weight, bias)):
         return head_cross_entropy(hidden, partial(product, weight=weight, bias=bias), targets, form, tokens)
 
-    def losses(some: Tensor, wanted: Tensor) -> Tensor:
-        apply: Any = _FrozenHead.apply
-        found: Tensor = apply(some, weight, bias, _chunks(wanted, tokens), form)
-        return found
-
-    return _of_trained(hidden, targets, losses)
+    apply: Any = _FrozenHead.apply
+    losses: Tensor = apply(hidden, weight, bias, _chunks(targets, tokens), form)
+    return losses
 
 
 def head_cross_entropy(
@@ -90,23 +86,10 @@ def head_cross_entropy(
         logits = form.logits(head(some))
         return F.cross_entropy(logits, wanted, reduction="none", label_smoothing=form.label_smoothing)
 
-    def losses(some: Tensor, wanted: Tensor) -> Tensor:
-        parts = zip(*(_chunks(t, chunk_tokens) for t in (some, wanted)), strict=True)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts])
-        return torch.cat([of_chunk(*part) for part in parts])
-
-    return _of_trained(hidden, targets, losses)
-
-
-def _of_trained(hidden: Tensor, targets: Tensor, losses: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``losses`` of the tokens that have a target, 0 for the others."""
-    trained = targets != IGNORE
-    if trained.all():
-        return losses(hidden, targets)
-    places = trained.nonzero().squeeze(1)
-    found = losses(hidden.index_select(0, places), targets.index_select(0, places))
-    return found.new_zeros(targets.shape).index_copy(0, places, found)
+    parts = zip(*(_chunks(t, chunk_tokens) for t in (hidden, targets)), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts])
+    return torch.cat([of_chunk(*part) for part in parts])
 
 
 def _chunks(tensor: Tensor, tokens: int) -> tuple[Tensor, ...]:

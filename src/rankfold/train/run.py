@@ -316,8 +316,8 @@ class Run:
             "eos_token": self.plan.recipe.eos_token or self.plan.started.eos_token,
             "as_tokens": sorted({*self.plan.recipe.as_tokens, *self.plan.started.as_tokens}),
         }
-        if self.plan.batching.reader is not None:
-            facts["image_tiles"] = self.plan.batching.reader.tiles
+        if self.plan.reader is not None:
+            facts["image_tiles"] = self.plan.reader.tiles
         with self.trainer.counting():
             self.plan.model.save_pretrained(self.folder.path, facts=facts)
         if not result.interrupted:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rankfold.data.order.batches import MicroBatch
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Batching, Packed, Padded
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import TrainingError
 from rankfold.lora import LoraConfig, TaskType
@@ -68,10 +68,10 @@ def in_two_processes() -> list[Check]:
 def _one_step_however_cut() -> list[Check]:
     """Every trained token weighs the same, whichever forward it is in."""
     whole = gradients(small_model(), random_rows(), _Cut(rows=ROWS))
-    cuts = {
+    cuts: dict[str, Batching] = {
         "2 micro-batches of 4 rows": _Cut(rows=4),
         "8 micro-batches of 1 row": _Cut(rows=1),
-        "packed": Batching("packed"),
+        "packed": Packed(),
     }
     return [
         Check(
@@ -97,7 +97,7 @@ def _one_step_in_two_processes(folder: Path) -> list[Check]:
     )
     if done.returncode:
         raise TrainingError(f"two processes could not work together here: {done.stderr.strip()[-500:]}")
-    alone = gradients(small_model(), random_rows(), Batching("padded"))
+    alone = gradients(small_model(), random_rows(), Padded())
     bases = {"whole": "each with the whole base", "shared": "half of the base each (FSDP2)"}
     return [
         Check(f"{STEP}: 2 processes, {text} = 1 process", _apart(_in_file(folder / name), alone), ROUNDING)
@@ -119,7 +119,7 @@ def gradients(
 
 
 @dataclass(frozen=True)
-class _Cut(Batching):
+class _Cut(Padded):
     """Micro-batches of so many ``rows``."""
 
     rows: int = 1

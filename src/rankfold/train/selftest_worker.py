@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Padded
 from rankfold.train.processes import Processes
 from rankfold.train.selftest import gradients, random_rows, small_model
 from rankfold.train.sharding import shard_base
@@ -20,7 +20,7 @@ def work(folder: Path) -> None:
         model = small_model()
         if name == "shared":
             shard_base(model, processes)
-        found = gradients(model, random_rows(), Batching("padded"), processes)
+        found = gradients(model, random_rows(), Padded(), processes)
         if processes.is_first:
             save_file({f"{place:03}": gradient for place, gradient in enumerate(found)}, folder / name)
 

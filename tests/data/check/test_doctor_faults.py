@@ -296,6 +296,7 @@ ONE_OF_EVERY_FAULT: list[tuple[dict | bytes, str]] = [
     ({"messages": [USER, {"role": "narrator", "content": "x"}]}, "unknown-role"),
     ({"messages": [ANSWER, {**USER, "content": "And then?"}, ANSWER]}, "role-order"),
     ({"prompt": "How many?", "completion": 12}, "not-text"),
+    ({"messages": [{**USER, "content": "Or so?"}, {**ANSWER, "weight": 0.5}]}, "loss-weight"),
     ({"prompt": "What did he say?", "completion": "No.", "audio": "a.wav"}, "not-used"),
     ({"messages": [USER, ANSWER, USER]}, "last-is-answer"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "null-content"),

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from conftest import GSM8K, needs_gsm8k
 from rankfold.data.order.batches import (
     MICRO_BATCH_TOKENS,
-    collate,
     epoch_order,
     epoch_steps,
     micro_batches,
     share,
 )
+from rankfold.data.order.batching import Padded
 from rankfold.data.shapes.example import Example, Message
 from rankfold.data.tokens.encode import IGNORE, EncodedRow, encode_all
 
@@ -107,7 +107,10 @@ def test_under_two_percent_of_gsm8k_is_padding_at_batch_8(real_base):
 
 
 def test_collating_pads_on_the_right():
-    batch = collate(make_rows([2, 4]), pad_id=9, device="cpu")
-    assert batch["input_ids"].tolist() == [[0, 1, 9, 9], [0, 1, 2, 3]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert batch["labels"].tolist() == [[IGNORE, 1, IGNORE, IGNORE], [IGNORE, 1, 2, 3]]
+    batch = Padded().collate(make_rows([2, 4]), pad_id=9, device="cpu")
+    assert batch.inputs["input_ids"].tolist() == [[0, 1, 9, 9], [0, 1, 2, 3]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch.targets.places.tolist() == [0, 4, 5, 6]
+    assert batch.targets.tokens.tolist() == [1, 1, 2, 3]
+    assert batch.targets.rows.tolist() == [0, 1, 1, 1]
+    assert (batch.targets.weights.tolist(), batch.targets.weight) == ([1.0] * 4, 4.0)

@@ -15,20 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model
 from rankfold.data.order.batches import MICRO_BATCH_TOKENS
-from rankfold.data.order.pack import (
-    Batching,
-    blocks,
-    choose_batching,
-    collate_packed,
-    operations,
-    why_not_packed,
-)
+from rankfold.data.order.batching import Packed, Padded, blocks
+from rankfold.data.order.pack import choose_batching, operations, why_not_packed
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.models.running.rows_apart import NAME, attend_rows_apart
 from rankfold.train.step.objectives import token_losses
 
-WAYS = ["packed", "padded"]
+WAYS = {"packed": Packed(), "padded": Padded()}
 
 
 def make_rows(*lengths: int, vocabulary: int = 49152) -> list[EncodedRow]:
@@ -42,7 +36,7 @@ def make_rows(*lengths: int, vocabulary: int = 49152) -> list[EncodedRow]:
 
 
 def gradients(model: nn.Module, rows: list[EncodedRow], kind: str) -> dict[str, torch.Tensor]:
-    batching = Batching(kind)
+    batching = WAYS[kind]
     for group in batching.cut(rows):
         token_losses(model, batching.collate(group, 0, "cpu")).sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -97,20 +91,15 @@ def test_a_row_sees_nothing_of_its_neighbours_and_its_first_token_is_not_trained
     model, rows = tiny_llama(), make_rows(6, 8, 5)
     other = [make_rows(11, 3, vocabulary=100)[0], rows[1], rows[2]]
     seen = [
-        model(**without_labels(collate_packed(group, "cpu")), use_cache=False).logits[0, -13:]
+        model(**Packed().collate(group, 0, "cpu").inputs, use_cache=False).logits[0, -13:]
         for group in (rows, other)
     ]
     torch.testing.assert_close(*seen)
-    labels = collate_packed(rows, "cpu")["labels"][0]
-    assert labels[[0, 6, 14]].tolist() == [IGNORE] * 3
-    assert token_losses(model, collate_packed(rows, "cpu")).shape == (
-        1,
-        sum(label != IGNORE for row in rows for label in row.labels[1:]),
-    )
-
-
-def without_labels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: values for name, values in batch.items() if name != "labels"}
+    batch = Packed().collate(rows, 0, "cpu")
+    assert not {5, 13, 18} & set(batch.targets.places.tolist())  # before another row
+    trained = [label for row in rows for label in row.labels[1:] if label != IGNORE]
+    assert batch.targets.tokens.tolist() == trained
+    assert token_losses(model, batch).shape == (len(trained),)
 
 
 @settings(deadline=None)
@@ -126,12 +115,13 @@ def test_blocks_hold_every_row_once_and_keep_to_the_budget(lengths):
 
 
 def test_a_packed_block_is_one_row_of_ids_with_positions_that_start_anew():
-    batch = collate_packed(
-        [EncodedRow("a", [5, 6], [5, 6]), EncodedRow("b", [7, 8, 9], [IGNORE, 8, 9])], "cpu"
-    )
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
-    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
-    assert batch["labels"].tolist() == [[IGNORE, 6, IGNORE, 8, 9]]
+    rows = [EncodedRow("a", [5, 6], [5, 6]), EncodedRow("b", [7, 8, 9], [IGNORE, 8, 9])]
+    batch = Packed().collate(rows, 0, "cpu")
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert batch.targets.places.tolist() == [0, 2, 3]
+    assert batch.targets.tokens.tolist() == [6, 8, 9]
+    assert batch.targets.rows.tolist() == [0, 1, 1]
 
 
 class Mixing(nn.Module):
@@ -168,7 +158,7 @@ def test_a_model_that_keeps_rows_apart_may_be_packed(dtype):
     model = tiny_llama().to(dtype)
     assert why_not_packed(model, make_rows(30)[0]) == ""
     assert why_not_packed(model, make_rows(1)[0]) == ""
-    assert choose_batching(model, make_rows(30, 3), 2, 0, "packed") == Batching("packed", "as given")
+    assert choose_batching(model, make_rows(30, 3), 2, 0, "packed") == Packed("as given")
 
 
 def test_on_a_cpu_rows_are_packed_and_attended_to_one_by_one(fresh_base):
@@ -185,8 +175,8 @@ def test_on_a_cpu_rows_are_packed_and_attended_to_one_by_one(fresh_base):
     )
     assert fresh_base.model.config._attn_implementation == NAME
     even = choose_batching(fresh_base.model, make_rows(*[150] * 40), 8, 0)
-    assert even == Batching(
-        "packed", "0.0% of padded batches is padding, and packed blocks take 1.00 times their arithmetic"
+    assert even == Packed(
+        "0.0% of padded batches is padding, and packed blocks take 1.00 times their arithmetic"
     )
 
 
@@ -219,4 +209,4 @@ def test_the_arithmetic_is_what_torch_counts(tied):
 
 
 def test_a_given_way_is_kept():
-    assert choose_batching(tiny_llama(), make_rows(9), 8, 0, "padded") == Batching("padded", "as given")
+    assert choose_batching(tiny_llama(), make_rows(9), 8, 0, "padded") == Padded("as given")

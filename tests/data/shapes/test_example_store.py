@@ -19,6 +19,7 @@ messages = st.builds(
     st.sampled_from(["user", "assistant", "tool", "narrator"]),
     parts,
     st.none() | st.booleans(),
+    st.sampled_from([1.0, 0.5, 3.0]),
     texts,
     st.just(()) | calls,
     texts,

@@ -50,6 +50,7 @@ BROKEN = [
     ),
     (chat(U), "last-is-answer", "the last message is the user's"),
     (chat(U, CALLS, T), "last-is-answer", "the last message is the tool's"),
+    (chat(U, Message("assistant", ("y",), weight=0.5)), "loss-weight", "message 2: the loss of each of its"),
     (chat(U, A, rejected=(Message("user", ("n",)),)), "last-is-answer", "in the rejected answer, the last"),
     (chat(("narrator", "x"), U, A), "unknown-role", "unknown role 'narrator'; known are system, user"),
     (

@@ -34,9 +34,9 @@ def test_a_turn_may_say_whether_it_is_trained(flag, train):
     assert message({"role": "assistant", "content": "x", **flag}).train is train
 
 
-def test_a_weight_between_zero_and_one_is_refused():
-    with pytest.raises(ValueError, match="message 1: 'weight' must be true or false, got 0.5"):
-        message({"role": "assistant", "content": "x", "weight": 0.5})
+def test_a_flag_between_yes_and_no_is_refused():
+    with pytest.raises(ValueError, match="message 1: 'train' must be true or false, got 0.5"):
+        message({"role": "assistant", "content": "x", "train": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,13 @@ from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.train.keeping.identity import rows_hash
 
 tokens = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=9)
-contents = st.tuples(st.lists(tokens, min_size=1, max_size=9), st.lists(st.text(), max_size=3))
+counts = st.sampled_from([None, None, 0.5, 0.1, 3.0])  # of the last token of a row
+weighted = st.tuples(tokens, counts)
+contents = st.tuples(st.lists(weighted, min_size=1, max_size=9), st.lists(st.text(), max_size=3))
+
+
+def weights(length: int, last: float | None) -> list[float] | None:
+    return None if last is None else [1.0] * (length - 1) + np.float32([last]).tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +68,13 @@ def examples(*contents: str) -> list[Example]:
 def test_what_is_kept_is_what_was_encoded(content):
     lists, left_out = content
     rows = [
-        EncodedRow(f"{n}\ud800☃", [i for i, _ in ids], [i if trained else IGNORE for i, trained in ids])
-        for n, ids in enumerate(lists)
+        EncodedRow(
+            f"{n}\ud800☃",
+            [i for i, _ in ids],
+            [i if trained else IGNORE for i, trained in ids],
+            weights=weights(len(ids), last),
+        )
+        for n, (ids, last) in enumerate(lists)
     ]
     marks = {"test": repr(content)}
     for _ in range(2):
@@ -72,6 +85,7 @@ def test_what_is_kept_is_what_was_encoded(content):
         assert (list(got), got_left_out) == (rows, left_out)
         assert got[-1] == rows[-1]
         assert got[1:] == rows[1:]
+        assert rows_hash(got) == rows_hash(rows)
         with pytest.raises(IndexError):
             _ = got[len(rows)]
 
@@ -108,6 +122,7 @@ def damage_a_byte(path) -> None:
 @pytest.mark.parametrize("harm", [damage_a_byte, os.unlink, lambda path: path.write_bytes(b"")])
 def test_a_damaged_entry_is_noticed_and_made_anew(folder, name, harm):
     encoding = Encoding(3, 5)
+    encoding.rows[1] = replace(encoding.rows[1], weights=weights(5, 0.5))
     encode_cached(encoding, examples("a"), {})
     [entry] = folder.iterdir()
     harm(entry / name)

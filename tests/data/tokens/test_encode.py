@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -38,6 +39,18 @@ def test_the_assistants_words_and_their_end_are_trained_and_nothing_else(tokeniz
         ("\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n", False),
         ("See you<|im_end|>", True),
     ]
+
+
+def test_each_token_of_an_answer_counts_what_its_turn_says(tokenizer):
+    plain = chat("Hi", "Yo", "Bye", "See you", system="Be brief.")
+    counts = (1.0, 1.0, 0.25, 1.0, 2.0)
+    turns = [replace(turn, weight=weight) for turn, weight in zip(plain.messages, counts, strict=True)]
+    row, alike = encode(replace(plain, messages=tuple(turns)), tokenizer), encode(plain, tokenizer)
+    assert (row.input_ids, row.labels, alike.weights) == (alike.input_ids, alike.labels, None)
+    trained = [w for w, label in zip(row.weights, row.labels, strict=True) if label != IGNORE]
+    answers = [len(tokenizer(f"{text}<|im_end|>").input_ids) for text in ("Yo", "See you")]
+    assert trained == [0.25] * answers[0] + [2.0] * answers[1]
+    assert row.weight == pytest.approx(0.25 * answers[0] + 2.0 * answers[1])
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -320,7 +320,7 @@ def test_a_messages_own_flag_outranks_the_run(flags, train_on, expected):
             "message 1 is flagged to be trained, but it is of the role user",
         ),
         ((None, False, None, False), "assistant", "no assistant turn in this row is to be trained"),
-        ((None, False, None, None), "all", "flagged not to be trained, but everything is to be"),
+        ((None, False, None, None), "all", "flagged not to be trained, .* but everything is to be"),
     ],
 )
 def test_a_flag_that_cannot_be_obeyed_is_refused(flags, train_on, message):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from rankfold.data.order.batches import collate
+from rankfold.data.order.batching import Padded
 from rankfold.data.shapes.example import Example, Message
 from rankfold.data.tokens.encode import IGNORE, EncodedRow, encode, encode_all
 from rankfold.data.tokens.proof import prove_mask
@@ -63,7 +63,8 @@ def test_padding_with_the_stop_token_does_not_unlearn_it(real_base):
         encode(Example("f", (Message("user", ("a",)), Message("assistant", (text,)))), tokenizer)
         for text in ("b", "b b b b")
     )
-    labels = collate([short, long], tokenizer.pad_token_id, "cpu")["labels"]
-    assert labels[0, len(short) - 1] == tokenizer.eos_token_id
-    assert labels[0, len(short) :].tolist() == [IGNORE] * (len(long) - len(short))
-    assert labels[1, -1] == tokenizer.eos_token_id
+    targets = Padded().collate([short, long], tokenizer.pad_token_id, "cpu").targets
+    for number, row in enumerate((short, long)):
+        own = targets.rows == number
+        assert targets.tokens[own][-1] == tokenizer.eos_token_id
+        assert targets.places[own][-1] == number * len(long) + len(row) - 2

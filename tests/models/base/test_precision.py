@@ -13,7 +13,7 @@ from torch import nn
 
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model, load_base
-from rankfold.data.order.batches import collate
+from rankfold.data.order.batching import Padded
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError, ModelError
 from rankfold.models.base import precision
@@ -182,7 +182,7 @@ def loss_and_gradients(model: nn.Module, chosen: Precision, weight: float = 1.0)
         for ids in [torch.randint(3, 49152, (length,), generator=generator).tolist()]
     ]
     with chosen.autocast(CPU):
-        loss = token_losses(model, collate(rows, 0, CPU)).sum() / 41
+        loss = token_losses(model, Padded().collate(rows, 0, CPU)).sum() / 41
     (loss * weight).backward()
     return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 

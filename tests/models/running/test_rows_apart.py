@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import tiny_llama
-from rankfold.data.order.pack import collate_packed
+from rankfold.data.order.batching import Packed
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.models.running import rows_apart
 from rankfold.models.running.rows_apart import NAME, attend_rows_apart
@@ -24,9 +24,7 @@ def rows() -> list[EncodedRow]:
 
 
 def packed_logits(model) -> torch.Tensor:
-    batch = collate_packed(rows(), "cpu")
-    del batch["labels"]
-    return model(**batch, use_cache=False).logits[0]
+    return model(**Packed().collate(rows(), 0, "cpu").inputs, use_cache=False).logits[0]
 
 
 def gradients(model, logits) -> dict[str, torch.Tensor]:

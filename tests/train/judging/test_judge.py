@@ -71,15 +71,24 @@ def test_looking_changes_nothing_that_is_trained(recipe, tmp_path):
     assert [bool(r.answers) for r in runs[1].steps] == [False, True, False, True, False]
 
 
-def spoiling(recipe, **options):
-    """So high a rate that the held-out loss soon rises."""
-    settings = {"learning_rate": 1, "alpha": 4096, "schedule": "constant", "evaluate_every_steps": 1}
-    return recipe(**settings | options)
+@pytest.fixture
+def spoiling(recipe, write_rows, tmp_path):
+    """The answer that is learnt is not the one that is judged by, so the held-out loss rises."""
+    train, judged = (
+        write_rows([{"prompt": f"Question {n}?", "completion": 9 * answer} for n in range(rows)], name)
+        for name, answer, rows in (("train.jsonl", " yes", 24), ("judged.jsonl", " cold", 4))
+    )
+    settings = {"learning_rate": 0.1, "schedule": "constant", "evaluate_every_steps": 1}
+
+    def make(**options) -> Recipe:
+        return recipe(data=train, held_out=str(judged), **settings | options)
+
+    return make
 
 
-def test_the_best_weights_are_kept_and_that_is_said(recipe):
+def test_the_best_weights_are_kept_and_that_is_said(spoiling):
     watching = Watching()
-    result = fine_tune(spoiling(recipe), watching)
+    result = fine_tune(spoiling(), watching)
     best = min(range(9), key=watching.losses.__getitem__) + 1
     assert best < 9
     assert any(f"the weights after step {best} did best" in note for note in watching.notes)
@@ -94,9 +103,9 @@ def test_the_best_weights_are_kept_and_that_is_said(recipe):
     assert all(torch.equal(kept[name], model[name]) for name in kept)
 
 
-def test_with_patience_a_run_ends_when_looking_brings_nothing_better(recipe):
+def test_with_patience_a_run_ends_when_looking_brings_nothing_better(spoiling):
     watching = Watching()
-    result = fine_tune(spoiling(recipe, patience=2), watching)
+    result = fine_tune(spoiling(patience=2), watching)
     best = min(range(len(result.steps)), key=watching.losses.__getitem__) + 1
     assert len(result.steps) == best + 2 < 9
     assert any("stopped early: 2 evaluations" in note for note in watching.notes)
@@ -113,11 +122,11 @@ class StopAfter(Watching):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("options", [{"ema_decay": 0.9}, {"ema_decay": 0.9, "patience": 2}, {"patience": 3}])
-def test_the_best_and_the_mean_are_the_same_after_an_interruption(recipe, tmp_path, options):
-    whole = fine_tune(spoiling(recipe, out=tmp_path / "whole", **options))
+@pytest.mark.parametrize("options", [{"ema_decay": 0.9}, {"ema_decay": 0.9, "patience": 4}, {"patience": 4}])
+def test_the_best_and_the_mean_are_the_same_after_an_interruption(spoiling, tmp_path, options):
+    whole = fine_tune(spoiling(out=tmp_path / "whole", **options))
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(spoiling(recipe, save_every_steps=1, **options), StopAfter(4))
+        fine_tune(spoiling(save_every_steps=1, **options), StopAfter(4))
     result = resume(tmp_path / "run")
     assert (result.out / WEIGHTS).read_bytes() == (whole.out / WEIGHTS).read_bytes()
     assert result.comparison == whole.comparison

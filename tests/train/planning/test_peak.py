@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from conftest import rankfold_command, tiny_llama
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Padded
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.lora import LoraConfig
 from rankfold.models.base.find import DEFAULT_MODEL
@@ -96,7 +96,7 @@ def test_what_a_forward_keeps_is_what_a_real_one_does(tmp_path, length):
     config = LoraConfig(r=4, target_modules="all-linear")
     rows = [EncodedRow("rows.jsonl:1", [5] * length, [5] * length)]
     real = get_peft_model(tiny_llama(), config)
-    counted = Trial(real, rows, 0, Precision.of("float32")).kept_bytes_per_token(Batching()) * length
+    counted = Trial(real, rows, 0, Precision.of("float32")).kept_bytes_per_token(Padded()) * length
     tiny_llama().config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = get_peft_model(load_outline(str(tmp_path)).model, config)

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_llama
 from rankfold import Recipe
 from rankfold.data.order.batches import epoch_steps
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Padded
 from rankfold.data.tokens import cache
 from rankfold.errors import DataError
 from rankfold.models.base.precision import Precision
@@ -75,7 +75,7 @@ def test_the_expected_time_is_that_of_the_batches_that_the_run_will_have(recipe,
     ]
     wide = len if batching == "packed" else lambda row: 0
     tokens = sum(sum(map(wide, g)) if batching == "packed" else len(g) * max(map(len, g)) for g in groups)
-    held_out = Batching("padded", tokens=plan.batching.tokens).cut(plan.held_out)
+    held_out = Padded(tokens=plan.batching.tokens).cut(plan.held_out)
     look = 0.25 * sum(0.5 + 0.01 * len(group) * max(map(len, group)) for group in held_out)
     training = 3 * (0.5 * len(groups) + 0.01 * tokens)
     assert plan.expected_minutes == pytest.approx((training + 4 * look) / 60)

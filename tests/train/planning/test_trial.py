@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import rankfold.train.planning.trial
 from conftest import tiny_llama
 from rankfold.data.order.batches import GPU_MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS, micro_batch_tokens
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Packed, Padded
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.lora import LoraConfig
 from rankfold.models.base.precision import Precision
@@ -16,7 +16,7 @@ from rankfold.peft_surface import get_peft_model
 from rankfold.train.planning.trial import MEMORY_SHARE, Trial, recompute_activations
 
 ROWS = [EncodedRow(f"rows.jsonl:{n}", [5] * n, [5] * n) for n in range(3, 40)]
-BATCHINGS = [Batching("packed"), Batching("padded"), Batching("padded", tokens=64)]
+BATCHINGS = [Packed(), Padded(), Padded(tokens=64)]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_what_a_forward_keeps_is_counted(trial):
         def _forward(self, rows, batching):
             return self.model(x).sum()
 
-    counted = OneLayer(model, ROWS, 0, trial.precision).kept_bytes_per_token(Batching())
+    counted = OneLayer(model, ROWS, 0, trial.precision).kept_bytes_per_token(Padded())
     assert counted == (x.nbytes + 4 * 700 * 2) / len(ROWS[-1])
 
 
@@ -65,14 +65,14 @@ def test_what_is_counted_does_not_stay(trial):
         layer.register_forward_pre_hook(
             lambda _, given: hidden.append(StorageWeakRef(given[0].untyped_storage()))
         )
-    assert Watched(trial.model, ROWS, 0, trial.precision).kept_bytes_per_token(Batching()) > 0
+    assert Watched(trial.model, ROWS, 0, trial.precision).kept_bytes_per_token(Padded()) > 0
 
 
 def test_recomputed_activations_keep_far_less(trial):
     """Two layers keep their inputs; the rest is the head's."""
-    kept = trial.kept_bytes_per_token(Batching())
+    kept = trial.kept_bytes_per_token(Padded())
     recompute_activations(trial.model)
-    assert trial.kept_bytes_per_token(Batching()) < kept / 3
+    assert trial.kept_bytes_per_token(Padded()) < kept / 3
 
 
 @pytest.mark.parametrize(
@@ -81,16 +81,16 @@ def test_recomputed_activations_keep_far_less(trial):
 )
 def test_activations_are_recomputed_only_where_they_do_not_fit(trial, monkeypatch, free, wanted, recomputed):
     monkeypatch.setattr(rankfold.train.planning.trial, "free_memory_bytes", lambda device: free)
-    batching, activations = trial.room(Batching("packed"), wanted)
-    assert (batching, activations.recomputed) == (Batching("packed"), recomputed)
+    batching, activations = trial.room(Packed(), wanted)
+    assert (batching, activations.recomputed) == (Packed(), recomputed)
     assert f"{free / 1e9:.1f} GB are free" in activations.reason
 
 
 @pytest.mark.parametrize(("times", "expected"), [(1, 1), (3.5, 3.5), (1e6, 16)])
 def test_a_gpus_micro_batch_is_as_large_as_fits(trial, monkeypatch, times, expected):
-    free = times * MICRO_BATCH_TOKENS * trial.kept_bytes_per_token(Batching()) / MEMORY_SHARE
+    free = times * MICRO_BATCH_TOKENS * trial.kept_bytes_per_token(Padded()) / MEMORY_SHARE
     monkeypatch.setattr(rankfold.train.planning.trial, "free_memory_bytes", lambda device: free + 1)
-    batching, activations = trial.room(Batching("padded", tokens=GPU_MICRO_BATCH_TOKENS))
+    batching, activations = trial.room(Padded(tokens=GPU_MICRO_BATCH_TOKENS))
     assert (batching.tokens, activations.recomputed) == (expected * MICRO_BATCH_TOKENS, False)
 
 

@@ -7,14 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from conftest import randomise, tiny_llama
+from conftest import labelled, randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model
-from rankfold.data.order.batches import collate, epoch_steps
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batches import epoch_steps
+from rankfold.data.order.batching import Padded
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import TrainingError
 from rankfold.train.step.loop import Method, Trainer, draw_seed
-from rankfold.train.step.objectives import supervised
+from rankfold.train.step.objectives import Supervised
 from rankfold.train.step.pace import Pace
 from rankfold.train.step.schedule import learning_rate_at
 
@@ -38,7 +38,7 @@ def make_trainer(model, rate: float = 1e-2, steps: int = 1, **method) -> Trainer
     return Trainer(model, 0, Pace(steps), Method(rates=lambda _: rate, **method))
 
 
-class Cut(Batching):
+class Cut(Padded):
     """Micro-batches that end where the test says."""
 
     def __init__(self, ends: tuple[int, ...]) -> None:
@@ -59,9 +59,8 @@ def test_one_step_equals_plain_pytorch_on_the_whole_batch():
     plain = copy.deepcopy(model)
     make_trainer(model, 1e-2, batching=Cut((2, 7))).step(1, rows)
 
-    batch = collate(rows, 0, "cpu")
     optimiser = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
-    plain(**batch).loss.backward()
+    plain(**labelled(rows)).loss.backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
     optimiser.step()
     expected = trained(plain)
@@ -173,7 +172,7 @@ def test_weight_decay_and_the_gradient_limit_are_pytorchs():
     plain = copy.deepcopy(model)
     make_trainer(model, 1e-2, weight_decay=0.1, max_gradient_norm=1e-3).step(1, rows)
     optimiser = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], 1e-2, weight_decay=0.1)
-    plain(**collate(rows, 0, "cpu")).loss.backward()
+    plain(**labelled(rows)).loss.backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e-3)
     optimiser.step()
     expected = trained(plain)
@@ -185,12 +184,13 @@ def test_weight_decay_and_the_gradient_limit_are_pytorchs():
 def test_an_objective_is_all_that_the_loop_knows_of_the_loss():
     """One that counts twice and weighs thrice: the mean loss is 3/2 of it, and the gradients too."""
 
-    def heavier(model, batch):
-        total, count = supervised(model, batch)
-        return 3 * total, 2 * count
+    class Heavier(Supervised):
+        def sum(self, model, batch):
+            total, weight = super().sum(model, batch)
+            return 3 * total, 2 * weight
 
     rows = make_rows(4)
-    records = [make_trainer(make_model(), objective=o).step(1, rows) for o in (supervised, heavier)]
+    records = [make_trainer(make_model(), objective=o).step(1, rows) for o in (Supervised(), Heavier())]
     assert records[1].loss == pytest.approx(1.5 * records[0].loss, rel=1e-6)
     assert records[1].gradient_norm == pytest.approx(1.5 * records[0].gradient_norm, rel=1e-5)
-    assert records[1].trained_tokens == 2 * records[0].trained_tokens
+    assert records[1].trained_tokens == sum(row.trained_tokens for row in rows)

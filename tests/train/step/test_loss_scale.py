@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -36,22 +38,23 @@ def test_the_state_comes_back():
     assert (other.scale, other.steps_since) == (FIRST / 2, 1)
 
 
-def overflowing(limit: float):
+@dataclass
+class Overflowing:
     """An objective whose gradient is infinite while the loss is scaled by more than ``limit``."""
 
-    def objective(model, batch):
-        total = sum(p.sum() for p in model.parameters() if p.requires_grad)
-        total.register_hook(lambda grad: torch.where(grad > limit, torch.inf, grad))
-        return total, 1
+    limit: float
 
-    return objective
+    def sum(self, model, batch):
+        total = sum(p.sum() for p in model.parameters() if p.requires_grad)
+        total.register_hook(lambda grad: torch.where(grad > self.limit, torch.inf, grad))
+        return total, 1.0
 
 
 def test_a_step_that_overflows_is_done_again_at_half_the_scale_and_comes_out_the_same():
     results = []
     for precision, limit in (("float16", FIRST / 4), ("float32", 1e9)):
         model = make_model()
-        trainer = make_trainer(model, objective=overflowing(limit), precision=Precision.of(precision))
+        trainer = make_trainer(model, objective=Overflowing(limit), precision=Precision.of(precision))
         record = trainer.step(1, make_rows(2))
         results.append((record.gradient_norm, trained(model)))
         assert trainer.loss_scale.scale == (FIRST / 4 if precision == "float16" else 1)
@@ -62,7 +65,7 @@ def test_a_step_that_overflows_is_done_again_at_half_the_scale_and_comes_out_the
 def test_an_overflow_that_no_scale_mends_stops_the_run():
     model = make_model()
     before = trained(model)
-    trainer = make_trainer(model, objective=overflowing(0.0), precision=Precision.of("float16"))
+    trainer = make_trainer(model, objective=Overflowing(0.0), precision=Precision.of("float16"))
     with pytest.raises(TrainingError, match="gradient norm"):
         trainer.step(1, make_rows(2))
     assert all(torch.equal(before[name], tensor) for name, tensor in trained(model).items())
@@ -77,7 +80,7 @@ def test_half_precision_gives_nearly_the_gradients_of_float32(name):
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(precision.storage)
         trainer = make_trainer(model, precision=precision)
-        loss, _ = trainer.mean_gradients(make_rows(3))
+        loss = trainer.mean_gradients(make_rows(3))
         norms.append((loss, torch.cat([p.grad.flatten() for p in trainer.trained.values()])))
         assert all(p.grad.dtype == torch.float32 for p in trainer.trained.values())
     assert norms[1][0] == pytest.approx(norms[0][0], rel=1e-2)

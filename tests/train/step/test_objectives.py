@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import randomise, tiny_llama
+from conftest import labelled, randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model
-from rankfold.data.order.batches import collate
-from rankfold.data.order.pack import collate_packed
+from rankfold.data.order.batch import Batch
+from rankfold.data.order.batching import Packed, Padded
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.models.running.rows_apart import attend_rows_apart
-from rankfold.train.step.objectives import supervised, token_losses
+from rankfold.train.step.objectives import Supervised, token_losses
 from tiny_models import tiny
 
 
@@ -21,6 +23,11 @@ def make_rows() -> list[EncodedRow]:
         ids = torch.randint(0, 49152, (length,), generator=generator).tolist()
         rows.append(EncodedRow(f"f:{place}", ids, [IGNORE] * prompt + ids[prompt:]))
     return rows
+
+
+def row_sums(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The loss of each row of ``batch``."""
+    return torch.zeros(4).index_add(0, batch.targets.rows, token_losses(model, batch))
 
 
 class WithoutColumns(torch.nn.Module):
@@ -37,7 +44,7 @@ class WithoutColumns(torch.nn.Module):
 @pytest.mark.parametrize("wrap", [lambda model: model, WithoutColumns])
 def test_the_loss_of_a_batch_is_cross_entropy_row_by_row(wrap):
     model, rows = tiny_llama(), make_rows()
-    sums = token_losses(wrap(model), collate(rows, 0, "cpu")).sum(dim=1)
+    sums = row_sums(wrap(model), Padded().collate(rows, 0, "cpu"))
     for row, got in zip(rows, sums, strict=True):
         logits = model(torch.tensor([row.input_ids])).logits[0]
         expected = F.cross_entropy(
@@ -49,10 +56,9 @@ def test_the_loss_of_a_batch_is_cross_entropy_row_by_row(wrap):
 def test_gradients_equal_those_of_the_plain_loss():
     rows = make_rows()
     ours, plain = tiny_llama(), tiny_llama()
-    batch = collate(rows, 0, "cpu")
-    trained = sum(row.trained_tokens for row in rows)
-    (token_losses(ours, batch).sum() / trained).backward()
-    plain(**batch).loss.backward()
+    loss, weight = Supervised().sum(ours, Padded().collate(rows, 0, "cpu"))
+    (loss / weight).backward()
+    plain(**labelled(rows)).loss.backward()
     for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=name)
 
@@ -99,10 +105,9 @@ def test_the_sum_and_its_gradients_are_those_of_the_models_own_logits(
     rows = few_rows()
     if packed:
         assert attend_rows_apart(ours) == ""
-    loss, trained = supervised(
-        ours, collate_packed(rows, "cpu") if packed else collate(rows, 0, "cpu"), smoothing
-    )
-    assert trained == sum(row.trained_tokens for row in rows)
+    batch = (Packed if packed else Padded)().collate(rows, 0, "cpu")
+    loss, weight = Supervised(smoothing).sum(ours, batch)
+    assert weight == sum(row.trained_tokens for row in rows)
     loss.backward()
     wanted = sum(
         F.cross_entropy(
@@ -126,8 +131,9 @@ def test_the_sum_and_its_gradients_are_those_of_the_models_own_logits(
 
 @pytest.mark.parametrize("wrap", [lambda model: model, WithoutColumns])
 def test_label_smoothing_is_torchs_own(wrap):
-    model, batch = tiny_llama(), collate(make_rows(), 0, "cpu")
-    losses = token_losses(wrap(model), batch, 0.1)
+    model, rows = tiny_llama(), make_rows()
+    losses = token_losses(wrap(model), Padded().collate(rows, 0, "cpu"), 0.1)
+    batch = labelled(rows)
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     wanted = F.cross_entropy(
         logits[:, :-1].flatten(0, 1),
@@ -141,17 +147,41 @@ def test_label_smoothing_is_torchs_own(wrap):
 
 def test_a_batch_without_a_trained_token_has_no_loss():
     model, row = tiny_llama(), EncodedRow("f:1", [5, 6, 7], [IGNORE] * 3)
-    loss, trained = supervised(model, collate([row], 0, "cpu"))
+    loss, weight = Supervised().sum(model, Padded().collate([row], 0, "cpu"))
     loss.backward()
-    assert (float(loss.detach()), trained) == (0.0, 0)
+    assert (float(loss.detach()), weight) == (0.0, 0.0)
 
 
 def test_each_row_has_its_own_log_probability_to_prefer_by():
     """A preference loss weighs rows by what it makes of their sums: any weighting has the exact gradient."""
     ours, plain = tiny_llama(), tiny_llama()
-    batch = collate(make_rows(), 0, "cpu")
+    batch = Padded().collate(make_rows(), 0, "cpu")
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0])
-    (token_losses(ours, batch).sum(dim=1) * weights).sum().backward()
-    (token_losses(WithoutColumns(plain), batch).sum(dim=1) * weights).sum().backward()
+    (row_sums(ours, batch) * weights).sum().backward()
+    (row_sums(WithoutColumns(plain), batch) * weights).sum().backward()
     for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("way", [Packed, Padded])
+def test_a_tokens_weight_is_what_its_loss_counts(way):
+    """Beside a loss that knows no weights: of each row's tokens, one after another."""
+    ours, plain = tiny_llama(), tiny_llama()
+    if way is Packed:
+        attend_rows_apart(ours)
+    rows = [replace(row, weights=[place % 7 / 4 for place in range(len(row))]) for row in make_rows()]
+    loss, weight = Supervised().sum(ours, way().collate(rows, 0, "cpu"))
+    (loss / weight).backward()
+    total, counted = torch.zeros(()), 0.0
+    for row in rows:
+        logits = plain(torch.tensor([row.input_ids])).logits[0]
+        for place, (label, counts) in enumerate(zip(row.labels, row.weights, strict=True)):
+            if place and label != IGNORE:
+                total = total + counts * F.cross_entropy(logits[place - 1], torch.tensor(label))
+                counted += counts
+    (total / counted).backward()
+    assert weight == pytest.approx(counted)
+    assert weight == pytest.approx(sum(row.weight for row in rows))
+    torch.testing.assert_close(loss / weight, total / counted)
+    for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=name)

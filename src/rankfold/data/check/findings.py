@@ -29,6 +29,7 @@ MEANINGS = {
     "tool-results": "has calls of tools whose results are missing or too many.",
     "unknown-tool": "calls a tool that is not on offer.",
     "nothing-trained": f"has all its answers flagged not to be trained. {MEND}",
+    "loss-weight": "has a turn whose loss counts more or less than that of others.",
     "same-answers": f"has the same words as chosen and as rejected answer. {MEND}",
     "too-many-turns": f"has too many turns for a conversation. {MEND}",
     "template": f"cannot be encoded: the model's template or vocabulary refuses it. {MEND}",

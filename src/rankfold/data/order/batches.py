@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from rankfold.data.tokens.cache import lengths_of
-from rankfold.data.tokens.encode import IGNORE, EncodedRow
+from rankfold.data.tokens.encode import EncodedRow
 
 MICRO_BATCH_TOKENS = 1024  # padded tokens in one forward; larger ones gain no speed on two cores
 GPU_MICRO_BATCH_TOKENS = 16384  # there, where they fit: starting a small operation takes longer than it does
@@ -68,17 +66,3 @@ def micro_batches(rows: Sequence[EncodedRow], tokens: int = MICRO_BATCH_TOKENS) 
         else:
             groups.append([row])
     return groups
-
-
-def collate(rows: MicroBatch, pad_id: int, device: Any) -> dict[str, Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels``, each (rows, longest), padded on the right."""
-    longest = max(len(row) for row in rows)
-
-    def padded(lists: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([ids + [fill] * (longest - len(ids)) for ids in lists], device=device)
-
-    return {
-        "input_ids": padded([row.input_ids for row in rows], pad_id),
-        "attention_mask": padded([[1] * len(row) for row in rows], 0),
-        "labels": padded([row.labels for row in rows], IGNORE),
-    }

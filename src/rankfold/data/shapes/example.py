@@ -26,12 +26,14 @@ Part = str | Image
 class Message:
     """One turn.  ``parts`` are text and images in the order in which they were written.
 
-    ``train`` says whether this turn is trained on; None leaves it to the run (assistants' turns are).
+    ``train`` says whether this turn is trained on; None leaves it to the run (assistants' turns are);
+    ``weight`` how much the loss of each of its tokens counts.
     ``tool_calls`` are OpenAI's: objects with ``function: {name, arguments}``, arguments parsed."""
 
     role: Role
     parts: tuple[Part, ...]
     train: bool | None = None
+    weight: float = 1.0
     reasoning: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
     tool_call_id: str = ""

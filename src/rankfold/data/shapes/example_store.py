@@ -113,6 +113,8 @@ def packed(example: Example) -> bytes:
 def _told(message: Message) -> dict[str, Any]:
     parts = [part if isinstance(part, str) else {"image": str(part.path)} for part in message.parts]
     rest = {name: value for name in _MESSAGE if (value := getattr(message, name)) not in (None, "", ())}
+    if message.weight != 1:
+        rest["weight"] = message.weight
     return {"parts": parts, **rest}
 
 

@@ -76,6 +76,18 @@ def truth_of(values: Values, key: str) -> bool:
     return truth
 
 
+def number_of(values: Values, key: str) -> float | None:
+    """The number of at least 0 at ``key``, also as the text that a table holds; None if there is none."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
+
+
 def objects_of(values: Values, key: str) -> list[dict[str, Any]]:
     """The list of objects at ``key``, also if a table holds it as JSON text; empty for null."""
     found = values.get(key)

@@ -169,6 +169,12 @@ def _something_is_trained(example: Example) -> Iterator[str]:
         yield "nothing stands before the only answer, so there is nothing that it answers"
 
 
+def _weights_are_one(example: Example) -> Iterator[str]:
+    for place, message in enumerate(example.messages, start=1):
+        if message.weight != 1:
+            yield f"message {place}: the loss of each of its tokens counts {message.weight:g} times"
+
+
 def _answers_differ(example: Example) -> Iterator[str]:
     if example.rejected and example.messages[-len(example.rejected) :] == example.rejected:
         yield "the chosen and the rejected answer are the same"
@@ -202,6 +208,7 @@ RULES = (
     Rule("tool-results", False, _calls_are_answered),
     Rule("unknown-tool", False, _called_tools_are_on_offer),
     Rule("nothing-trained", True, _something_is_trained),
+    Rule("loss-weight", False, _weights_are_one),
     Rule("same-answers", True, _answers_differ),
     Rule("too-many-turns", True, _is_not_endless),
 )

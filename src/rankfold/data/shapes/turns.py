@@ -13,6 +13,7 @@ from rankfold.data.shapes.fields import (
     Values,
     check_text,
     described,
+    number_of,
     objects_of,
     one_of,
     parsed,
@@ -46,7 +47,8 @@ CALL_ROLES = {"function_call", "tool_call"}
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value")
 PLAIN_TURNS = ({"role", "content"}, {"from", "value"})
-TRAIN_KEYS = ("train", "weight", "loss", "loss_weight")
+WEIGHT_KEYS = ("weight", "loss", "loss_weight")
+TRAIN_KEYS = ("train", *WEIGHT_KEYS)
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_KEYS = ("tool_calls", "function_call", "tool_call_id", "name")
 TURN_KEYS = {
@@ -105,7 +107,7 @@ def _message(turn: Values, folder: str) -> Message:
     role = ROLES.get(written) or ROLES.get(written.lower(), cast(Role, written))
     content_key = next((key for key in CONTENT_KEYS if key in turn), "content")
     if written in CALL_ROLES:
-        return Message(role, ("",), _train_flag(turn), tool_calls=_told_calls(turn, content_key))
+        return Message(role, ("",), **_trained(turn), tool_calls=_told_calls(turn, content_key))
     content = turn.get(content_key)
     if isinstance(content, list):
         turn, parts = _of_parts(turn, content, content_key, folder)
@@ -118,7 +120,7 @@ def _message(turn: Values, folder: str) -> Message:
     return Message(
         role,
         parts or (("",) if calls else ()),
-        _train_flag(turn),
+        **_trained(turn),
         reasoning=next((text for key in REASONING_KEYS if (text := text_of(turn, key))), ""),
         tool_calls=calls,
         tool_call_id=text_of(turn, "tool_call_id") or "",
@@ -220,9 +222,13 @@ def _placed(message: Message, images: Iterator[Image]) -> Message:
     return replace(message, parts=tuple(parts))
 
 
-def _train_flag(turn: Values) -> bool | None:
+def _trained(turn: Values) -> dict[str, Any]:
+    """Whether the turn is trained, as it says under one of TRAIN_KEYS, and how much it counts if it does."""
     key = next((key for key in TRAIN_KEYS if turn.get(key) is not None), None)
-    return None if key is None else truth_of(turn, key)
+    if key is None:
+        return {}
+    weight = number_of(turn, key) if key in WEIGHT_KEYS else None
+    return {"train": truth_of(turn, key)} if weight in (None, 0, 1) else {"train": True, "weight": weight}
 
 
 def _calls(turn: Values) -> tuple[dict[str, Any], ...]:

@@ -34,10 +34,11 @@ Places = NDArray[np.int64]
 
 LEAST_ROWS = 1000  # fewer are encoded in less time than the cache is worth
 CACHE_BYTES = 4_000_000_000
-LAYOUT = 2  # of the files; another number makes older entries unknown
+LAYOUT = 3  # of the files; another number makes older entries unknown
 ARRAYS = {
     "input_ids": np.int32,
     "trained": np.bool_,
+    "weights": np.float32,  # empty if every token counts 1
     "ends": np.int64,
     "origins": np.uint8,
     "origin_ends": np.int64,
@@ -63,7 +64,9 @@ class CachedRows(OnDemand[EncodedRow]):
         ids, trained = self._part("input_ids", at), self._part("trained", at)
         labels = np.where(trained, ids, IGNORE)
         origin = self._part("origins", at, "origin_ends").tobytes().decode("utf-8", "surrogatepass")
-        return EncodedRow(origin, ids.tolist(), labels.tolist())
+        counts = self._part("weights", at)
+        weights = None if np.all(counts == 1) else counts.tolist()
+        return EncodedRow(origin, ids.tolist(), labels.tolist(), weights=weights)
 
     @property
     def lengths(self) -> Places:
@@ -83,11 +86,13 @@ class CachedRows(OnDemand[EncodedRow]):
                 yield found
 
     def numbers(self) -> Iterator[bytes]:
-        """Each row as its length, its tokens and its labels, in 64 bits each."""
+        """Each row as its length, its tokens, its labels and its weights, if any, in 64 bits each."""
         for at in self._places.tolist():
             ids = self._part("input_ids", at).astype(np.int64)
             labels = np.where(self._part("trained", at), ids, IGNORE)
-            yield np.concatenate([[len(ids)], ids, labels]).astype("<i8").tobytes()
+            counts = self._part("weights", at)
+            weights = counts[: 0 if np.all(counts == 1) else None].astype("<f8").view("<i8")
+            yield np.concatenate([[len(ids)], ids, labels, weights]).astype("<i8").tobytes()
 
     def _part(self, name: str, at: int, ends: str = "ends") -> Any:
         bounds = self._arrays[ends]
@@ -187,6 +192,10 @@ def _write(folder: Path, encoding: Encoding) -> None:
             files["input_ids"].write(np.concatenate(ids).tobytes())
             labels = np.concatenate([np.array(row.labels, np.int64) for row in chunk])
             files["trained"].write((labels != IGNORE).tobytes())
+            if files["weights"].tell() or any(row.weights is not None for row in chunk):
+                missing = ends["ends"] - len(labels) - files["weights"].tell() // np.float32().nbytes
+                counts = [[1.0] * missing, *(row.weights or [1.0] * len(row) for row in chunk)]
+                files["weights"].write(np.concatenate(counts).astype(np.float32).tobytes())
     (folder / FACTS).write_text(json.dumps({"left_out": encoding.over}, ensure_ascii=True), encoding="utf-8")
     (folder / DIGEST).write_text(_digest(folder), encoding="ascii")
 

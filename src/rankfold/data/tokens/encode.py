@@ -9,7 +9,7 @@ from itertools import groupby, islice
 from typing import Any
 
 from rankfold.data.shapes.example import Example
-from rankfold.data.tokens.mask import TrainOn, Turn, find_turns
+from rankfold.data.tokens.mask import TrainOn, Turn, find_turns, trained_places
 from rankfold.errors import DataError, bullet_list
 from rankfold.models.messages.images import ImageReader, SizedImage
 from rankfold.models.messages.prompt import Piece, PromptEncoder, prompt_encoder
@@ -24,16 +24,24 @@ class EncodedRow:
     """``input_ids`` and ``labels`` of one row, of equal length; a label is the token itself or IGNORE.
 
     ``images`` are those whose tokens stand in it, in their order; their pixels are read when rows are
-    put together (see ``collate_images``)."""
+    put together (see ``PaddedImages``).  ``weights``: how much each token's loss counts; None is 1 each."""
 
     origin: str
     input_ids: list[int]
     labels: list[int]
     images: tuple[SizedImage, ...] = ()
+    weights: list[float] | None = None
 
     @property
     def trained_tokens(self) -> int:
         return len(self.labels) - self.labels.count(IGNORE)
+
+    @property
+    def weight(self) -> float:
+        """What its trained tokens count, all together."""
+        if self.weights is None:
+            return float(self.trained_tokens)
+        return sum(w for w, label in zip(self.weights, self.labels, strict=True) if label != IGNORE)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -140,7 +148,9 @@ def encode_each(
     while chunk := list(islice(remaining, EXAMPLES_AT_ONCE)):
         chats = [example for example in chunk if example.messages]
         turns = iter(find_turns(chats, encoder, train_on, reader) if chats else [])
-        cut = [_cut(example, next(turns) if example.messages else [], encoder, reader) for example in chunk]
+        found = [next(turns) if example.messages else [] for example in chunk]
+        pairs = zip(chunk, found, strict=True)
+        cut = [_cut(example, own, encoder, reader, train_on) for example, own in pairs]
         encoder.learn(
             piece for steps in cut if isinstance(steps, list) for step in steps for piece in step.pieces
         )
@@ -157,11 +167,13 @@ def encode_each(
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One trained turn in pieces: the prompt, and the prompt with the answer; and the prompt's images."""
+    """One trained turn in pieces: the prompt, and the prompt with the answer; the prompt's images, and how
+    much each token of the answer counts."""
 
     prompt: list[Piece]
     whole: list[Piece]
     images: tuple[SizedImage, ...] = ()
+    weight: float = 1.0
 
     @property
     def pieces(self) -> list[Piece]:
@@ -169,7 +181,11 @@ class Step:
 
 
 def _cut(
-    example: Example, turns: list[Turn] | DataError, encoder: PromptEncoder, reader: ImageReader | None
+    example: Example,
+    turns: list[Turn] | DataError,
+    encoder: PromptEncoder,
+    reader: ImageReader | None,
+    train_on: TrainOn,
 ) -> list[Step] | DataError:
     if isinstance(turns, DataError):
         return turns
@@ -177,12 +193,13 @@ def _cut(
         return [Step([], [encoder.text_piece(example.text)])]
     try:
         steps = []
-        for turn in turns:
+        trained = trained_places(example.messages, train_on)
+        for turn, place in zip(turns, trained, strict=True):
             text, images = _with_images(turn, reader)
             prompt = encoder.cut(text)
             joined = encoder.joins  # then the answer cannot be tokenised by itself
             whole = encoder.cut(text + turn.answer) if joined else prompt + encoder.cut(turn.answer)
-            steps.append(Step(prompt, whole, images))
+            steps.append(Step(prompt, whole, images, example.messages[place].weight))
         return steps
     except DataError as error:
         return error
@@ -216,7 +233,9 @@ def _chat_rows(origin: str, steps: list[Step], encoder: PromptEncoder, train_on:
     rows = []
     ids: list[int] = []
     labels: list[int] = []
+    weights: list[float] = []
     images: tuple[SizedImage, ...] = ()
+    weighted = any(step.weight != 1 for step in steps)
     for step in steps:
         asked, done = encoder.ids(step.prompt), encoder.ids(step.whole)
         if done[: len(asked)] != asked:
@@ -224,10 +243,11 @@ def _chat_rows(origin: str, steps: list[Step], encoder: PromptEncoder, train_on:
                 "the tokenizer writes the end of the prompt and the answer's beginning as one token"
             )
         if asked[: len(ids)] != ids:
-            rows.append(EncodedRow(origin, ids, labels, images))
-            ids, labels = [], []
+            rows.append(EncodedRow(origin, ids, labels, images, weights if weighted else None))
+            ids, labels, weights = [], [], []
         labels = labels + [IGNORE] * (len(asked) - len(ids)) + done[len(asked) :]
+        weights = weights + [step.weight] * (len(done) - len(ids))
         ids, images = done, step.images
     if train_on == "all":
         labels = [IGNORE, *ids[1:]]
-    return [*rows, EncodedRow(origin, ids, labels, images)]
+    return [*rows, EncodedRow(origin, ids, labels, images, weights if weighted else None)]

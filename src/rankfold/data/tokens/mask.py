@@ -52,9 +52,10 @@ def trained_places(messages: Sequence[Message], train_on: TrainOn) -> list[int]:
 
     With "all" it is the last assistant's, and what stands before it is trained too.
     Raises DataError if there is none, or for a flag that cannot be obeyed."""
-    if train_on == "all" and any(message.train is False for message in messages):
+    if train_on == "all" and any(message.train is False or message.weight != 1 for message in messages):
         raise DataError(
-            "a message is flagged not to be trained, but everything is to be; drop one or the other"
+            "a message is flagged not to be trained, or to count more or less than others, but everything is "
+            "to be trained; drop one or the other"
         )
     assistants = [place for place, message in enumerate(messages) if message.role == "assistant"]
     by_default = assistants if train_on == "assistant" else assistants[-1:]

@@ -53,8 +53,8 @@ class OutputHead:
         return seen[-1]
 
     def losses(self, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """The loss in nats of each of ``targets`` (tokens) after ``hidden`` (tokens, width), 0 where it is
-        IGNORE; see ``linear_cross_entropy``."""
+        """The loss in nats of each of ``targets`` (tokens) after ``hidden`` (tokens, width); see
+        ``linear_cross_entropy``."""
         form, module = replace(self.form, label_smoothing=label_smoothing), self.module
         if self.is_plain:
             weight = module if isinstance(module, HeldLinear) else module.weight

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfold.data.order.batches import micro_batch_tokens
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import padded
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.models.messages.images import ImageReader
 from rankfold.train.processes import Processes
@@ -72,7 +72,7 @@ def row_losses(
     """The summed loss of each row in nats, float64, in the order of ``rows``; each of the ``processes`` works
     on its share, and all get the result.  ``reader`` is needed if rows have images."""
     processes = processes or Processes()
-    batching = Batching("padded", tokens=micro_batch_tokens(model.device), reader=reader)
+    batching = padded(reader, micro_batch_tokens(model.device))
     was_training = model.training
     model.eval()
     places = {id(row): place for place, row in enumerate(rows)}
@@ -82,9 +82,11 @@ def row_losses(
     for number in range(rounds):
         place = number * processes.count + processes.index
         group = groups[min(place, len(groups) - 1)]
-        losses = token_losses(model, batching.collate(group, pad_id, model.device)).sum(dim=1)
+        batch = batching.collate(group, pad_id, model.device)
+        losses = (token_losses(model, batch) * batch.targets.weights).double().cpu()
         if place < len(groups):
-            sums[[places[id(row)] for row in group]] = losses.double().cpu()
+            of_group = torch.tensor([places[id(row)] for row in group])
+            sums.index_add_(0, of_group[batch.targets.rows.cpu()], losses)
     model.train(was_training)
     return processes.sum(sums.to(processes.device)).cpu()
 
@@ -94,7 +96,7 @@ def compare(rows: list[EncodedRow], base: Tensor, tuned: Tensor, seed: int) -> C
 
     The interval is a paired bootstrap over rows (Efron & Tibshirani 1993, ch. 13, percentile method):
     rows are drawn with replacement, and both models are judged on the same draw."""
-    counts = torch.tensor([row.trained_tokens for row in rows], dtype=torch.float64)
+    counts = torch.tensor([row.weight for row in rows], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(rows), (RESAMPLES, len(rows)), generator=generator)
     gaps = (tuned - base)[draws].sum(dim=1) / counts[draws].sum(dim=1)
@@ -103,7 +105,7 @@ def compare(rows: list[EncodedRow], base: Tensor, tuned: Tensor, seed: int) -> C
     total = float(counts.sum())
     return Comparison(
         rows=len(rows),
-        trained_tokens=int(total),
+        trained_tokens=sum(row.trained_tokens for row in rows),
         base_loss=float(base.sum()) / total,
         tuned_loss=float(tuned.sum()) / total,
         gap=float((tuned - base).sum()) / total,

@@ -99,4 +99,4 @@ class Judge:
     def _row_losses(self) -> Tensor:
         plan = self.plan
         with plan.precision.autocast(plan.model.device):
-            return row_losses(plan.model, plan.held_out, plan.pad_id, plan.processes, plan.batching.reader)
+            return row_losses(plan.model, plan.held_out, plan.pad_id, plan.processes, plan.reader)

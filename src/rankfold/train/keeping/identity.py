@@ -55,6 +55,7 @@ def rows_hash(rows: Sequence[EncodedRow]) -> str:
         digest.update(len(row).to_bytes(8, "little"))
         digest.update(array("q", row.input_ids).tobytes())
         digest.update(array("q", row.labels).tobytes())
+        digest.update(array("d", array("f", row.weights or ())).tobytes())
         for image in row.images:  # their pixels are read in every epoch; here their size must do
             digest.update(f"{image.width} {image.height} {image.path.stat().st_size}".encode())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ In six steps, each a function whose value the next takes: how the base reads, th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 
 from rankfold.data.check.balance import Lengths
 from rankfold.data.order.batches import epoch_steps
-from rankfold.data.order.pack import SAMPLED_STEPS, Batching, batching_of_images, choose_batching
+from rankfold.data.order.batching import Batching, padded
+from rankfold.data.order.pack import SAMPLED_STEPS, batching_of_images, choose_batching
 from rankfold.data.tokens.cache import lengths_of
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.data.tokens.proof import MaskProof, prove_mask
@@ -25,6 +26,7 @@ from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.base.fitting import grow_vocabulary, set_tokenizer
 from rankfold.models.base.load import Base, load_base
 from rankfold.models.base.precision import Precision
+from rankfold.models.messages.images import ImageReader
 from rankfold.models.messages.template import template_of
 from rankfold.models.running.gates import fuse_gates, swiglu_like
 from rankfold.models.running.norms import fuse_norms, norm_like
@@ -59,6 +61,7 @@ class Plan:
     lengths: Lengths
     notes: list[str]
     batching: Batching
+    reader: ImageReader | None
     activations: Activations
     precision: Precision
     fused: str
@@ -93,8 +96,8 @@ class Plan:
     @property
     def look_seconds(self) -> float:
         """A look at the held-out rows, by all processes."""
-        padded = replace(self.batching, kind="padded")
-        seconds = self.cost.seconds(padded.cut(self.held_out), padded)
+        side_by_side = padded(self.reader, self.batching.tokens)
+        seconds = self.cost.seconds(side_by_side.cut(self.held_out), side_by_side)
         return self.cost.forward * seconds / self.processes.count
 
     @property
@@ -138,6 +141,7 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
         proof=prove_mask(encoded.train, text.tokenizer, SHOWN_ROWS, recipe.seed),
         notes=[*costs, *base.notes, *rows.notes, *encoded.notes, *told],
         batching=batching,
+        reader=encoded.reader,
         activations=activations,
         precision=precision,
         processes=processes,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rankfold.data.order.batches import MICRO_BATCH_TOKENS, MicroBatch
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Batching, Padded, PaddedImages
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.models.base.heap import keep_large_blocks_apart
 from rankfold.models.base.precision import Precision
 from rankfold.train.memory import free_memory_bytes
-from rankfold.train.step.objectives import supervised
+from rankfold.train.step.objectives import Supervised
 
 SMALL, LARGE = 1 / 8, 3 / 8  # of a full micro-batch: enough to tell what a call and what a token takes
 PROBE_TOKENS = 256
@@ -45,13 +45,7 @@ class Cost:
     forward: float
 
     def seconds(self, groups: Iterable[MicroBatch], batching: Batching) -> float:
-        return sum(self.per_call + self.per_token * tokens_of(group, batching) for group in groups)
-
-
-def tokens_of(rows: MicroBatch, batching: Batching) -> int:
-    """The tokens of a micro-batch, the padding among them."""
-    lengths = [len(row) for row in rows]
-    return sum(lengths) if batching.kind == "packed" else len(rows) * max(lengths)
+        return sum(self.per_call + self.per_token * batching.size(group) for group in groups)
 
 
 def _up_to(rows: Sequence[EncodedRow], tokens: float) -> MicroBatch:
@@ -84,7 +78,8 @@ class Trial:
         if recompute is None:
             recompute = fits < least and can_recompute(self.model)
         most = MICRO_BATCH_TOKENS if recompute else max(MICRO_BATCH_TOKENS, fits)
-        return replace(batching, tokens=min(batching.tokens, most)), Activations(recompute, reason)
+        fitting: Any = replace(cast(Any, batching), tokens=min(batching.tokens, most))
+        return fitting, Activations(recompute, reason)
 
     def kept_bytes_per_token(self, batching: Batching) -> float:
         """What a forward keeps for the backward, beside parameters and buffers.  Counted, and not kept."""
@@ -100,7 +95,7 @@ class Trial:
                 kept[StorageWeakRef(storage)] = storage.nbytes()
 
         with saved_tensors_hooks(count, lambda nothing: nothing):  # nothing stays, so no backward can follow
-            self._forward([longest], replace(batching, kind="padded"))
+            self._forward([longest], batching if longest.images else Padded())
         for tensor in filter(_is_plain, chain(self.model.parameters(), self.model.buffers())):
             kept.pop(StorageWeakRef(tensor.untyped_storage()), None)
         return sum(kept.values()) / len(longest)
@@ -110,16 +105,16 @@ class Trial:
         one that warms up; on one of images, whose tokens do not tell what they take, alone."""
         middle = sorted(self.rows, key=len)[len(self.rows) // 4 :]
         small, large = (_up_to(middle, share * batching.tokens) for share in (SMALL, LARGE))
-        if batching.reader is not None:
+        if isinstance(batching, PaddedImages):
             small = large
         self.seconds(small, batching)
         forward, seconds = self.seconds(small, batching)
         if len(large) == len(small):
-            return Cost(0.0, seconds / tokens_of(large, batching), forward / seconds)
+            return Cost(0.0, seconds / batching.size(large), forward / seconds)
         forward, more = self.seconds(large, batching)
-        per_token = max(more - seconds, 0.0) / (tokens_of(large, batching) - tokens_of(small, batching))
-        per_token = min(per_token, more / tokens_of(large, batching))
-        return Cost(more - per_token * tokens_of(large, batching), per_token, forward / more)
+        per_token = max(more - seconds, 0.0) / (batching.size(large) - batching.size(small))
+        per_token = min(per_token, more / batching.size(large))
+        return Cost(more - per_token * batching.size(large), per_token, forward / more)
 
     def seconds(self, rows: MicroBatch, batching: Batching) -> tuple[float, float]:
         """Seconds of the forward, and of forward and backward."""
@@ -137,7 +132,7 @@ class Trial:
         was_training = self.model.training
         self.model.train()
         with torch.random.fork_rng(), self.precision.autocast(self.model.device):
-            losses, _ = supervised(self.model, batching.collate(rows, self.pad_id, self.model.device))
+            losses, _ = Supervised().sum(self.model, batching.collate(rows, self.pad_id, self.model.device))
         self.model.train(was_training)
         return losses
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.data.order.batches import MicroBatch, share
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Batching, Padded
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import CheckpointError, TrainingError
 from rankfold.models.base.precision import Precision
@@ -23,7 +23,7 @@ from rankfold.train.memory import peak_memory_bytes
 from rankfold.train.processes import Processes
 from rankfold.train.step.average import Average, set_weights
 from rankfold.train.step.loss_scale import LossScale
-from rankfold.train.step.objectives import Objective, supervised
+from rankfold.train.step.objectives import Objective, Supervised
 from rankfold.train.step.pace import Pace
 
 WHOLE = ".modules_to_save."  # in the names of what is trained whole
@@ -63,8 +63,8 @@ class Method:
     ``whole_rate_factor`` times.  With ``ema_decay`` above 0 the weights that count are a running mean."""
 
     rates: Callable[[float], float]
-    objective: Objective = supervised
-    batching: Batching = Batching()  # noqa: RUF009 - frozen
+    objective: Objective = Supervised()  # noqa: RUF009 - frozen
+    batching: Batching = Padded()  # noqa: RUF009 - frozen
     precision: Precision = Precision.of("float32")  # noqa: RUF009 - frozen
     b_rate_factor: float = 1.0
     whole_rate_factor: float = 1.0
@@ -137,7 +137,7 @@ class Trainer:
         started = time.perf_counter()
         while True:
             torch.manual_seed(draw_seed(self.method.seed, step, self.processes.index))
-            loss, trained_tokens = self.mean_gradients(rows)
+            loss = self.mean_gradients(rows)
             norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.method.max_gradient_norm))
             if math.isfinite(loss) and math.isfinite(norm):
                 break
@@ -163,31 +163,28 @@ class Trainer:
             loss=loss,
             gradient_norm=norm,
             learning_rate=rate,
-            trained_tokens=trained_tokens,
+            trained_tokens=sum(row.trained_tokens for row in rows),
             tokens=sum(map(len, rows)),
             seconds=time.perf_counter() - started,
             memory_bytes=peak_memory_bytes(self.model.device),
         )
 
-    def mean_gradients(self, rows: list[EncodedRow]) -> tuple[float, int]:
-        """Leave the gradients of the mean loss over the trained tokens of all ``rows``, whichever process
-        they are in; that loss and the number of those tokens."""
-        groups = self._own_micro_batches(rows)
-        loss_sum, count = 0.0, 0
-        for group, weight in groups:
-            group_sum, group_count = self.micro_batch(group, weight)
-            loss_sum, count = loss_sum + group_sum, count + group_count
-        sums = torch.tensor([loss_sum, count], dtype=torch.float64, device=self.processes.device)
-        totals = self.processes.sum(sums)
-        loss_sum, count = float(totals[0]), int(totals[1])
+    def mean_gradients(self, rows: list[EncodedRow]) -> float:
+        """Leave the gradients of the mean loss of all ``rows``, whichever process they are in; that loss."""
+        loss_sum, weight = torch.zeros((), dtype=torch.float64, device=self.processes.device), 0.0
+        for group, times in self._own_micro_batches(rows):
+            group_sum, group_weight = self.micro_batch(group, times)
+            loss_sum, weight = loss_sum + group_sum.to(loss_sum), weight + group_weight
+        sums = self.processes.sum(torch.stack([loss_sum, loss_sum.new_tensor(weight)]))
+        loss_sum, weight = sums[0], float(sums[1])
         self._sum_gradients()
         for parameter in self.trained.values():
             if parameter.grad is not None:
-                parameter.grad.div_(count * self.loss_scale.scale)
-        return loss_sum / count, count
+                parameter.grad.div_(weight * self.loss_scale.scale)
+        return float(loss_sum / weight)
 
     def _own_micro_batches(self, rows: list[EncodedRow]) -> list[tuple[MicroBatch, int]]:
-        """This process's share of ``rows``, each micro-batch with its weight.
+        """This process's share of ``rows``, each micro-batch with how often it counts.
 
         Those that share a base wait for each other in every layer, so they all do as many forwards: what
         one lacks is made up with a row that counts for nothing."""
@@ -208,13 +205,13 @@ class Trainer:
         for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def micro_batch(self, rows: MicroBatch, weight: int = 1) -> tuple[float, int]:
-        """Forward and backward of one micro-batch, ``weight`` times; the sum and number of its losses."""
+    def micro_batch(self, rows: MicroBatch, times: int = 1) -> tuple[Tensor, float]:
+        """Forward and backward of one micro-batch, ``times`` over; the sum of its losses, and its weight."""
         batch = self.method.batching.collate(rows, self.pad_id, self.model.device)
         with self.method.precision.autocast(self.model.device):
-            losses, count = self.method.objective(self.model, batch)
-        (losses * (weight * self.loss_scale.scale)).backward()
-        return float(losses.detach()) * weight, count * weight
+            losses, weight = self.method.objective.sum(self.model, batch)
+        (losses * (times * self.loss_scale.scale)).backward()
+        return losses.detach().double() * times, weight * times
 
     def counting(self) -> AbstractContextManager[None]:
         """Within the block the model has the weights that count: the average, if the method asks for one."""

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from functools import partial
 
-from rankfold.data.order.pack import Batching
+from rankfold.data.order.batching import Batching
 from rankfold.models.base.precision import Precision
 from rankfold.train.asked.advise import Settings
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.step.loop import Method
-from rankfold.train.step.noise import with_noise
-from rankfold.train.step.objectives import Objective, supervised
+from rankfold.train.step.noise import Noisy
+from rankfold.train.step.objectives import Objective, Supervised
 from rankfold.train.step.schedule import learning_rate_at
 
 
 def method_of(recipe: Recipe, settings: Settings, batching: Batching, precision: Precision) -> Method:
-    objective: Objective = supervised
-    if recipe.label_smoothing:
-        objective = partial(supervised, label_smoothing=recipe.label_smoothing)
+    objective: Objective = Supervised(recipe.label_smoothing)
     if recipe.neftune_alpha:
-        objective = with_noise(objective, recipe.neftune_alpha)
+        objective = Noisy(objective, recipe.neftune_alpha)
     rates = partial(
         learning_rate_at,
         schedule=recipe.schedule,
