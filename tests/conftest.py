@@ -16,8 +16,9 @@ from torch import nn
 
 from compatibility import Writer
 from rankfold.data.tokens.encode import EncodedRow
+from rankfold.models.base.base import Base
 from rankfold.models.base.find import DEFAULT_MODEL
-from rankfold.models.base.load import Base, load_base
+from rankfold.models.base.load import load_base
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 

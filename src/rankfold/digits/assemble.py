@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rankfold.compat import name_special_tokens, tiling_image_processor
-from rankfold.models.base.load import Base
+from rankfold.models.base.base import Base
 from rankfold.models.base.processors import without_video
 from rankfold.models.base.quiet import quiet_transformers
 from rankfold.models.internvl.chat import IMAGE_TOKEN, IMAGE_TOKENS, NO_PROMPT

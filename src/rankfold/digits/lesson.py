@@ -28,8 +28,9 @@ from rankfold.digits.rows import (
 )
 from rankfold.errors import OutputError
 from rankfold.files import require_space, staged_folder, write_whole
+from rankfold.models.base.base import Base
 from rankfold.models.base.find import DEFAULT_MODEL
-from rankfold.models.base.load import Base, load_base, load_tuned
+from rankfold.models.base.load import load_base, load_tuned
 from rankfold.models.running.generate import replies
 from rankfold.models.running.sampling import Sampling
 from rankfold.train.asked.recipe import Recipe

@@ -16,8 +16,9 @@ from gguf_files import tiny_model, write_gguf
 from rankfold import LoraConfig, PeftModel, get_peft_model
 from rankfold.errors import ModelError
 from rankfold.lora.files.fingerprint import fingerprint
+from rankfold.models.base.base import Base
 from rankfold.models.base.find import DEFAULT_MODEL, BaseSource
-from rankfold.models.base.load import Base, load_base
+from rankfold.models.base.load import load_base
 from rankfold.models.base.packed import describe, held_model
 from rankfold.models.base.text_side import load_text
 from rankfold.models.running.head import output_head

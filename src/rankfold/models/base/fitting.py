@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from rankfold.errors import AdapterError, ModelError
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import WEIGHTS_NAME, Fault
+from rankfold.models.base.base import Base
 from rankfold.models.base.processors import set_most_tiles
 from rankfold.models.base.quiet import quiet_transformers
 from rankfold.models.base.tokenizer_marks import tokenizer_changes
@@ -21,18 +23,18 @@ from rankfold.models.messages.plain_template import plain_template
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def fit_to_adapter(base: Any, folder: Path, facts: AdapterMetadata, allow: Collection[Fault]) -> None:
-    """Let ``base`` read text as it did when the adapter in ``folder`` was trained; in place.  Its model may
-    be None, if it is not loaded yet; its vocabulary may have to grow then (see ``grow_vocabulary``).
+def fit_to_adapter(base: Base, folder: Path, facts: AdapterMetadata, allow: Collection[Fault]) -> Base:
+    """``base`` as it read text when the adapter in ``folder`` was trained.  Its model may be None, if it is
+    not loaded yet; its vocabulary may have to grow then (see ``grow_vocabulary``), which is done in place.
 
     Raises ModelError if its tokenizer is another one, AdapterError for a damaged one in the folder."""
     if base.model is not None:
-        base.notes += grow_vocabulary(base.model, folder)
+        base = base.noting(grow_vocabulary(base.model, folder))
     if (own := own_tokenizer(folder)) is not None and len(own) > len(base.tokenizer):
         own.name_or_path = base.tokenizer.name_or_path
-        set_tokenizer(base, own)
-        base.notes.append(f"the tokenizer is the one in {folder}, which has more words than the base's")
-    set_tokenizer(base, with_tokens(base.tokenizer, facts.eos_token, facts.as_tokens))
+        told = f"the tokenizer is the one in {folder}, which has more words than the base's"
+        base = base.reading_by(own).noting([told])
+    base = base.reading_by(with_tokens(base.tokenizer, facts.eos_token, facts.as_tokens))
     if facts.image_tiles is not None and base.processor is not None:
         set_most_tiles(base.processor, facts.image_tiles)
     changed = tokenizer_changes(facts.tokenizer, base.tokenizer)
@@ -45,14 +47,8 @@ def fit_to_adapter(base: Any, folder: Path, facts: AdapterMetadata, allow: Colle
             f"{' and another '.join(changed)}; name the right base with --model, or allow 'base' "
             "(--allow base) to use it all the same"
         )
-    base.notes += [f"the tokenizer has another {part} than in training" for part in changed]
-    base.prompt_style = facts.prompt_style
-
-
-def set_tokenizer(base: Any, tokenizer: Any) -> None:
-    base.tokenizer = tokenizer
-    if base.processor is not None:
-        base.processor.tokenizer = tokenizer
+    notes = [f"the tokenizer has another {part} than in training" for part in changed]
+    return replace(base, prompt_style=facts.prompt_style).noting(notes)
 
 
 def own_tokenizer(folder: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from rankfold.lora import LoraConfig
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, Fault
 from rankfold.models.adapters.convert import natively_named
+from rankfold.models.base.base import Base
 from rankfold.models.base.find import DEFAULT_MODEL, BaseSource, cannot_load, find_base
-from rankfold.models.base.fitting import fit_to_adapter, set_tokenizer
+from rankfold.models.base.fitting import fit_to_adapter
 from rankfold.models.base.heap import large_blocks_apart
 from rankfold.models.base.image_text import (
     image_text_config,
@@ -35,20 +36,6 @@ from rankfold.models.gguf.architectures import ARCHITECTURES
 from rankfold.models.gguf.file import GgufFile, read_gguf
 from rankfold.models.gguf.others import other_model
 from rankfold.peft_surface import PeftModel
-
-
-@dataclass
-class Base:
-    """A language model with its tokenizer; ``notes`` are facts a user should be told.
-
-    ``processor`` is transformers' for a model that sees images, else None."""
-
-    model: Any
-    tokenizer: Any
-    source: BaseSource
-    notes: list[str] = field(default_factory=list)
-    prompt_style: str = "chat"
-    processor: Any = None
 
 
 @large_blocks_apart()
@@ -99,10 +86,10 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
     if not name:
         raise ModelError(f"{adapter} does not say which base model it belongs to; name it with --model")
     base = load_base(name)
-    fit_to_adapter(base, Path(adapter), AdapterMetadata.read(Path(adapter)), allow)
+    base = fit_to_adapter(base, Path(adapter), AdapterMetadata.read(Path(adapter)), allow)
     with natively_named(Path(adapter), name) if is_internvl(base.model) else nullcontext(adapter) as folder:
-        base.model = PeftModel.from_pretrained(base.model, folder, allow=allow).merge_and_unload()
-    return base
+        model = PeftModel.from_pretrained(base.model, folder, allow=allow).merge_and_unload()
+    return replace(base, model=model)
 
 
 def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str | None = None) -> Any:
@@ -135,9 +122,7 @@ def load(
     if allow and not adapter:
         raise ConfigError("--allow says what an adapter may lack, and there is no --adapter")
     base = load_tuned(adapter, model_name, allow) if adapter else load_base(model_name or DEFAULT_MODEL)
-    if eos_token:
-        set_tokenizer(base, with_tokens(base.tokenizer, eos_token, ()))
-    return base
+    return base.reading_by(with_tokens(base.tokenizer, eos_token, ())) if eos_token else base
 
 
 def _comes_as(source: BaseSource, config: Any) -> torch.dtype:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from rankfold.errors import ModelError
+from rankfold.models.base.base import Base
 from rankfold.models.base.find import BaseSource, cannot_load, find_base
 from rankfold.models.base.fitting import TOKENIZER_FILES
 from rankfold.models.base.image_text import config_without_files, original_config_of, processor_with
-from rankfold.models.base.load import Base
 from rankfold.models.base.processors import sees_images
 from rankfold.models.base.quiet import quiet_transformers
 from rankfold.models.base.text_side import text_side

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import DataError
-from rankfold.models.base.load import Base
+from rankfold.models.base.base import Base
 from rankfold.models.base.quiet import quiet_transformers
 from rankfold.models.messages.images import image_paths, image_prompt
 from rankfold.models.messages.prompt import TemplateMessage, prompt_encoder

@@ -16,8 +16,7 @@ from rankfold.data.order.batches import MICRO_BATCH_TOKENS
 from rankfold.data.shapes.example_store import Joined
 from rankfold.lora import LoraConfig, TaskType
 from rankfold.models.adapters.modalities import adapter_scope, model_parts
-from rankfold.models.base.fitting import set_tokenizer
-from rankfold.models.base.load import Base
+from rankfold.models.base.base import Base
 from rankfold.models.base.meta_model import load_outline
 from rankfold.models.base.processors import sees_images
 from rankfold.models.base.tokens import with_tokens
@@ -115,7 +114,7 @@ def forecast(request: ForecastRequest) -> Forecast:
     request = as_its_adapter(request)
     base = load_outline(request.model, request.tokenizer)
     if base.tokenizer is not None:
-        set_tokenizer(base, with_tokens(base.tokenizer, request.eos_token, request.as_tokens))
+        base = base.reading_by(with_tokens(base.tokenizer, request.eos_token, request.as_tokens))
     sees = sees_images(base.model.config)
     rows = read_data(request, sees)
     every = Joined(rows.train, rows.held_out)

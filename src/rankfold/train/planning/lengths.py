@@ -9,8 +9,8 @@ from typing import Any
 
 from rankfold.data.shapes.example import Example, Message
 from rankfold.errors import ModelError
+from rankfold.models.base.base import Base
 from rankfold.models.base.image_text import has_system_prompt, image_cutter
-from rankfold.models.base.load import Base
 from rankfold.models.base.processors import cut_at_most
 from rankfold.models.base.text_side import longest_input
 from rankfold.models.messages.images import ImageReader, size_of
@@ -63,7 +63,6 @@ def row_lengths(recipe: Recipe, rows: Rows, base: Base) -> RowLengths:
     """Raises DataError for rows that cannot be encoded, ModelError for images without a processor."""
     if base.tokenizer is None:
         return _estimated(recipe, rows, base)
-    base.prompt_style = rows.prompt_style
     longest = longest_input(base.model.config)
     text = Text(tokenizer=base.tokenizer, processor=base.processor, longest=longest)
     encoded, tile = encode_rows(recipe, rows, text), tile_size(base, recipe)

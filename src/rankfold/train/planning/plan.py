@@ -6,7 +6,7 @@ In six steps, each a function whose value the next takes: how the base reads, th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -23,8 +23,9 @@ from rankfold.errors import ConfigError
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.layers.packed import numbers_not_shown
 from rankfold.models.adapters.modalities import adapter_scope
-from rankfold.models.base.fitting import grow_vocabulary, set_tokenizer
-from rankfold.models.base.load import Base, load_base
+from rankfold.models.base.base import Base
+from rankfold.models.base.fitting import grow_vocabulary
+from rankfold.models.base.load import load_base
 from rankfold.models.base.precision import Precision
 from rankfold.models.messages.images import ImageReader
 from rankfold.models.messages.template import template_of
@@ -132,7 +133,7 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
     return Plan(
         recipe=recipe,
         settings=settings,
-        base=base,
+        base=replace(base, model=model),
         model=model,
         rows=rows,
         train=encoded.train,
@@ -176,20 +177,18 @@ def pad_id_of(tokenizer: Any) -> int:
 def load_weights(recipe: Recipe, text: Text, precision: Precision, rows: Rows) -> Base:
     """The base with its weights, which reads as ``text`` does."""
     base = load_base(recipe.model, precision, recipe.stored)
+    style, notes = rows.prompt_style, []
     if recipe.adapter is not None:
-        base.notes += grow_vocabulary(base.model, recipe.adapter)
-    base.processor = text.processor
-    set_tokenizer(base, text.tokenizer)
-    base.prompt_style = rows.prompt_style
-    base.notes += text.notes
+        notes += grow_vocabulary(base.model, recipe.adapter)
+    notes += text.notes
     before = text.started
-    if before is not None and before.versions and before.prompt_style != rows.prompt_style:
-        told = f"the adapter was trained on {before.prompt_style} rows, and these are {rows.prompt_style}"
-        base.notes.append(told)
-    template = template_of(base.tokenizer)[0] if rows.prompt_style == "chat" else ""
+    if before is not None and before.versions and before.prompt_style != style:
+        notes.append(f"the adapter was trained on {before.prompt_style} rows, and these are {style}")
+    template = template_of(text.tokenizer)[0] if style == "chat" else ""
     if template:
-        base.notes.append(f"the model has no chat template; messages are written in {template}")
-    return base
+        notes.append(f"the model has no chat template; messages are written in {template}")
+    read = replace(base, tokenizer=text.tokenizer, processor=text.processor, prompt_style=style)
+    return read.noting(notes)
 
 
 def _batching(recipe: Recipe, prepared: Prepared, base: Base, settings: Settings) -> Batching:
@@ -209,7 +208,6 @@ def _adapt(recipe: Recipe, base: Base, settings: Settings) -> tuple[PeftModel, s
     _widen_trained(model)
     gates, norms = swiglu_like(model), norm_like(model)
     fused = f"{fuse_gates(model)} of {gates} SwiGLU blocks, {fuse_norms(model)} of {norms} RMS norms"
-    base.model = model
     return model, fused, scope.told if base.processor is not None else []
 
 

@@ -12,9 +12,9 @@ from rankfold.lora import LoraConfig, TaskType
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import PICKLED_NAME, WEIGHTS_NAME
 from rankfold.models.adapters.modalities import Scope
+from rankfold.models.base.base import Base
 from rankfold.models.base.find import find_base
-from rankfold.models.base.fitting import fit_to_adapter, set_tokenizer
-from rankfold.models.base.load import Base
+from rankfold.models.base.fitting import fit_to_adapter
 from rankfold.models.base.tokens import with_tokens
 from rankfold.peft_surface import PeftModel, get_peft_model
 from rankfold.train.asked.advise import Settings
@@ -66,10 +66,10 @@ def text_of_start(recipe: Recipe, text: Text) -> Text:
     assert recipe.adapter is not None
     facts = AdapterMetadata.read(recipe.adapter)
     base = Base(None, text.tokenizer, find_base(recipe.model), processor=text.processor)
-    fit_to_adapter(base, recipe.adapter, facts, allow=())
+    base = fit_to_adapter(base, recipe.adapter, facts, allow=())
     new = [word for word in recipe.as_tokens if word not in facts.as_tokens]
-    set_tokenizer(base, with_tokens(base.tokenizer, recipe.eos_token, new))
-    return replace(text, tokenizer=base.tokenizer, started=facts, notes=base.notes)
+    base = base.reading_by(with_tokens(base.tokenizer, recipe.eos_token, new))
+    return replace(text, tokenizer=base.tokenizer, processor=base.processor, started=facts, notes=base.notes)
 
 
 def adapted(base: Base, recipe: Recipe, settings: Settings, scope: Scope) -> PeftModel:
