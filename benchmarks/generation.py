@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from figures import Figure, parser, record
+from parts.figures import Figure, parser, record
 
 from rankfold import LoraConfig, get_peft_model, load_base
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 import torch
-from figures import Figure, record
 from large_base import GIGABYTE, KILOBYTE, LINEARS, SCALE, step
+from parts.figures import Figure, record
 from torch import nn
 
 from rankfold import LoraConfig, get_peft_model

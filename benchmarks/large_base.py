@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 import torch
-from figures import Figure, record
+from parts.figures import Figure, record
 from torch import nn
 
 from rankfold import LoraConfig, get_peft_model

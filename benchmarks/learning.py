@@ -20,8 +20,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from figures import HERE, Figure, command_line, machine_line, parser, record
-from sides import ChildError, Job, Result, run_child, seconds_per_step, write_rows
+from parts.figures import HERE, Figure, command_line, machine_line, parser, record
+from parts.sides import ChildError, Job, Result, run_child, seconds_per_step, write_rows
 
 SIDES = {"rankfold": "ours", "PEFT + Trainer": "peers"}
 RESAMPLES = 2000

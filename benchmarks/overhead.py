@@ -24,8 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from figures import Figure, parser, record
-from sides import ChildError, run_child
+from parts.figures import Figure, parser, record
+from parts.sides import ChildError, run_child
 
 PATIENCE_S = 600
 LOOK_S = 0.01

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import statistics
 
-from figures import Figure, parser, record
+from parts.figures import Figure, parser, record
+from parts.trials import encoded, packed, tokens_per_second, trial
 from torch.profiler import ProfilerActivity, profile
-from trials import tokens_per_second
-from tried import encoded, packed, trial
 
 from rankfold.models.base.precision import Precision
 

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from figures import Figure, parser, record
-from goals import GOALS, LONG, SHORT, TRL_SMALLEST, UNITS, Goal
-from sides import ROW_LIMIT, ChildError, Job, Result, run_child, tokens_per_second, write_rows
+from parts.figures import Figure, parser, record
+from parts.goals import GOALS, LONG, SHORT, TRL_SMALLEST, UNITS, Goal
+from parts.sides import ROW_LIMIT, ChildError, Job, Result, run_child, tokens_per_second, write_rows
 
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 4e-4
 CURVE_STEPS = 20

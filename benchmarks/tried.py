@@ -13,27 +13,21 @@ that it can bring, so a micro-batch four times as large is timed beside the usua
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from figures import Figure, parser, record
-from sides import NO_SAVES, write_rows
-from trials import tokens_per_second
+from parts.figures import Figure, parser, record
+from parts.sides import NO_SAVES, write_rows
+from parts.trials import ALPHA, RANK, encoded, first_adapted, packed, tokens_per_second, trial, upper
 
-from rankfold import LoraConfig, Recipe, fine_tune, get_peft_model, load_base
-from rankfold.data.order.batches import MICRO_BATCH_TOKENS
-from rankfold.data.order.batching import Packed
-from rankfold.data.tokens.encode import IGNORE, EncodedRow
-from rankfold.models.base.precision import Precision, choose_precision, default_device
-from rankfold.models.running.rows_apart import attend_rows_apart
+from rankfold import Recipe, fine_tune, load_base
+from rankfold.models.base.precision import choose_precision, default_device
 from rankfold.train.planning.trial import Trial
 
 HELD_OUT = 100
-RANK, ALPHA, LEARNING_RATE = 8, 16.0, 4e-4
+LEARNING_RATE = 4e-4
 ADAPTERS = 4
 
 
@@ -51,42 +45,6 @@ def main() -> None:
         for _ in range(options.pairs)
     ]
     record([*trunk(options, speeds), several(options, sides["all"])])
-
-
-def packed(times: int = 1) -> Packed:
-    return Packed(tokens=times * MICRO_BATCH_TOKENS)
-
-
-def encoded(options: argparse.Namespace) -> list[EncodedRow]:
-    """The first rows of the file as tokens, of which the answer's are trained."""
-    tokenizer = load_base(options.model).tokenizer
-    lines = map(json.loads, options.data.read_text(encoding="utf-8").splitlines()[:64])
-    pairs = [[tokenizer(line[name]).input_ids for name in ("question", "answer")] for line in lines]
-    return [
-        EncodedRow(str(place), asked + answered, [IGNORE] * len(asked) + answered)
-        for place, (asked, answered) in enumerate(pairs)
-    ]
-
-
-def trial(options: argparse.Namespace, rows: list[EncodedRow], name: str, precision: Precision) -> Trial:
-    """The base with an adapter on all layers, on the upper third, or on the upper third without the rest."""
-    model: Any = load_base(options.model, precision).model
-    attend_rows_apart(model)
-    first = first_adapted(model)
-    if name == "upper alone":
-        model.model.layers = model.model.layers[first:]
-    targets = upper(model, first) if name == "upper" else "all-linear"
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
-    return Trial(get_peft_model(model, config), rows, 0, precision)
-
-
-def first_adapted(model: Any) -> int:
-    return len(model.model.layers) * 2 // 3
-
-
-def upper(model: Any, first: int) -> str:
-    numbers = "|".join(str(number) for number in range(first, len(model.model.layers)))
-    return rf".*layers\.({numbers})\..*_proj"
 
 
 def trunk(options: argparse.Namespace, speeds: list[dict[str, float]]) -> list[Figure]:

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def figures(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import figures as module
+    import parts.figures as module
 
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(module, "PAGE", tmp_path / "benchmarks.md")
@@ -25,7 +25,7 @@ def figures(monkeypatch, tmp_path):
 @pytest.fixture
 def sides(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import sides as module
+    import parts.sides as module
 
     return module
 

@@ -103,6 +103,14 @@ def test_the_numbers_are_those_of_peft_on_the_same_rows(recipe):
     assert means == pytest.approx([result.comparison.base_loss, result.comparison.tuned_loss], rel=1e-5)
 
 
+def test_what_the_caller_draws_does_not_depend_on_a_run(recipe):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    fine_tune(recipe(dropout=0.2, max_steps=2))
+    assert torch.equal(torch.rand(3), wanted)
+
+
 def test_one_seed_gives_the_same_bytes_and_another_does_not(recipe, tmp_path):
     outs = [fine_tune(recipe(out=tmp_path / f"run{n}", seed=seed)).out for n, seed in enumerate((3, 3, 4))]
     weights = [(out / "adapter_model.safetensors").read_bytes() for out in outs]

@@ -22,8 +22,6 @@ def table_rows(file: TextFile, name: str) -> Iterator[Row | BadRow]:
     swallows the rest of the file, and is a DataError."""
     feed = _Feed(file)
     text = iter(feed)
-    # The csv module's own limit is 128 KB a field, which documents exceed; it is one for the process.
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     records = csv.reader(text, delimiter=_delimiter(file), strict=True)
     heading: list[str] = []
     folder = str(file.path.parent)
@@ -67,12 +65,16 @@ def _next_record(
     records: Iterator[list[str]], feed: _Feed, place: str
 ) -> tuple[list[str] | None, ValueError | None]:
     """The next record, None at the end; or what is wrong with it."""
+    # The csv module's own limit is 128 KB a field, which documents exceed; it is one for the process.
+    usual = csv.field_size_limit(MAX_LINE_BYTES)
     try:
         fields = next(records, None)
     except csv.Error as error:
         if "unexpected end" in str(error) or "field limit" in str(error):
             raise DataError(f"{place}: a quote opens in this row and is never closed") from error
         return None, ValueError(f": {_in_our_words(str(error))}")
+    finally:
+        csv.field_size_limit(usual)
     problem, feed.problem = feed.problem, None
     return fields, problem
 

@@ -203,8 +203,9 @@ def _adapt(recipe: Recipe, base: Base, settings: Settings) -> tuple[PeftModel, s
     scope = adapter_scope(base.model, recipe.targets, recipe.parts, recipe.whole)
     if recipe.whole_learning_rate is not None and not scope.modules_to_save:
         raise ConfigError("whole_learning_rate: nothing is trained whole; name a part under parts and whole")
-    torch.manual_seed(recipe.seed)
-    model = adapted(base, recipe, settings, scope)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        model = adapted(base, recipe, settings, scope)
     _widen_trained(model)
     gates, norms = swiglu_like(model), norm_like(model)
     fused = f"{fuse_gates(model)} of {gates} SwiGLU blocks, {fuse_norms(model)} of {norms} RMS norms"

@@ -117,15 +117,16 @@ class Trainer:
         """Train on the rows of each step, which go on after ``step_done``, as long as the pace has some left,
         or until ``should_stop``."""
         self.model.train()
-        for rows in steps:
-            left = -self.processes.highest(-self.pace.left(self.step_done))
-            if should_stop() or left < 1:
-                break
-            self.pace.begin_step(left)
-            record = replace(self.step(self.step_done + 1, rows), steps=self.step_done + left)
-            self.pace.end_step()
-            self.step_done = record.step
-            on_step(record)
+        with torch.random.fork_rng():  # each step sets the generator
+            for rows in steps:
+                left = -self.processes.highest(-self.pace.left(self.step_done))
+                if should_stop() or left < 1:
+                    break
+                self.pace.begin_step(left)
+                record = replace(self.step(self.step_done + 1, rows), steps=self.step_done + left)
+                self.pace.end_step()
+                self.step_done = record.step
+                on_step(record)
         self.model.eval()
 
     def step(self, step: int, rows: list[EncodedRow]) -> StepRecord:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sides import Job, Result, be_child
+from parts.sides import Job, Result, be_child
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from sides import Job, Result, be_child
+from parts.sides import Job, Result, be_child
 
 from rankfold import LoraConfig, get_peft_model, load_base
 

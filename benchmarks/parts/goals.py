@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sides import ROW_LIMIT
+from parts.sides import ROW_LIMIT
 
 SHORT, LONG = 256, 2048  # tokens of a row
 TRL_SMALLEST = "trl in least memory"  # that one of its settings, tried in the first round only

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parts.sides import ROW_LIMIT, Job, Meter, Result, be_child, on_both, rate_factor
 from peft import LoraConfig, get_peft_model
-from sides import ROW_LIMIT, Job, Meter, Result, be_child, on_both, rate_factor
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 

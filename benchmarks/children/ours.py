@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sides import NO_SAVES, Job, Meter, Result, be_child, on_both
+from parts.sides import NO_SAVES, Job, Meter, Result, be_child, on_both
 
 from rankfold import Recipe, fine_tune
 from rankfold.train.keeping.listener import Listener

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from sides import Job, Result, be_child
+from parts.sides import Job, Result, be_child
 
 from rankfold import Recipe, fine_tune
 from rankfold.train.keeping.listener import Listener

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
 import resource
 import subprocess
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 ROW_LIMIT = 512  # tokens; the length that padding="max_length" pads to, and no row of speed.py is longer
 ROW_CHARACTERS = 5 * ROW_LIMIT // 2  # of a line: none of these was longer than ROW_LIMIT tokens
 NO_SAVES = 1_000_000  # steps between checkpoints: neither side of a speed comparison writes any
@@ -32,16 +33,18 @@ class ChildError(Exception):
 
 
 def run_child(script: str, job: Job, folder: Path) -> Result:
-    """Run ``benchmarks/SCRIPT.py`` on ``job`` in a process of its own, which works in a new folder below
-    ``folder``, and give its result.  Raises ChildError."""
+    """Run ``benchmarks/children/SCRIPT.py`` on ``job`` in a process of its own, which works in a new folder
+    below ``folder``, and give its result.  Raises ChildError."""
     place = folder / f"{len(list(folder.glob('child-*'))):03d}"
     place = place.with_name(f"child-{place.name}")
     place.mkdir(parents=True)
     job = job | {"folder": str(place)}
     (place / "job.json").write_text(json.dumps(job))
     with (place / "log.txt").open("w") as log:
-        command = [sys.executable, str(HERE / f"{script}.py"), str(place)]
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        command = [sys.executable, "-m", f"children.{script}", str(place)]
+        found = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(command, env=found, stdout=log, stderr=subprocess.STDOUT, check=False)
+    status = done.returncode
     if status:
         lines = (place / "log.txt").read_text().strip().splitlines() or ["it said nothing"]
         raise ChildError(f"{script} ended with status {status}: {lines[-1].strip()}")

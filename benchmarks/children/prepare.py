@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sides import Job, Result, be_child
+from parts.sides import Job, Result, be_child
 
 from rankfold import load_base
 from rankfold.data.order.batches import epoch_steps

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from parts.sides import Job, Result, be_child
 from peft import PeftModel
-from sides import Job, Result, be_child
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,1 @@
+"""Scripts that the measuring ones run in processes of their own."""
