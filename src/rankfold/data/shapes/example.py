@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ class Message:
     role: Role
     parts: tuple[Part, ...]
     train: bool | None = None
-    weight: float = 1.0
+    weight: float = field(default=1.0, repr=False)  # no part of what a row is known by: see ``fingerprint``
     reasoning: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
     tool_call_id: str = ""
@@ -42,6 +42,8 @@ class Message:
     @property
     def text(self) -> str:
         """The words alone."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], str):  # as most have it
+            return self.parts[0]
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
