@@ -385,6 +385,12 @@ def test_parts_that_nothing_reads_are_named_and_can_be_left_out(tmp_path):
     with pytest.raises(DataError, match="--leave-out video_url"):
         answers(path)
     assert answers(path, leave_out=["video_url"]) == ["A cat."]
+    table = tmp_path / "r.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(turns)]])
+    with pytest.raises(DataError, match="--leave-out video_url"):
+        answers(table)
+    assert answers(table, leave_out=["video_url"]) == ["A cat."]
 
 
 def test_rows_for_a_reward_are_told_as_what_they_are(tmp_path):

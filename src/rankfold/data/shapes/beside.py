@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +14,7 @@ from rankfold.data.shapes.chat_shapes import EXCHANGE_KEYS, answers_of
 from rankfold.data.shapes.fields import is_nothing, spelt
 from rankfold.data.shapes.rules import Problem
 from rankfold.data.shapes.shape import Columns, plain_name
-from rankfold.data.shapes.turns import CONTENT_KEYS, TURN_KEYS
+from rankfold.data.shapes.turns import CONTENT_KEYS, JSON_TURNS, TURN_KEYS
 
 NOT_TEXT = {"label", "images", "tools", "width", "height"}  # fields of shapes that hold no words
 READ_KEYS = TURN_KEYS | EXCHANGE_KEYS
@@ -54,6 +56,9 @@ def without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]
 
 
 def _without(value: Any, names: set[str]) -> Any:
+    if isinstance(value, str) and JSON_TURNS.match(value):
+        with suppress(ValueError):  # told where it is read
+            value = json.loads(value)
     if isinstance(value, list):
         kept = (item for item in value if not (isinstance(item, dict) and item.get("type") in names))
         return [_without(item, names) for item in kept]
