@@ -148,9 +148,7 @@ def recompute_activations(model: Any) -> None:
     base = model.get_base_model()
     if not can_recompute(model):
         raise ConfigError(f"activation_checkpointing: {type(base).__name__} has no layers that can do it")
-    # transformers before 5.23 knows the old name only.
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    base.activation_checkpointing_enable({"use_reentrant": False})
     keep_large_blocks_apart(True)
     base.disable_input_require_grads()  # which only the reentrant kind needs, and a backward pays for
 
