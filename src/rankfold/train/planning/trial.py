@@ -101,13 +101,12 @@ class Trial:
         return sum(kept.values()) / len(longest)
 
     def cost(self, batching: Batching) -> Cost:
-        """What a micro-batch takes, measured on a small one and a larger one of rows of usual length, after
-        one that warms up; on one of images, whose tokens do not tell what they take, alone."""
+        """What a micro-batch takes, measured on a small one and a larger one of rows of usual length, warm
+        from the forward for ``room``; on one of images, whose tokens do not tell what they take, alone."""
         middle = sorted(self.rows, key=len)[len(self.rows) // 4 :]
         small, large = (_up_to(middle, share * batching.tokens) for share in (SMALL, LARGE))
         if isinstance(batching, PaddedImages):
             small = large
-        self.seconds(small, batching)
         forward, seconds = self.seconds(small, batching)
         if len(large) == len(small):
             return Cost(0.0, seconds / batching.size(large), forward / seconds)
