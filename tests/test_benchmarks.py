@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from conftest import GSM8K, needs_gsm8k
 from rankfold.train.step.schedule import learning_rate_at
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -137,3 +140,27 @@ def test_a_peer_that_trained_something_else_is_no_comparison(speed):
     figure = speed.figure_of(speed.GOALS[0], [results])
     assert figure.failed == "trainable: 11 here, 10 in ours"
     assert figure.ratio is None
+
+
+@pytest.mark.slow
+@needs_gsm8k
+def test_the_measurement_for_a_card_runs_without_one(tmp_path):
+    """On tiny shapes: every side trains the same rows, and the tests that are for a card pass."""
+    out = tmp_path / "gpu.json"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "gpu.py"),
+        str(GSM8K),
+        "--out",
+        str(out),
+        "--steps",
+        "2",
+        "--rows",
+        "4",
+    ]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    told = json.loads(out.read_text())
+    assert (told["card"], told["shape"], told["tests"]["status"]) == ("", "tiny", 0)
+    assert told["sides"].keys() >= {"ours", "peft_trainer", "trl_packed"}
+    assert not any("failed" in side for side in told["sides"].values())
+    assert len(told["ratios"]) == 2 * (len(told["sides"]) - 1)

@@ -105,7 +105,8 @@ def arguments(job: Job) -> dict[str, Any]:
     """The settings that both trainers share; the rest is theirs."""
     return {
         "output_dir": str(Path(job["folder"]) / "trainer"),
-        "per_device_train_batch_size": job["rows_per_step"],
+        "per_device_train_batch_size": job.get("rows_at_once", job["rows_per_step"]),
+        "gradient_accumulation_steps": job["rows_per_step"] // job.get("rows_at_once", job["rows_per_step"]),
         "max_steps": job["max_steps"],
         "max_grad_norm": 1.0,
         "train_sampling_strategy": "sequential",  # the rows stand in the order of rankfold's steps
@@ -152,6 +153,7 @@ def sft_trainer(job: Job, model: Any, tokenizer: Any, **options: Any) -> Trainer
 
     settings = arguments(job) | TRL_SETTINGS[job["trl"]]
     settings |= {"bf16": torch.cuda.is_available(), "gradient_checkpointing": False}
+    settings |= {"use_liger_kernel": bool(job.get("liger"))}
     del settings["remove_unused_columns"]
     data = Dataset.from_list([row for step in job["steps"] for row in step])
     return MeteredSFTTrainer(

@@ -17,23 +17,25 @@ from rankfold import load_base
 from rankfold.data.order.batches import epoch_steps
 from rankfold.data.shapes.sources import read_examples, sources_of
 from rankfold.data.tokens.encode import encode_all
+from rankfold.models.base.text_side import load_text
 
 
 def prepare(job: Job) -> Result:
     """The encoded rows of each step and those held out, and running text in rows of about each of ``lengths``
     tokens; the base is left in the folder ``base``."""
-    base = load_base(job["model"])
     folder = Path(job["base"])
     if not folder.is_dir():
+        base = load_base(job["model"])
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
-    rows = _encoded(job["data"], base.tokenizer, job)
+    tokenizer, _, _ = load_text(job["model"])
+    rows = _encoded(job["data"], tokenizer, job)
     epochs = (epoch_steps(rows, job["rows_per_step"], job["seed"], epoch) for epoch in count())
     steps = list(islice(chain.from_iterable(epochs), job["steps"]))
     return {
         "steps": [[_plain(row) for row in step] for step in steps],
-        "held_out": [_plain(row) for row in _encoded(job["held_out"], base.tokenizer, job)],
-        "texts": {str(n): _texts(job, base.tokenizer, n) for n in job["lengths"]},
+        "held_out": [_plain(row) for row in _encoded(job["held_out"], tokenizer, job)],
+        "texts": {str(n): _texts(job, tokenizer, n) for n in job["lengths"]},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
 

@@ -50,6 +50,13 @@ def targets_of(rows: Sequence[EncodedRow], starts: Sequence[int], device: Any) -
     weight = float(sum(part.sum(dtype=np.float64) for part in weights))
 
     def put(parts: list[Any]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device)
+        return sent(torch.from_numpy(np.concatenate(parts)), device)
 
     return Targets(put(places), put(tokens), put(weights), put(numbers), weight)
+
+
+def sent(tensor: Tensor, device: Any) -> Tensor:
+    """``tensor`` on ``device``; to a card it goes from pinned memory, while the CPU works on."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from rankfold.data.order.batch import Batch, targets_of
+from rankfold.data.order.batch import Batch, sent, targets_of
 from rankfold.data.order.batches import MICRO_BATCH_TOKENS, MicroBatch, micro_batches
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import DataError
@@ -56,7 +56,7 @@ class Padded:
         longest = max(len(row) for row in rows)
 
         def padded(lists: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([ids + [fill] * (longest - len(ids)) for ids in lists], device=device)
+            return sent(torch.tensor([ids + [fill] * (longest - len(ids)) for ids in lists]), device)
 
         inputs = {
             "input_ids": padded([row.input_ids for row in rows], pad_id),
@@ -88,7 +88,7 @@ class Packed:
             "input_ids": [token for row in rows for token in row.input_ids],
             "position_ids": [place for row in rows for place in range(len(row))],
         }
-        inputs = {name: torch.tensor([values], device=device) for name, values in packed.items()}
+        inputs = {name: sent(torch.tensor([values]), device) for name, values in packed.items()}
         starts = [0, *accumulate(map(len, rows[:-1]))]
         return Batch(inputs, targets_of(rows, starts, device))
 
@@ -110,8 +110,9 @@ class PaddedImages(Padded):
         Raises DataError naming the row whose image can no longer be read."""
         batch = super().collate(rows, pad_id, device)
         if self.reader.type_name:
-            types = [self.reader.types(ids) for ids in batch.inputs["input_ids"].tolist()]
-            batch.inputs[self.reader.type_name] = torch.tensor(types, device=device)
+            longest = batch.inputs["input_ids"].shape[1]
+            types = [self.reader.types(row.input_ids + [pad_id] * (longest - len(row))) for row in rows]
+            batch.inputs[self.reader.type_name] = sent(torch.tensor(types), device)
         images = [image for row in rows for image in row.images]
         if not images:
             return batch
@@ -120,7 +121,7 @@ class PaddedImages(Padded):
         except DataError as error:
             origins = ", ".join(row.origin for row in rows if row.images)
             raise DataError(f"{origins}: {error}") from error
-        batch.inputs.update({name: value.to(device) for name, value in pixels.items()})
+        batch.inputs.update({name: sent(value, device) for name, value in pixels.items()})
         return batch
 
 
