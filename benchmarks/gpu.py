@@ -112,24 +112,22 @@ def measured(options: argparse.Namespace, work: Path, shape: str, until: float) 
     job["steps"] = run_child("prepare", job | asked, work)["steps"]
     found: dict[str, Result] = {}
     for name, (script, more) in sides().items():
-        if time.monotonic() > until:
-            found[name] = {"failed": "no time was left"}
-            continue
-        try:
-            result = run_child(script, job | more, work)
-        except ChildError as failure:
-            found[name] = {"failed": str(failure)}
-            continue
-        speed, peak = tokens_per_second(result), result["training_bytes"] / 1e9
-        found[name] = {"tokens_per_second": speed, "peak_gb": peak, "losses": result["losses"]}
-        found[name] |= {name: result[name] for name in SAME}
-        if (
-            name == "peft_trainer"
-            and "ours" in found
-            and any(found[name][k] != found["ours"].get(k) for k in SAME)
-        ):
-            found[name] = {"failed": f"it trained other rows or weights than ours: {found[name]}"}
+        found[name] = (
+            side(script, job | more, work) if time.monotonic() < until else {"failed": "no time left"}
+        )
+    ours, peft = found["ours"], found["peft_trainer"]
+    if "failed" not in ours | peft and any(ours[name] != peft[name] for name in SAME):
+        found["peft_trainer"] = {"failed": f"it trained other rows or weights than ours: {peft}"}
     return found
+
+
+def side(script: str, job: Job, work: Path) -> Result:
+    try:
+        result = run_child(script, job, work)
+    except ChildError as failure:
+        return {"failed": str(failure)}
+    measures = {"tokens_per_second": tokens_per_second(result), "peak_gb": result["training_bytes"] / 1e9}
+    return measures | {name: result[name] for name in (*SAME, "losses")}
 
 
 def sides() -> dict[str, tuple[str, Job]]:

@@ -147,17 +147,8 @@ def test_a_peer_that_trained_something_else_is_no_comparison(speed):
 def test_the_measurement_for_a_card_runs_without_one(tmp_path):
     """On tiny shapes: every side trains the same rows, and the tests that are for a card pass."""
     out = tmp_path / "gpu.json"
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "gpu.py"),
-        str(GSM8K),
-        "--out",
-        str(out),
-        "--steps",
-        "2",
-        "--rows",
-        "4",
-    ]
+    words = [str(GSM8K), "--out", str(out), "--steps", "2", "--rows", "4"]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     told = json.loads(out.read_text())
     assert (told["card"], told["shape"], told["tests"]["status"]) == ("", "tiny", 0)
