@@ -112,9 +112,8 @@ def measured(options: argparse.Namespace, work: Path, shape: str, until: float) 
     job["steps"] = run_child("prepare", job | asked, work)["steps"]
     found: dict[str, Result] = {}
     for name, (script, more) in sides().items():
-        found[name] = (
-            side(script, job | more, work) if time.monotonic() < until else {"failed": "no time left"}
-        )
+        in_time = time.monotonic() < until
+        found[name] = side(script, job | more, work) if in_time else {"failed": "no time was left"}
     ours, peft = found["ours"], found["peft_trainer"]
     if "failed" not in ours | peft and any(ours[name] != peft[name] for name in SAME):
         found["peft_trainer"] = {"failed": f"it trained other rows or weights than ours: {peft}"}
