@@ -23,7 +23,7 @@ from rankfold.data.check.hints import (
 from rankfold.data.check.ledger import Ledger
 from rankfold.data.check.measure import CharacterMeter, Meter, TokenMeter, texts_of
 from rankfold.data.check.picked import Picked
-from rankfold.data.order.near import NearDuplicates
+from rankfold.data.order.dedup import NearDuplicates
 from rankfold.data.order.split import compared_words, fingerprint
 from rankfold.data.reading.row import BadRow, Row
 from rankfold.data.shapes.example import Example

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from rankfold.data.order.near import NearDuplicates
+from rankfold.data.order.dedup import NearDuplicates
 from rankfold.data.shapes.example import Example, Part
 from rankfold.data.shapes.example_store import Joined, pick
 from rankfold.errors import DataError

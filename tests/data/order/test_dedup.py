@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankfold.data.order.near import THRESHOLD, NearDuplicates
+from rankfold.data.order.dedup import THRESHOLD, NearDuplicates
 
 ENGLISH = "A man walks into a bar with a slab of asphalt under his arm and orders two drinks for the road"
 CHINESE = "从前有一只北极熊觉得无聊，就开始拔自己的毛，一根、两根、三根，最后拔光了，它说：好冷啊，今天真冷。"
