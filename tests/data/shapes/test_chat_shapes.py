@@ -86,7 +86,7 @@ def test_a_single_column_of_any_name_is_running_text(values):
     assert example_of(values, "text") == Example("f:1", text="words")
 
 
-@pytest.mark.parametrize(("label", "answer"), [("good", "good"), (3, "3"), (True, "True")])
+@pytest.mark.parametrize(("label", "answer"), [("good", "good"), (3, "3"), (True, "true")])
 def test_a_labels_name_is_the_answer_of_a_classification(label, answer):
     example = example_of({"text": "words", "label": label}, "classification")
     assert example == Example("f:1", turns("words", answer), label=answer)
@@ -137,7 +137,7 @@ def test_images_may_stand_beside_openai_messages():
         ({"prompt": {"a": 1}, "completion": "a"}, "'prompt' must be text or a list of messages, got dict"),
         ({"prompt": "q", "completion": {}}, "'completion' must be text, got dict"),
         ({"text": [3]}, "'text' must be text, got list"),
-        ({"text": "x", "label": None}, "'label' must be a class's name or number, got NoneType"),
+        ({"text": "x", "label": None}, "'label' must be a class's name or number, got nothing"),
         ({"conversation": [{"input": [], "output": "a"}]}, "exchange 1: 'input' must be text, got list"),
         ({"conversations": LLAVA, "image": "http://x/a.png"}, "not a URL"),
         ({"conversations": LLAVA, "image": ["a.png", "b.png"]}, "2 images, but 1 <image> marks"),

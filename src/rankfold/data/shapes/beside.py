@@ -35,12 +35,12 @@ def beside(row: Row, columns: Columns, given: bool = False) -> tuple[list[Proble
     Fatal is what would change its meaning, such as media, unless it is empty; labels are not where the user
     has ``given`` the shape."""
     used = {name if name in row.values else name.partition(".")[0] for name in columns.values()}
-    unused = {name: row.values[name] for name in row.values.keys() - used}
+    unused = {name: row.values[name] for name in row.values.keys() - used if name or row.values[name]}
     notes = (note for note in row.notes if note.column in used or not note.column)
     found = [Problem(note.rule, note.text, False) for note in notes]
     for field, column in columns.items():
         value = row.values.get(column)
-        if not isinstance(value, str) and field not in NOT_TEXT:
+        if not isinstance(value, str) and (field not in NOT_TEXT or columns.keys() == {"text", "label"}):
             found += [Problem("not-text", text, False) for text in _not_text(value, column)]
             unused |= _not_read(value, column)
     for name, what in _meaningful(unused) if unused else ():

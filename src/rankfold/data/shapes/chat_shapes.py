@@ -8,7 +8,7 @@ from typing import Any
 from rankfold.data.reading.row import Row
 from rankfold.data.shapes.column_names import ANSWER_NAMES, BESIDE, CONTEXT_NAMES, IMAGE_NAMES, PROMPT_NAMES
 from rankfold.data.shapes.example import Example, Image, Message
-from rankfold.data.shapes.fields import Values, check_text, described, objects_of, text_of, truth_of
+from rankfold.data.shapes.fields import Values, described, objects_of, text_of, truth_of
 from rankfold.data.shapes.shape import Columns, Shape
 from rankfold.data.shapes.turns import (
     conversation,
@@ -165,11 +165,9 @@ def from_text(row: Row, columns: Columns) -> Example:
 
 def from_labelled(row: Row, columns: Columns) -> Example:
     """The text is asked, and its label is the answer."""
-    label = row.values.get(columns["label"])
-    if not isinstance(label, str | int | bool):
-        raise ValueError(f"{columns['label']!r} must be a class's name or number, got {described(label)}")
-    answer = str(label)
-    check_text(answer, columns["label"])
+    answer = text_of(row.values, columns["label"])
+    if answer is None:
+        raise ValueError(f"{columns['label']!r} must be a class's name or number, got nothing")
     messages = (spoken("user", row.values, columns["text"]), Message("assistant", (answer,)))
     return Example(row.origin, messages, label=answer)
 
