@@ -313,6 +313,20 @@ def test_a_turn_s_weight_is_what_its_loss_counts(tmp_path, key, value):
     assert (report.status, rules_of(report)["loss-weight"]) == (0, 1)
 
 
+@pytest.mark.parametrize(("flag", "trained"), [(True, True), (False, False)])
+def test_a_turn_with_a_flag_and_a_weight_has_both(tmp_path, flag, trained):
+    turn = {"role": "assistant", "content": "a", "train": flag, "weight": 0.5}
+    asked, last = {"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}
+    path = write(tmp_path / "r.jsonl", [{"messages": [asked, turn, asked, last]}])
+    [example] = read_examples(sources_of(path)).examples
+    assert (example.messages[1].train, example.messages[1].weight) == (trained, 0.5)
+
+
+def test_an_answer_that_is_json_stays_text_whatever_is_left_out(tmp_path):
+    path = write(tmp_path / "r.jsonl", [{"prompt": "List it.", "completion": '[{"a": 1}]', "videos": ["a"]}])
+    assert answers(path, leave_out=["videos"]) == ['[{"a": 1}]']
+
+
 @pytest.mark.parametrize("value", [-1, "half", float("inf"), [1]])
 def test_a_weight_that_is_no_number_of_at_least_nought_is_refused(tmp_path, value):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": value}]

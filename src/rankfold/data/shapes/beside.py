@@ -58,7 +58,8 @@ def without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]
 def _without(value: Any, names: set[str]) -> Any:
     if isinstance(value, str) and JSON_TURNS.match(value):
         with suppress(ValueError):  # told where it is read
-            value = json.loads(value)
+            turns = json.loads(value)
+            value = turns if all(turn.keys() & {"role", "from"} for turn in _turns(turns)) else value
     if isinstance(value, list):
         kept = (item for item in value if not (isinstance(item, dict) and item.get("type") in names))
         return [_without(item, names) for item in kept]

@@ -224,11 +224,16 @@ def _placed(message: Message, images: Iterator[Image]) -> Message:
 
 def _trained(turn: Values) -> dict[str, Any]:
     """Whether the turn is trained, as it says under one of TRAIN_KEYS, and how much it counts if it does."""
-    key = next((key for key in TRAIN_KEYS if turn.get(key) is not None), None)
-    if key is None:
-        return {}
-    weight = number_of(turn, key) if key in WEIGHT_KEYS else None
-    return {"train": truth_of(turn, key)} if weight in (None, 0, 1) else {"train": True, "weight": weight}
+    told: dict[str, Any] = {}
+    for key in TRAIN_KEYS:
+        if turn.get(key) is None:
+            continue
+        weight = number_of(turn, key) if key in WEIGHT_KEYS else None
+        if weight in (None, 0, 1):
+            told.setdefault("train", truth_of(turn, key))
+        else:
+            told = {"train": True, "weight": weight} | told
+    return told
 
 
 def _calls(turn: Values) -> tuple[dict[str, Any], ...]:
