@@ -13,6 +13,7 @@ from rankfold.data.order.batches import MICRO_BATCH_TOKENS
 from rankfold.data.order.batching import Batching, Packed
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.models.base.precision import Precision
+from rankfold.models.running.fusing import fuse
 from rankfold.models.running.rows_apart import attend_rows_apart
 from rankfold.train.planning.trial import Trial
 
@@ -54,7 +55,9 @@ def trial(options: argparse.Namespace, rows: list[EncodedRow], name: str, precis
         model.model.layers = model.model.layers[first:]
     targets = upper(model, first) if name == "upper" else "all-linear"
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
-    return Trial(get_peft_model(model, config), rows, 0, precision)
+    adapted = get_peft_model(model, config)
+    print(fuse(adapted, precision.compute))
+    return Trial(adapted, rows, 0, precision)
 
 
 def first_adapted(model: Any) -> int:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from rankfold.kernels.forms import form_of
 from rankfold.kernels.frozen import FrozenMatrix, product, transposed_product
 
 CHUNK_LOGITS = 6 << 20  # of one chunk: 24 MB of float32, 128 tokens of a vocabulary of 49,152
@@ -31,6 +32,11 @@ class LossForm:
     scale: float = 1.0
     softcap: float | None = None
     label_smoothing: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a head's output is the logits."""
+        return self.scale == 1.0 and self.softcap is None
 
     def logits(self, output: Tensor) -> Tensor:
         """The logits (...) of a head's output (...), at least float32."""
@@ -112,8 +118,8 @@ class _FrozenHead(torch.autograd.Function):
         start = 0
         for targets in chunks:
             place = slice(start, start + len(targets))
-            logits = form.logits(product(hidden[place], weight, bias))
-            losses[place], by_output = _losses(logits, targets, form, with_gradient=gradient is not None)
+            output = product(hidden[place], weight, bias)
+            losses[place], by_output = _losses(output, targets, form, with_gradient=gradient is not None)
             if gradient is not None:
                 narrow = by_output if isinstance(weight, Tensor) else by_output.to(hidden.dtype)
                 gradient[place] = transposed_product(narrow, weight)
@@ -129,23 +135,9 @@ class _FrozenHead(torch.autograd.Function):
         return (gradient * upstream.unsqueeze(1)).to(gradient.dtype), None, None, None, None
 
 
-def _losses(logits: Tensor, targets: Tensor, form: LossForm, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Losses (tokens) and their derivatives by the head's output (tokens, vocabulary).
-
-    The log of the sum is read off the largest probability, which cannot underflow."""
-    places = targets.unsqueeze(1)
-    smooth = form.label_smoothing
-    top, at_top = logits.max(dim=1, keepdim=True)
-    chosen = (1 - smooth) * logits.gather(1, places)
-    if smooth:
-        chosen += smooth * logits.mean(dim=1, keepdim=True)
-    slope = form.slope(logits) if with_gradient else 1.0
-    shares = torch.softmax(logits, dim=1)
-    losses = (top - shares.gather(1, at_top).log() - chosen).squeeze(1)
-    if with_gradient:
-        if smooth:
-            shares -= smooth / logits.shape[1]
-        shares.scatter_add_(1, places, torch.full_like(top, smooth - 1))
-        if not (isinstance(slope, float) and slope == 1.0):
-            shares *= slope
-    return losses, shares
+def _losses(output: Tensor, targets: Tensor, form: LossForm, *, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Losses (tokens) and their derivatives by the head's output (tokens, vocabulary)."""
+    logits = output if form.is_plain else form.logits(output)
+    slope = form.slope(logits) if with_gradient and not form.is_plain else None
+    losses, gradient = form_of(logits).losses(logits, targets, form.label_smoothing, with_gradient)
+    return losses, gradient if slope is None else gradient.mul_(slope)

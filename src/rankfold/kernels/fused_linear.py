@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from rankfold.compat import looked_into
 from rankfold.kernels.dropout import DropMask
+from rankfold.kernels.forms import form_of
 from rankfold.kernels.frozen import FrozenMatrix, product, transposed_product
 
 DEVICES = ("cpu", "cuda", "meta")  # the last to count what a forward keeps
@@ -124,11 +125,10 @@ class _FusedLinear(torch.autograd.Function):
 
 def _rows(x: Tensor, up: Tensor | None) -> Tensor:
     """The layer's input as a matrix."""
-    if up is None:
-        return x.reshape(-1, x.shape[-1])
-    gated = F.silu(x)
-    gated = gated * up if torch.is_grad_enabled() else gated.mul_(up)
-    return gated.reshape(-1, x.shape[-1])
+    if up is not None:
+        differentiable = torch.is_grad_enabled()
+        x = F.silu(x) * up if differentiable else form_of(x, up).gated(x, up)
+    return x.reshape(-1, x.shape[-1])
 
 
 def _through_gate(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,8 +136,7 @@ def _through_gate(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     if torch.is_grad_enabled():  # torch cannot differentiate silu_backward
         share = gate.sigmoid()
         return grad * up * share * (1 + gate * (1 - share)), grad * F.silu(gate)
-    grad_up = F.silu(gate).mul_(grad)
-    return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
+    return form_of(grad, gate, up).gated_gradient(grad, gate, up)
 
 
 def _narrow(rows: Tensor, lora_a: Tensor, mask: DropMask | None) -> Tensor:

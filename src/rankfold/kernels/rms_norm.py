@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankfold.kernels.forms import form_of
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension.
@@ -23,21 +25,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         x, weight, eps = inputs
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, inverse = form_of(x, weight).rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        normed: Tensor = (wide * inverse).to(x.dtype)
-        is_wider = torch.promote_types(x.dtype, weight.dtype) != x.dtype
-        return normed.mul(weight) if is_wider else normed.mul_(weight)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """With g = grad * weight and s the inverse: ``s g - x s^3 mean(g x)``."""
         x, weight, inverse = ctx.saved_tensors
-        wide = x.to(inverse.dtype)
-        weighted = (grad * weight).to(inverse.dtype)
-        share = torch.linalg.vecdot(weighted, wide).unsqueeze(-1)
-        share.mul_(inverse.pow(3)).div_(-x.shape[-1])
-        return weighted.mul_(inverse).addcmul_(wide, share).to(x.dtype), None, None
+        return form_of(grad, x, weight).rms_norm_gradient(grad, x, weight, inverse), None, None

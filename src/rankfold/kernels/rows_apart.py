@@ -53,28 +53,23 @@ def attention_of_rows(
 
     Shapes: query (1, heads, tokens, width), key and value (1, groups, tokens, width), heads a multiple of
     groups -> (1, tokens, heads, width)."""
+    if not dropout and _as_products(query, key, value, rows):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return causal_attention(query[0], key[0], value[0], rows.lengths, scale).transpose(0, 1).unsqueeze(0)
     parts = (tensor[0].split(rows.lengths, dim=1) for tensor in (query, key, value))
     found = [
-        attention_of_row(q, k, v, mask, scale, dropout)
+        _attention_of_row(q, k, v, mask, scale, dropout)
         for q, k, v, mask in zip(*parts, rows.masks, strict=True)
     ]
     return torch.cat(found).flatten(1, 2).unsqueeze(0)
 
 
-def attention_of_row(
+def _attention_of_row(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout: float
 ) -> Tensor:
-    """Scaled dot-product attention of one row, causal without a ``mask``, by what is fastest for it.
-
-    Shapes: query (heads, tokens, width), key and value (groups, tokens, width) -> (tokens, groups, heads of
-    a group, width)."""
-    groups = key.shape[0]
-    if mask is None and not dropout and _as_products(query, key, value):
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return (
-            causal_attention(query, key, value, scale).view(groups, -1, *query.shape[1:]).permute(2, 0, 1, 3)
-        )
-    query = query.reshape(groups, -1, *query.shape[1:])
+    """torch's attention of one row, causal without a ``mask``: query (heads, tokens, width), key and value
+    (groups, tokens, width) -> (tokens, groups, heads of a group, width)."""
+    query = query.reshape(key.shape[0], -1, *query.shape[1:])
     # Views: with enable_gqa torch would make copies of key and value, and autograd would keep them.
     key, value = (tensor.unsqueeze(1).expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
     found = F.scaled_dot_product_attention(
@@ -83,11 +78,12 @@ def attention_of_row(
     return found.permute(2, 0, 1, 3)
 
 
-def _as_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _as_products(query: Tensor, key: Tensor, value: Tensor, rows: Rows) -> bool:
     return (
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.bfloat16
-        and query.shape[1] <= LONGEST
-        and query.shape[2] == value.shape[2]
+        and max(rows.lengths) <= LONGEST
+        and all(mask is None for mask in rows.masks)
+        and query.shape[3] == value.shape[3]
         and not looked_into()
     )

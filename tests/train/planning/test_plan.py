@@ -95,7 +95,8 @@ def test_the_plan_says_what_is_computed_as_one(recipe):
     plan = plan_of(recipe())
     layers = plan.model.config.num_hidden_layers
     norms = 2 * layers + 1
-    assert plan.fused == f"{layers} of {layers} SwiGLU blocks, {norms} of {norms} RMS norms"
+    fused = f"{layers} of {layers} SwiGLU blocks, {norms} of {norms} RMS norms"
+    assert plan.fused == f"{fused}, {layers} of {layers} rotary attentions, by torch"
 
 
 def test_held_out_rows_of_another_style_are_noticed(recipe, write_rows):

@@ -94,5 +94,11 @@ def test_a_gpus_micro_batch_is_as_large_as_fits(trial, monkeypatch, times, expec
     assert (batching.tokens, activations.recomputed) == (expected * MICRO_BATCH_TOKENS, False)
 
 
+def test_as_many_tokens_as_were_given_are_taken_whatever_is_free(trial, monkeypatch):
+    monkeypatch.setattr(rankfold.train.planning.trial, "free_memory_bytes", lambda device: 1)
+    batching, activations = trial.room(Padded(tokens=9999), fixed=True)
+    assert (batching.tokens, activations.recomputed) == (9999, True)
+
+
 def test_micro_batches_are_larger_on_a_gpu():
     assert micro_batch_tokens(torch.device("cpu")) < micro_batch_tokens(torch.device("cuda"))

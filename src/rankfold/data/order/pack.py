@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.data.order.batches import MicroBatch, epoch_steps, micro_batch_tokens, micro_batches
+from rankfold.data.order.batches import MICRO_BATCH_TOKENS, MicroBatch, epoch_steps, micro_batches
 from rankfold.data.order.batching import Batching, Kind, Packed, Padded, PaddedImages, blocks
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError
@@ -23,22 +23,28 @@ SAME = 1e-3  # of the largest logit: far above rounding in float32, far below wh
 ROUNDINGS = 8  # or so many times the rounding of the model's number format
 
 
-def batching_of_images(reader: ImageReader, device: torch.device, given: Kind | None = None) -> Batching:
-    """Rows with images side by side.  Raises ConfigError if packed is ``given``."""
+def batching_of_images(reader: ImageReader, most: int, given: Kind | None = None) -> Batching:
+    """Rows with images side by side, at most ``most`` tokens at once.  Raises ConfigError if packed is
+    ``given``."""
     if given == "packed":
         raise ConfigError("rows with images cannot be packed; use --batching padded")
-    return PaddedImages(reader=reader, tokens=micro_batch_tokens(device))
+    return PaddedImages(reader=reader, tokens=most)
 
 
 def choose_batching(
-    model: Any, rows: Sequence[EncodedRow], rows_per_step: int, seed: int, given: Kind | None = None
+    model: Any,
+    rows: Sequence[EncodedRow],
+    rows_per_step: int,
+    seed: int,
+    given: Kind | None = None,
+    most: int = MICRO_BATCH_TOKENS,
 ) -> Batching:
-    """Packed or padded, whichever takes less arithmetic with this ``model`` (without its adapter) on these
-    rows, or as ``given``.  Packed is chosen only if the model keeps packed rows apart, which is tried.
-    Unless padded is given, the model attends to packed rows one by one from then on, if it can.
+    """Packed or padded, at most ``most`` tokens at once, whichever takes less arithmetic with this ``model``
+    (without its adapter) on these rows, or as ``given``.  Packed is chosen only if the model keeps packed
+    rows apart, which is tried.  Unless padded is given, the model attends to packed rows one by one from then
+    on, if it can.
 
     Raises ConfigError if packed is ``given`` and the model mixes the rows."""
-    most = micro_batch_tokens(model.device)
     if given == "padded":
         return Padded("as given", most)
     masked = attend_rows_apart(model)

@@ -134,10 +134,13 @@ def measure_speeds(device: torch.device, names: Collection[PrecisionName]) -> di
     }
 
 
-def product_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """The multiplications and additions a second of a linear layer's product in ``dtype``: the fastest
-    of a twentieth of a second, since other programs on the machine only make it slower."""
-    rows, width, out = CPU_PRODUCT if device.type == "cpu" else GPU_PRODUCT
+def product_speed(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int] | None = None
+) -> float:
+    """The multiplications and additions a second of a linear layer's product in ``dtype``, of ``shape``
+    (tokens, features in and out): the fastest of a twentieth of a second, since other programs on the machine
+    only make it slower."""
+    rows, width, out = shape or (CPU_PRODUCT if device.type == "cpu" else GPU_PRODUCT)
     x = torch.ones(rows, width, device=device, dtype=dtype)
     weight = torch.ones(out, width, device=device, dtype=dtype)
     _seconds(x, weight)

@@ -7,14 +7,15 @@ from typing import Any
 
 
 def same_code(function: Any, known: Any) -> bool:
-    """Whether ``function`` runs the instructions of ``known`` with the same names and constants.
+    """Whether ``function`` runs the instructions of ``known`` with the same names and constants, whatever its
+    docstring says.
 
     A function without Python code (built in, wrapped) is never the same."""
-    mine, wanted = (getattr(each, "__code__", None) for each in (function, known))
-    if not isinstance(mine, CodeType) or not isinstance(wanted, CodeType):
+    if not all(isinstance(getattr(each, "__code__", None), CodeType) for each in (function, known)):
         return False
-    return _content(mine) == _content(wanted)
+    return _content(function) == _content(known)
 
 
-def _content(code: CodeType) -> tuple[bytes, tuple[str, ...], tuple[Any, ...]]:
-    return code.co_code, code.co_names, code.co_consts
+def _content(function: Any) -> tuple[bytes, tuple[str, ...], tuple[Any, ...]]:
+    code = function.__code__
+    return code.co_code, code.co_names, tuple(c for c in code.co_consts if c is not function.__doc__)

@@ -199,6 +199,11 @@ class Recipe(CheckedSettings):
     batching: Literal["packed", "padded"] | None = Field(
         None, description="packed: rows one after another; padded: side by side [what takes less arithmetic]"
     )
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of a step that pass the model at once [what fits and is fast]",
+    )
     train_on: TrainOn = Field(
         "assistant",
         description="the turns to learn: assistant, last (the last of them), or all (every token)",

@@ -20,8 +20,7 @@ from rankfold.models.base.base import Base
 from rankfold.models.base.meta_model import load_outline
 from rankfold.models.base.processors import sees_images
 from rankfold.models.base.tokens import with_tokens
-from rankfold.models.running.gates import fuse_gates
-from rankfold.models.running.norms import fuse_norms
+from rankfold.models.running.fusing import fuse
 from rankfold.peft_surface import get_peft_model
 from rankfold.train.asked.advise import Settings, settle
 from rankfold.train.asked.recipe import Recipe
@@ -123,7 +122,7 @@ def forecast(request: ForecastRequest) -> Forecast:
     weights = weights_of(base.model)
     parameters = parameters_by_part(weights)
     settings = settle(request, len(lengths.train), sum(parameters.values()))
-    shape, tower = _micro_batch(base.model, lengths, settings.rows_per_step), _tower(base.model, lengths)
+    shape, tower = _micro_batch(base.model, lengths, settings, request), _tower(base.model, lengths)
     adapter, work, model = _adapt(request, base, settings)
     machine = planned_machine(request.precision, request.tflops, request.memory_gb)
     peak = Peak(
@@ -200,8 +199,7 @@ def _adapt(request: Recipe, base: Base, settings: Settings) -> tuple[AdapterSize
     )
     with torch.device("meta"):
         model = get_peft_model(base.model, config)
-    fuse_gates(model)
-    fuse_norms(model)
+    fuse(model)
     inner = model.get_base_model()
     trained: Counter[str] = Counter()
     for name, parameter in inner.named_parameters():
@@ -227,10 +225,11 @@ def _operations(work: Work, settings: Settings, lengths: RowLengths, *, recomput
     return steps + (2 + looks) * work.forward(1) * lengths.held_out
 
 
-def _micro_batch(model: Any, lengths: RowLengths, rows_per_step: int) -> Shape:
-    """The longest rows, as many as a micro-batch on a CPU holds."""
-    longest = max(lengths.train)
-    rows = min(math.ceil(MICRO_BATCH_TOKENS / longest), len(lengths.train), rows_per_step)
+def _micro_batch(model: Any, lengths: RowLengths, settings: Settings, request: Recipe) -> Shape:
+    """The longest rows, as many as a micro-batch on a CPU holds, which is larger where memory allows and it
+    makes products faster."""
+    longest, tokens = max(lengths.train), request.micro_batch_tokens or MICRO_BATCH_TOKENS
+    rows = min(math.ceil(tokens / longest), len(lengths.train), settings.rows_per_step)
     return Shape(rows, longest, _pixels(model, lengths))
 
 

@@ -29,12 +29,12 @@ from rankfold.models.base.load import load_base
 from rankfold.models.base.precision import Precision
 from rankfold.models.messages.images import ImageReader
 from rankfold.models.messages.template import template_of
-from rankfold.models.running.gates import fuse_gates, swiglu_like
-from rankfold.models.running.norms import fuse_norms, norm_like
+from rankfold.models.running.fusing import fuse
 from rankfold.peft_surface import PeftModel
 from rankfold.train.asked.advise import Settings, settle, steps_of, within_time
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.compiling import compile_layers
+from rankfold.train.planning.budget import fast_tokens
 from rankfold.train.planning.rows import Prepared, Rows, Text
 from rankfold.train.planning.start import adapted
 from rankfold.train.planning.trial import Activations, Cost, Trial, recompute_activations
@@ -72,12 +72,13 @@ class Plan:
     started: AdapterMetadata
 
     @property
-    def choices(self) -> dict[str, str | bool]:
+    def choices(self) -> dict[str, str | bool | int]:
         """What was chosen beside the settings, under the recipe's names."""
         return {
             "batching": self.batching.kind,
             "precision": self.precision.name,
             "activation_checkpointing": self.activations.recomputed,
+            "micro_batch_tokens": self.batching.tokens,
         }
 
     @property
@@ -117,10 +118,11 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
     rows, encoded, text = prepared.rows, prepared.encoded, prepared.text
     base = load_weights(recipe, text, precision, rows)
     settings = settle(recipe, len(encoded.train), _size(base.model))
-    batching = _batching(recipe, prepared, base, settings)
-    model, fused, told = _adapt(recipe, base, settings)
+    batching = _batching(recipe, prepared, base, settings, precision)
+    model, fused, told = _adapt(recipe, base, settings, precision)
     trial = Trial(model, _sample(encoded.train), pad_id_of(text.tokenizer), precision)
-    batching, activations = trial.room(batching, recipe.activation_checkpointing)
+    fixed = recipe.micro_batch_tokens is not None
+    batching, activations = trial.room(batching, recipe.activation_checkpointing, fixed=fixed)
     if activations.recomputed:
         recompute_activations(model)
     if recipe.compile:
@@ -191,14 +193,19 @@ def load_weights(recipe: Recipe, text: Text, precision: Precision, rows: Rows) -
     return read.noting(notes)
 
 
-def _batching(recipe: Recipe, prepared: Prepared, base: Base, settings: Settings) -> Batching:
+def _batching(
+    recipe: Recipe, prepared: Prepared, base: Base, settings: Settings, precision: Precision
+) -> Batching:
     reader, train = prepared.encoded.reader, prepared.encoded.train
+    most = recipe.micro_batch_tokens or fast_tokens(base.model, precision.compute)
     if reader is not None:
-        return batching_of_images(reader, base.model.device, recipe.batching)
-    return choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching)
+        return batching_of_images(reader, most, recipe.batching)
+    return choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching, most)
 
 
-def _adapt(recipe: Recipe, base: Base, settings: Settings) -> tuple[PeftModel, str, list[str]]:
+def _adapt(
+    recipe: Recipe, base: Base, settings: Settings, precision: Precision
+) -> tuple[PeftModel, str, list[str]]:
     """``base`` with its adapter on it; what of it is computed as one; and which parts of it are trained."""
     scope = adapter_scope(base.model, recipe.targets, recipe.parts, recipe.whole)
     if recipe.whole_learning_rate is not None and not scope.modules_to_save:
@@ -207,9 +214,7 @@ def _adapt(recipe: Recipe, base: Base, settings: Settings) -> tuple[PeftModel, s
         torch.manual_seed(recipe.seed)
         model = adapted(base, recipe, settings, scope)
     _widen_trained(model)
-    gates, norms = swiglu_like(model), norm_like(model)
-    fused = f"{fuse_gates(model)} of {gates} SwiGLU blocks, {fuse_norms(model)} of {norms} RMS norms"
-    return model, fused, scope.told if base.processor is not None else []
+    return model, fuse(model, precision.compute), scope.told if base.processor is not None else []
 
 
 def _size(model: Any) -> int:

@@ -68,15 +68,20 @@ class Trial:
     pad_id: int
     precision: Precision
 
-    def room(self, batching: Batching, recompute: bool | None = None) -> tuple[Batching, Activations]:
-        """``batching`` with as many tokens as fit into the free memory, and whether activations are
-        recomputed: only if those of one small micro-batch do not fit, or as given by ``recompute``."""
+    def room(
+        self, batching: Batching, recompute: bool | None = None, *, fixed: bool = False
+    ) -> tuple[Batching, Activations]:
+        """``batching`` with as many tokens as fit into the free memory, or as it is if ``fixed``, and whether
+        activations are recomputed: only if those of one small micro-batch do not fit, or as given by
+        ``recompute``."""
         per_token, free = self.kept_bytes_per_token(batching), free_memory_bytes(self.model.device)
         fits = int(MEMORY_SHARE * free / per_token)
         least = max(MICRO_BATCH_TOKENS, *map(len, self.rows))
         reason = f"keeping them takes {per_token * least / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         if recompute is None:
             recompute = fits < least and can_recompute(self.model)
+        if fixed:
+            return batching, Activations(recompute, reason)
         most = MICRO_BATCH_TOKENS if recompute else max(MICRO_BATCH_TOKENS, fits)
         fitting: Any = replace(cast(Any, batching), tokens=min(batching.tokens, most))
         return fitting, Activations(recompute, reason)

@@ -1,0 +1,121 @@
+"""The kernels by Numba: on a CPU, in float32 and bfloat16, one pass each over their numbers."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba.extending import is_jitted
+from torch import Tensor
+
+from rankfold.kernels import numba_loops as loops
+
+NAME = f"numba {numba.__version__}"
+LAYERS = ("omp", "tbb")  # numba's third way to spread a loop over threads may not be used by two at once
+
+
+def start(dtype: torch.dtype, cache: Path) -> str:
+    """Make ready to compute in ``dtype``, keeping compiled loops in the folder ``cache`` if that can be
+    written, and nowhere else; why it is not possible, or an empty string."""
+    if _is_writable(cache):
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache)
+        for loop in vars(loops).values():
+            if is_jitted(loop) and loop.targetoptions.get("parallel"):
+                loop.enable_caching()
+        numba.config.CACHE_DIR = before
+    if numba.config.THREADING_LAYER == "default":
+        numba.config.THREADING_LAYER = LAYERS[0]
+    try:
+        gated(*torch.zeros(2, 1, 1, dtype=dtype))
+    except ValueError as failure:  # no such layer
+        return f"numba finds no OpenMP here: {failure}"
+    layer = numba.threading_layer()
+    return "" if layer in LAYERS else f"numba spreads loops by {layer}, which may not be used by two at once"
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows = _rows(x)
+    out, inverse = torch.empty_like(rows), rows.new_empty(len(rows), dtype=torch.float32)
+    _run(loops.rms_norm, rows, weight, np.float32(eps), out, inverse)
+    return out.view(x.shape), inverse.view(*x.shape[:-1], 1)
+
+
+def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    rows = _rows(x)
+    out = torch.empty_like(rows)
+    _run(loops.rms_norm_gradient, _rows(grad), rows, weight, inverse.view(-1), out)
+    return out.view(x.shape)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    rows = _rows(gate)
+    out = torch.empty_like(rows)
+    _run(loops.gated, rows, _rows(up), out)
+    return out.view(gate.shape)
+
+
+def gated_gradient(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    rows = _rows(gate)
+    by_gate, by_up = torch.empty_like(rows), torch.empty_like(rows)
+    _run(loops.gated_gradient, _rows(grad), rows, _rows(up), by_gate, by_up)
+    return by_gate.view(gate.shape), by_up.view(gate.shape)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Models lay x out tokens first, and so is what is given."""
+    heads, tokens, width = x.shape[-3:]
+    rows = x.transpose(-3, -2).contiguous()
+    out = torch.empty_like(rows)
+    angles = (each.expand(*x.shape[:-3], 1, tokens, width).reshape(-1, width) for each in (cos, sin))
+    _run(loops.rotated, rows.view(-1, heads, width), *angles, out.view(-1, heads, width))
+    return out.transpose(-3, -2)
+
+
+def rotated_gradient(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotated(grad, cos, sin.roll(sin.shape[-1] // 2, -1).neg_())
+
+
+def losses(logits: Tensor, targets: Tensor, smooth: float, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    found = logits.new_empty(len(logits), dtype=torch.float32)
+    logits = logits.contiguous()
+    _run(loops.losses, logits, targets, np.float32(smooth), with_gradient, found)
+    return found, logits
+
+
+def causal_shares(scores: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(scores, dtype=dtype)
+    _run(loops.causal_shares, scores.flatten(0, -3), np.float32(scale), out.flatten(0, -3))
+    return out
+
+
+def causal_shares_gradient(grad: Tensor, shares: Tensor, scale: float) -> Tensor:
+    grad = grad.contiguous()
+    _run(loops.causal_shares_gradient, grad.flatten(0, -3), shares.flatten(0, -3), np.float32(scale))
+    return grad
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _run(loop: Any, *given: Any) -> None:
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    loop(*(_array(each) if isinstance(each, Tensor) else each for each in given))
+
+
+def _array(tensor: Tensor) -> Any:
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
