@@ -1,18 +1,37 @@
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from rankfold.data.order import batching
 from rankfold.data.tokens.encode import IGNORE
+from rankfold.kernels.forms import KERNELS
 from rankfold.train.selftest import Check, in_one_process, self_test
+from rankfold.train.selftest_kernels import ROUNDING, kernels_apart
 from rankfold.train.step import loop
 
 
 def test_every_promise_is_kept_here():
     checks = self_test()
-    assert len(checks) == 9
+    assert len(checks) == 9 + (len(KERNELS) if importlib.util.find_spec("numba") else 0)
     assert all(check.kept for check in checks), [check for check in checks if not check.kept]
+
+
+def test_a_kernel_that_computes_something_else_is_noticed(monkeypatch):
+    numba_forms = pytest.importorskip(
+        "rankfold.kernels.numba_forms", reason="the extra named fast is missing"
+    )
+    plain = numba_forms.gated_gradient
+    monkeypatch.setattr(numba_forms, "gated_gradient", lambda *t: plain(*t)[::-1])
+    wrong = [what for what, apart in kernels_apart().items() if apart > ROUNDING]
+    assert [what.split()[0] for what in wrong] == ["gated_gradient"]
+
+
+def test_without_numba_there_is_no_kernel_to_try(monkeypatch):
+    monkeypatch.setattr("rankfold.train.selftest_kernels.use_numba", lambda *_: "not installed")
+    assert kernels_apart() == {}
 
 
 def test_nothing_of_the_random_state_is_used_up():

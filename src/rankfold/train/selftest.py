@@ -25,6 +25,8 @@ from rankfold.lora import LoraConfig, TaskType
 from rankfold.peft_surface import PeftModel, get_peft_model
 from rankfold.train.keeping.checkpoints import read_checkpoint, save_checkpoint
 from rankfold.train.processes import Processes
+from rankfold.train.selftest_kernels import ROUNDING as KERNEL_ROUNDING
+from rankfold.train.selftest_kernels import kernels_apart
 from rankfold.train.step.loop import Method, Trainer
 from rankfold.train.step.pace import Pace
 
@@ -51,7 +53,8 @@ class Check:
 
 def self_test() -> list[Check]:
     """Every promise that can be tried without a model or a network."""
-    return [*in_one_process(), *in_two_processes()]
+    kernels = [Check(what, apart, KERNEL_ROUNDING) for what, apart in kernels_apart().items()]
+    return [*kernels, *in_one_process(), *in_two_processes()]
 
 
 def in_one_process() -> list[Check]:
