@@ -128,6 +128,7 @@ class Bench:
         return {
             "roofline": ("roofline", job),
             "roofline rank 64": ("roofline", job | {"rank": 64}),
+            "roofline bfloat16": ("roofline", job | {"precision": "bfloat16"}),
             "ours": ("ours", job),
             "peft": ("peers", job),
             "max_length": ("peers", job | {"padding": "max_length"}),

@@ -26,7 +26,9 @@ def measure(job: Job) -> Result:
     tokens = sum(len(row["input_ids"]) for step in measured for row in step) / len(measured)
     trained = sum(len(row["labels"]) - row["labels"].count(-100) for step in measured for row in step)
     trained = trained / len(measured)
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=getattr(torch, job.get("precision", "float32"))
+    )
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
     blocks = max(1, round(tokens / BLOCK_TOKENS))

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from rankfold import LoraConfig, get_peft_model, load_base
-from rankfold.data.order.batches import MICRO_BATCH_TOKENS
+from rankfold.data.order.batches import MICRO_BATCH_TOKENS, MicroBatch
 from rankfold.data.order.batching import Batching, Packed
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.models.base.precision import Precision
@@ -23,12 +23,17 @@ RANK, ALPHA = 8, 16.0
 
 def tokens_per_second(trial: Trial, batching: Batching) -> float:
     """Of the longest micro-batch, the second time it runs."""
-    rows = heapq.nlargest(LONGEST_ROWS, trial.rows, key=len)
-    longest = max(batching.cut(rows), key=lambda group: len(group[0]))
-    trial.seconds(longest, batching)
+    rows = longest(trial, batching)
+    trial.seconds(rows, batching)
     started = time.perf_counter()
-    trial.seconds(longest, batching)
-    return sum(map(len, longest)) / (time.perf_counter() - started)
+    trial.seconds(rows, batching)
+    return sum(map(len, rows)) / (time.perf_counter() - started)
+
+
+def longest(trial: Trial, batching: Batching) -> MicroBatch:
+    """The micro-batch of the longest rows."""
+    rows = heapq.nlargest(LONGEST_ROWS, trial.rows, key=len)
+    return max(batching.cut(rows), key=lambda group: len(group[0]))
 
 
 def packed(times: int = 1) -> Packed:

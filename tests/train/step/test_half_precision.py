@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import peft
 import pytest
@@ -60,7 +61,7 @@ def ours(model, dtype):
     attend_rows_apart(model.to(dtype))
     model = adapted(rankfold, model)
     told = fuse(model, dtype)
-    assert "0 of" not in told
+    assert not re.search(r"\b0 of", told)
 
     def loss(rows):
         with Precision.of(str(dtype).removeprefix("torch.")).autocast(model.device):
@@ -123,7 +124,10 @@ def test_losses_of_twenty_steps_are_no_further_from_float32s_than_theirs(by):
 
 @pytest.mark.slow
 def test_on_the_real_model_gradients_are_no_further_from_float32s_than_theirs(by, real_base):
+    """On average: which of two roundings is the luckier one differs by row."""
     model = copy.deepcopy(real_base.model).float()
-    few = [EncodedRow(row.origin, row.input_ids[:50], row.labels[:50]) for row in rows(49152)[:2]]
-    found, allowed = errors(gradient, model, few)
+    texts = ["It was cold. " * 9, "Why did the rain go to the party? " * 6, "1 + 1 = 2, 2 + 2 = 4, " * 5]
+    ids = [real_base.tokenizer(text).input_ids for text in texts]
+    pairs = [errors(gradient, model, [EncodedRow("", row, row)]) for row in ids]
+    found, allowed = (sum(each) / len(each) for each in zip(*pairs, strict=True))
     assert found <= 1.05 * allowed < 0.2
