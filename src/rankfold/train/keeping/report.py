@@ -63,6 +63,9 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows.append(("max length", f"{plan.lengths.cut:,}", plan.lengths.reason))
     rows.append(("precision", plan.precision.name, plan.precision.reason))
     rows.append(("batching", plan.batching.kind, plan.batching.reason))
+    given = plan.recipe.micro_batch_tokens is not None
+    most = "of a step pass the model together at most; more would be no faster or not fit"
+    rows.append(("tokens at once", f"{plan.batching.tokens:,}", "as given" if given else most))
     rows.append(
         ("activations", "recomputed" if plan.activations.recomputed else "kept", plan.activations.reason)
     )
