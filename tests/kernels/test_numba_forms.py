@@ -85,8 +85,10 @@ def test_a_forked_child_computes_by_torch_and_its_parent_goes_on(tmp_path):
     """In the child the threads are gone, and OpenMP would end it."""
     program = (
         "import os\nform_of(gate).gated(gate, gate)\nchild = os.fork()\n"
-        "print(form_of(gate).NAME.split()[0], form_of(gate).gated(gate, gate)[0, 0].item(), flush=True)\n"
-        "if child:\n    print(os.waitpid(child, 0)[1])\n"
+        "form = form_of(gate)\n"
+        "sys.stdout.write(f'{form.NAME.split()[0]} {form.gated(gate, gate)[0, 0].item()}\\n')\n"
+        "sys.stdout.flush()\n"
+        "if child:\n    sys.stdout.write(f'{os.waitpid(child, 0)[1]}\\n')\n"
     )
     lines = sorted(run(program, tmp_path).stdout.split("\n"))
     assert lines == ["", "0", "numba 0.73046875", "torch 0.73046875"]
@@ -121,6 +123,34 @@ def test_threads_may_compute_side_by_side(tmp_path):
 
 
 def test_without_numba_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.delattr(rankfold.kernels, "numba_forms", raising=False)
-    monkeypatch.setitem(sys.modules, "rankfold.kernels.numba_forms", None)
+    monkeypatch.setattr(forms, "find_spec", lambda name: None)
     assert use_numba(HALF, tmp_path) == "pip install 'rankfold[fast]' for one pass each"
+
+
+def test_a_numba_that_cannot_be_imported_is_told(tmp_path):
+    """As one is that does not know the numpy that is there."""
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less')")
+    done = run("print(problem, '|', form_of(gate).NAME)", tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.stdout == "numba cannot be imported: Numba needs NumPy 2.3 or less | torch\n"
+
+
+def test_a_full_disk_is_told_and_torch_computes(tmp_path, monkeypatch):
+    from rankfold.kernels import numba_forms
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(forms, "_table", {})
+    monkeypatch.setattr(numba_forms, "_run", full)
+    assert use_numba(HALF, tmp_path) == "numba cannot compute here: [Errno 28] No space left on device"
+    assert form_of(torch.zeros(1, dtype=HALF)) is torch_forms
+
+
+def test_every_loop_is_compiled_before_a_run_begins(tmp_path):
+    """So that the time of a step is that of a step."""
+    program = (
+        "from rankfold.kernels import numba_forms as f, numba_loops as l\n"
+        "print(sorted(n for n, v in vars(l).items() if hasattr(v, 'signatures') and not n.startswith('_')"
+        " and len(v.signatures) != 1))"
+    )
+    assert run(program, tmp_path).stdout == "[]\n"

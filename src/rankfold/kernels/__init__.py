@@ -1,1 +1,1 @@
-"""Maths as pure functions: no module, no state, no I/O."""
+"""Maths as pure functions: no module, and no state but the table of what computes them (``forms``)."""

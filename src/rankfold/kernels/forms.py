@@ -5,6 +5,7 @@ Each form is a module of the functions that ``Form`` names.  torch's stands wher
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -77,10 +78,12 @@ def use_numba(dtype: torch.dtype, cache: Path) -> str:
     not, or an empty string."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"numba has no loops for {dtype}"
+    if find_spec("numba") is None:
+        return "pip install 'rankfold[fast]' for one pass each"
     try:
         from rankfold.kernels import numba_forms
-    except ImportError:
-        return "pip install 'rankfold[fast]' for one pass each"
+    except ImportError as failure:
+        return f"numba cannot be imported: {failure}"
     if problem := numba_forms.start(dtype, cache):
         return problem
     _table["cpu", dtype] = numba_forms

@@ -9,6 +9,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.core.errors import NumbaError
 from numba.extending import is_jitted
 from torch import Tensor
 
@@ -30,11 +31,23 @@ def start(dtype: torch.dtype, cache: Path) -> str:
     if numba.config.THREADING_LAYER == "default":
         numba.config.THREADING_LAYER = LAYERS[0]
     try:
-        gated(*torch.zeros(2, 1, 1, dtype=dtype))
-    except ValueError as failure:  # no such layer
-        return f"numba finds no OpenMP here: {failure}"
+        _compile(dtype)
+    except (ValueError, OSError, NumbaError) as failure:  # no such layer, a full disk, an unknown processor
+        return f"numba cannot compute here: {failure}"
     layer = numba.threading_layer()
     return "" if layer in LAYERS else f"numba spreads loops by {layer}, which may not be used by two at once"
+
+
+def _compile(dtype: torch.dtype) -> None:
+    """Every loop, so that no step waits for one and none fails in a run."""
+    x = torch.ones(2, 2, dtype=dtype)
+    _, inverse = rms_norm(x, x[0], 1.0)
+    rms_norm_gradient(x, x, x[0], inverse)
+    gated_gradient(gated(x, x), x, x)
+    rotated(x[None], x, x)
+    losses(x.clone(), torch.zeros(2, dtype=torch.long), 0.0, True)
+    shares = causal_shares(torch.ones(1, 2, 2), 1.0, dtype)
+    causal_shares_gradient(x[None].clone(), shares, 1.0)
 
 
 def _is_writable(folder: Path) -> bool:

@@ -15,6 +15,7 @@ import torch
 from rankfold.data.tokens.cache import CachedRows
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import CheckpointError, bullet_list
+from rankfold.kernels.forms import name_of
 from rankfold.lora.files.fingerprint import fingerprint
 from rankfold.peft_surface import PeftModel
 from rankfold.train.planning.plan import Plan
@@ -36,6 +37,7 @@ def identity_of(plan: Plan) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "processes": plan.processes.count,
             "device": plan.model.device.type,
+            "kernels": name_of(plan.model.device, plan.precision.compute),
         },
     }
 
