@@ -87,6 +87,12 @@ def tiny_llama(seed: int = 0, tied: bool = False) -> nn.Module:
 
 
 @pytest.fixture(scope="session")
+def numba_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every test process finds the loops that another one has compiled."""
+    return tmp_path_factory.getbasetemp().parent / "numba"
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(real_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama as a model folder, with SmolLM2's tokenizer and chat template."""
     folder = tmp_path_factory.mktemp("models") / "tiny"

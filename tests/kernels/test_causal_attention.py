@@ -89,11 +89,11 @@ def test_scores_of_a_group_do_not_outgrow_their_room(monkeypatch):
 
 @pytest.mark.parametrize("numba", [False, True])
 @pytest.mark.parametrize("lengths", [[2], [95, 97], [300, 290, 120, 7], [540]])
-def test_in_bfloat16_it_errs_no_more_than_torch(lengths, numba, monkeypatch, tmp_path):
+def test_in_bfloat16_it_errs_no_more_than_torch(lengths, numba, monkeypatch, numba_cache):
     if numba:
         pytest.importorskip("numba", reason="the extra named fast is not installed")
         monkeypatch.setattr(forms, "_table", {})
-        assert forms.use_numba(torch.bfloat16, tmp_path) == ""
+        assert forms.use_numba(torch.bfloat16, numba_cache) == ""
     exact = inputs(sum(lengths), width=64)
     narrow = [t.detach().bfloat16().requires_grad_() for t in exact]
     exact = [t.detach().double().requires_grad_() for t in narrow]

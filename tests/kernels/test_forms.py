@@ -19,12 +19,11 @@ EPS = 1e-5
 
 
 @pytest.fixture(scope="module")
-def numba(tmp_path_factory):
+def numba(numba_cache):
     pytest.importorskip("numba", reason="the extra named fast is not installed")
     from rankfold.kernels import numba_forms
 
-    folder = tmp_path_factory.mktemp("numba")
-    assert [numba_forms.start(dtype, folder) for dtype in FORMATS] == ["", ""]
+    assert [numba_forms.start(dtype, numba_cache) for dtype in FORMATS] == ["", ""]
     return numba_forms
 
 

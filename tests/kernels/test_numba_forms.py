@@ -30,13 +30,13 @@ def gated(rows=8, width=40):
     return form_of(gate, up).gated(gate, up)
 
 
-def test_it_computes_what_is_of_its_format_on_the_processor_and_torch_all_else(tmp_path):
-    assert use_numba(HALF, tmp_path) == ""
+def test_it_computes_what_is_of_its_format_on_the_processor_and_torch_all_else(numba_cache):
+    assert use_numba(HALF, numba_cache) == ""
     half, single = torch.zeros(2, 2, dtype=HALF), torch.zeros(2, 2)
     assert form_of(half, half).NAME == name_of(half.device, HALF) == f"numba {numba.__version__}"
     for others in ([single], [half, single], [half.to("meta")], [half.half()]):
         assert form_of(*others) is torch_forms
-    assert use_numba(torch.float16, tmp_path) == "numba has no loops for torch.float16"
+    assert use_numba(torch.float16, numba_cache) == "numba has no loops for torch.float16"
 
 
 def run(program: str, cache: Path, **environment: str):
@@ -81,7 +81,7 @@ def test_a_layer_that_two_may_not_use_at_once_is_not_used(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
-def test_a_forked_child_computes_by_torch_and_its_parent_goes_on(tmp_path):
+def test_a_forked_child_computes_by_torch_and_its_parent_goes_on(numba_cache):
     """In the child the threads are gone, and OpenMP would end it."""
     program = (
         "import os\nform_of(gate).gated(gate, gate)\nchild = os.fork()\n"
@@ -90,13 +90,13 @@ def test_a_forked_child_computes_by_torch_and_its_parent_goes_on(tmp_path):
         "sys.stdout.flush()\n"
         "if child:\n    sys.stdout.write(f'{os.waitpid(child, 0)[1]}\\n')\n"
     )
-    lines = sorted(run(program, tmp_path).stdout.split("\n"))
+    lines = sorted(run(program, numba_cache).stdout.split("\n"))
     assert lines == ["", "0", "numba 0.73046875", "torch 0.73046875"]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
-def test_it_takes_as_many_threads_as_torch(tmp_path, threads):
-    assert use_numba(HALF, tmp_path) == ""
+def test_it_takes_as_many_threads_as_torch(numba_cache, threads):
+    assert use_numba(HALF, numba_cache) == ""
     expected, before = gated(), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -106,8 +106,8 @@ def test_it_takes_as_many_threads_as_torch(tmp_path, threads):
         torch.set_num_threads(before)
 
 
-def test_threads_may_compute_side_by_side(tmp_path):
-    assert use_numba(HALF, tmp_path) == ""
+def test_threads_may_compute_side_by_side(numba_cache):
+    assert use_numba(HALF, numba_cache) == ""
     expected, found = gated(200, 300), []
 
     def compute():
@@ -146,11 +146,11 @@ def test_a_full_disk_is_told_and_torch_computes(tmp_path, monkeypatch):
     assert form_of(torch.zeros(1, dtype=HALF)) is torch_forms
 
 
-def test_every_loop_is_compiled_before_a_run_begins(tmp_path):
+def test_every_loop_is_compiled_before_a_run_begins(numba_cache):
     """So that the time of a step is that of a step."""
     program = (
         "from rankfold.kernels import numba_forms as f, numba_loops as l\n"
         "print(sorted(n for n, v in vars(l).items() if hasattr(v, 'signatures') and not n.startswith('_')"
         " and len(v.signatures) != 1))"
     )
-    assert run(program, tmp_path).stdout == "[]\n"
+    assert run(program, numba_cache).stdout == "[]\n"

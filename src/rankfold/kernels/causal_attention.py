@@ -106,9 +106,8 @@ class _CausalAttention(torch.autograd.Function):
         query, key, value, lengths, ctx.scale = inputs
         ctx.layouts = [layout_of(tuple(lengths), len(query), len(each)) for each in (query, key, value)]
         ctx.save_for_backward(query, key, value)
-        with torch.autocast(
-            query.device.type, enabled=False
-        ):  # which would make the scores in half precision
+        # Autocast would make the scores in half precision.
+        with torch.autocast(query.device.type, enabled=False):
             found = [group.attended() for group in _groups(ctx, query, key, value)]
         out: Tensor = ctx.layouts[0].joined(found, query)
         return out
