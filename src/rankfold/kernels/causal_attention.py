@@ -115,17 +115,14 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        inputs = ctx.saved_tensors  # which activation checkpointing makes anew, and gives out once
         arrived = ctx.layouts[0].padded(grad)
-        found = [
-            group.gradients(part)
-            for group, part in zip(_groups(ctx, *ctx.saved_tensors), arrived, strict=True)
-        ]
-        inputs = zip(ctx.layouts, ctx.saved_tensors, strict=True)
-        return (
-            *(at.joined([each[n] for each in found], like) for n, (at, like) in enumerate(inputs)),
-            None,
-            None,
+        found = [group.gradients(part) for group, part in zip(_groups(ctx, *inputs), arrived, strict=True)]
+        joined = (
+            layout.joined([each[place] for each in found], inputs[place])
+            for place, layout in enumerate(ctx.layouts)
         )
+        return *joined, None, None
 
 
 def _groups(ctx: Any, *inputs: Tensor) -> Iterator[Padded]:
