@@ -71,7 +71,7 @@ def layout_of(lengths: tuple[int, ...], most_heads: int, heads: int) -> Layout:
     total = sum(lengths)
     there, shapes = [], []
     for group in groups_of(lengths, most_heads):
-        tokens = max(map(len, group))
+        tokens = len(group[0])
         padded = [[*row, *[total] * (tokens - len(row))] for row in group]
         shapes.append((len(group), tokens))
         there.append((torch.tensor(padded)[:, None] * heads + torch.arange(heads)[:, None]).flatten())

@@ -17,8 +17,7 @@ def fuse(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     in ``dtype``.
 
     In bfloat16 on a CPU that is Numba, where it is installed: there the matrix products are so fast that the
-    passes between them take half of a step.  In float32 they take a seventh, and Numba would save less of it
-    than its start costs."""
+    passes between them count.  In float32 Numba would save less of a step than its start costs."""
     kinds = [
         (fuse_gates(model), swiglu_like(model), "SwiGLU blocks"),
         (fuse_norms(model), norm_like(model), "RMS norms"),
