@@ -25,8 +25,9 @@ _NAMES = {
     ),
     "models.base.kbit": "dequantise prepare_model_for_kbit_training",
     "models.base.load": "load_base load_tuned",
-    "models.running.generate": "Answer answer_all replies reply",
-    "models.running.sampling": "Sampling",
+    "models.answering.answer": "Answer",
+    "models.answering.answers": "answer_all answers replies reply",
+    "models.answering.sampling": "Sampling",
     "peft_surface.functional": (
         "get_base_model_state_dict get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
         "set_base_model_state_dict set_peft_model_state_dict set_requires_grad"

@@ -19,8 +19,8 @@ from rankfold.errors import DataError
 from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
 from rankfold.models.messages.images import image_reader
-from rankfold.models.running.generate import reply
-from rankfold.models.running.sampling import Sampling
+from rankfold.models.answering.answers import reply
+from rankfold.models.answering.sampling import Sampling
 
 PER_TILE = 4
 

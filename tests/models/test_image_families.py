@@ -19,8 +19,8 @@ from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.base.processors import load_processor, most_tiles, sees_images, without_video
 from rankfold.models.base.text_side import load_text
 from rankfold.models.messages.images import image_prompt, image_reader
-from rankfold.models.running.generate import replies, reply
-from rankfold.models.running.sampling import Sampling
+from rankfold.models.answering.answers import replies, reply
+from rankfold.models.answering.sampling import Sampling
 
 WITH_PROCESSOR = ("qwen2_5_vl", "llava", "gemma3", "idefics3")
 

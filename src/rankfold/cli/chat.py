@@ -23,7 +23,7 @@ def command(**options: Any) -> None:
 
     A line "/image FILE" shows an image with the next message, to a model that sees images."""
     from rankfold.models.messages.images import content_of
-    from rankfold.models.running.generate import reply
+    from rankfold.models.answering.answers import reply
 
     base, settings = open_model(options)
     adapter = options["adapter"]

@@ -20,7 +20,7 @@ from rankfold.cli.options import model_options, open_model
 def command(prompt: str, system: str | None, images: tuple[Path, ...], **options: Any) -> None:
     """Print the model's answer to one prompt.  The same seed gives the same answer."""
     from rankfold.models.messages.images import content_of
-    from rankfold.models.running.generate import reply
+    from rankfold.models.answering.answers import reply
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": content_of(prompt, images)})

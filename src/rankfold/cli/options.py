@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from rankfold.models.running.sampling import Sampling
+from rankfold.models.answering.sampling import Sampling
 from rankfold.settings import CheckedSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,7 +83,7 @@ def open_model(options: dict[str, Any]) -> tuple[Any, Sampling]:
     """The model that ``model_options`` name, and how its answers are drawn; what a user should know of both
     is said on standard error."""
     from rankfold.models.base.load import load
-    from rankfold.models.running.sampling import told_of_own_settings
+    from rankfold.models.answering.sampling import told_of_own_settings
 
     drawn = {name: value for name, value in given(options).items() if name in Sampling.model_fields}
     settings = Sampling.of(drawn)

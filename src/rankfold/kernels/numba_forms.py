@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numba.extending import is_jitted
 from torch import Tensor
 
 from rankfold.kernels import numba_loops as loops
+from rankfold.kernels import numba_products as products
 
 NAME = f"numba {numba.__version__}"
 LAYERS = ("omp", "tbb")  # numba's third way to spread a loop over threads may not be used by two at once
@@ -22,16 +24,25 @@ LAYERS = ("omp", "tbb")  # numba's third way to spread a loop over threads may n
 def start(dtype: torch.dtype, cache: Path) -> str:
     """Make ready to compute in ``dtype``, keeping compiled loops in the folder ``cache`` if that can be
     written, and nowhere else; why it is not possible, or an empty string."""
+    return _prepare(loops, cache, lambda: _compile(dtype))
+
+
+def prepare_products(cache: Path) -> str:
+    """The same for ``product``."""
+    return _prepare(products, cache, lambda: product(torch.ones(1, 1), torch.ones(1, 1)))
+
+
+def _prepare(module: Any, cache: Path, compile_all: Callable[[], None]) -> str:
     if _is_writable(cache):
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache)
-        for loop in vars(loops).values():
+        for loop in vars(module).values():
             if is_jitted(loop) and loop.targetoptions.get("parallel"):
                 loop.enable_caching()
         numba.config.CACHE_DIR = before
     if numba.config.THREADING_LAYER == "default":
         numba.config.THREADING_LAYER = LAYERS[0]
     try:
-        _compile(dtype)
+        compile_all()
     except (ValueError, OSError, NumbaError) as failure:  # no such layer, a full disk, an unknown processor
         return f"numba cannot compute here: {failure}"
     layer = numba.threading_layer()
@@ -120,12 +131,24 @@ def causal_shares_gradient(grad: Tensor, shares: Tensor, scale: float) -> Tensor
     return grad
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x weight^T`` for few rows of x: so short that even the number of threads is not asked for each time."""
+    out = torch.empty(x.shape[0], weight.shape[0])
+    products.few_rows(x.detach().contiguous().numpy(), weight.detach().numpy(), out.numpy())
+    return out
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _run(loop: Any, *given: Any) -> None:
+def same_threads() -> None:
+    """Let this thread's loops be spread over as many threads as torch's are."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def _run(loop: Any, *given: Any) -> None:
+    same_threads()
     loop(*(_array(each) if isinstance(each, Tensor) else each for each in given))
 
 

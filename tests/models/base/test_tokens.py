@@ -6,8 +6,8 @@ from rankfold.errors import ConfigError, ModelError
 from rankfold.models.base.load import load
 from rankfold.models.base.tokens import with_tokens
 from rankfold.models.messages.prompt import prompt_encoder
-from rankfold.models.running.generate import reply
-from rankfold.models.running.sampling import Sampling
+from rankfold.models.answering.answers import reply
+from rankfold.models.answering.sampling import Sampling
 
 ASK = [{"role": "user", "content": "a <file_sep>b <|im_end|> <reponame>"}]
 

@@ -17,8 +17,8 @@ from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.base.processors import most_tiles, set_most_tiles
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
 from rankfold.models.messages.images import SizedImage, image_prompt, image_reader
-from rankfold.models.running.generate import reply
-from rankfold.models.running.sampling import Sampling
+from rankfold.models.answering.answers import reply
+from rankfold.models.answering.sampling import Sampling
 
 SIDE, TOKENS = 28, 4  # of a tile, in pixels and in image tokens
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.errors import MergeError
+from rankfold.kernels import few_rows
 from rankfold.kernels.dropout import DropMask
 from rankfold.kernels.frozen import FrozenMatrix
 from rankfold.kernels.fused_linear import can_fuse, fused_linear
@@ -164,7 +165,7 @@ class LoraLinear(FusedUpdates, nn.Linear):  # type: ignore[misc]
 
     def plain(self, x: Tensor) -> Tensor:
         own = self._parameters  # torch looks up self.weight at the cost of a fifth of a small product
-        return F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
+        return few_rows.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
 
     def merged_values(self, names: Collection[str]) -> dict[str, Tensor]:
         if is_torchao(self.weight):

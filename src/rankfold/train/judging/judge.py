@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from rankfold.data.shapes.example import Example
-from rankfold.models.running.generate import reply
-from rankfold.models.running.sampling import Sampling
+from rankfold.models.answering.answers import reply
+from rankfold.models.answering.sampling import Sampling
 from rankfold.train.judging.best import Best
 from rankfold.train.judging.evaluate import Comparison, compare, row_losses
 from rankfold.train.keeping.listener import Sample

@@ -14,7 +14,7 @@ from rankfold.models.base.precision import (
     product_speed,
 )
 from rankfold.models.choices import PrecisionName
-from rankfold.train.memory import free_memory_bytes
+from rankfold.models.base.memory import free_memory_bytes
 
 SPEED_SHARE = 0.7  # of its products' speed that a whole step reaches: 0.74 on 2 cores (docs/benchmarks.md)
 TERA, GB = 1e12, 1e9

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rankfold.settings import CheckedSettings
 
@@ -16,6 +16,12 @@ REMARKS = (
     *("use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
     "return_dict_in_generate",
 )
+OURS = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+USUAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}  # of transformers, where nobody says anything
+
+
+def _texts(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class Sampling(CheckedSettings):
@@ -33,6 +39,10 @@ class Sampling(CheckedSettings):
     repetition_penalty: float = Field(
         1.0, gt=0, le=10, allow_inf_nan=False, description="above 1 what was said becomes less likely"
     )
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts)] = Field(
+        (), description="a text that ends an answer and is no part of it; may be given several times"
+    )
+    logprobs: bool = Field(False, description="tell the log-likelihood of each token too")
     generation_config: bool = Field(
         False, description="take the base's own settings for what is not given here"
     )
@@ -53,6 +63,20 @@ class Sampling(CheckedSettings):
         asked = {*self.model_fields_set, *(("do_sample",) if "temperature" in self.model_fields_set else ())}
         kept = {name: value for name, value in found.items() if name in asked or name == "max_new_tokens"}
         return own_settings(model) | kept
+
+    def settled(self, model: Any) -> Sampling | None:
+        """These settings with those of the model's own that were asked for in them; None if some of these
+        have no name here (beams, say)."""
+        options = self.options(model)
+        if not self.generation_config:
+            return self
+        if options.keys() - {*OURS, "max_new_tokens"}:
+            return None
+        if not options.get("do_sample"):
+            options["temperature"] = 0.0
+        given = {name: value for name, value in options.items() if name in OURS and value is not None}
+        given.pop("do_sample", None)
+        return self.model_copy(update=USUAL | given)
 
 
 def own_settings(model: Any) -> dict[str, Any]:

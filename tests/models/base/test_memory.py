@@ -3,8 +3,8 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from rankfold.train import memory
-from rankfold.train.memory import container_bytes, free_memory_bytes
+from rankfold.models.base import memory
+from rankfold.models.base.memory import container_bytes, free_memory_bytes
 
 GB = 10**9
 

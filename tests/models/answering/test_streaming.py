@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +16,9 @@ import reference
 from rankfold.models.gguf.file import read_gguf
 from rankfold.models.gguf.tokenizer import gguf_tokenizer
 from rankfold.models.messages.prompt import prompt_encoder
-from rankfold.models.running.generate import reply
-from rankfold.models.running.sampling import Sampling
-from rankfold.models.running.streaming import TextStream, decoded
+from rankfold.models.answering.answers import reply
+from rankfold.models.answering.sampling import Sampling
+from rankfold.models.answering.streaming import TextStream, decoded, stop_place, words
 
 TEXTS = [
     "def f(x):\n    return x + 1\n\n\nfor i in range(3):\n\tprint(i)\n",
@@ -49,13 +48,14 @@ def tokenizer(request, tmp_path_factory):
     )
 
 
-def streamed(tokenizer, ids: list[int]) -> str:
+def streamed(tokenizer, ids: list[int], stops=()) -> str:
     shown: list[str] = []
-    stream = TextStream(tokenizer, shown.append)
-    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
-    for token in ids:
-        stream.put(torch.tensor([token]))
-    stream.end()
+    stream = TextStream(tokenizer, shown.append, stops)
+    for place in range(1, len(ids) + 1):
+        stream.put(ids[:place])
+        if stop_place(words(tokenizer, ids[:place]), stops) is not None:
+            break
+    stream.end(ids[:place] if ids else [])
     return "".join(shown)
 
 
@@ -73,13 +73,28 @@ def test_any_tokens_are_streamed_as_they_are_decoded(tokenizer, data):
     assert streamed(tokenizer, ids) == decoded(tokenizer, ids)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_stop_text_is_no_part_of_what_is_shown(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=24))
+    text = words(tokenizer, ids)
+    begin = data.draw(st.integers(0, max(0, len(text) - 1)))
+    stop = text[begin : begin + data.draw(st.integers(1, 6))] or "x"
+    stops = (stop, "never there")
+    shown = streamed(tokenizer, ids, stops)
+    ended = next(
+        (place for place in range(1, len(ids) + 1) if stop in words(tokenizer, ids[:place])), len(ids)
+    )
+    assert shown == decoded(tokenizer, ids[:ended], stops)
+    assert stop not in shown
+
+
 def test_a_piece_is_shown_as_soon_as_its_last_byte_is_there(tokenizer):
     ids = tokenizer("ab cd ef", add_special_tokens=False)["input_ids"]
     shown: list[str] = []
     stream = TextStream(tokenizer, shown.append)
-    stream.put(torch.tensor([[1]]))
-    for place, token in enumerate(ids, 1):
-        stream.put(torch.tensor([token]))
+    for place in range(1, len(ids) + 1):
+        stream.put(ids[:place])
         assert "".join(shown) == decoded(tokenizer, ids[:place])
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import torch
 
 from rankfold.models.messages.prompt import prompt_encoder
-from rankfold.models.running.generate import answer_all, reply
-from rankfold.models.running.sampling import Sampling
+from rankfold.models.answering.answers import answer_all, reply
+from rankfold.models.answering.sampling import Sampling
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
 

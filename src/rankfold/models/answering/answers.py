@@ -1,0 +1,162 @@
+"""Asking a model for text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from rankfold.errors import DataError
+from rankfold.models.base.memory import free_memory_bytes
+from rankfold.models.answering import by_transformers
+from rankfold.models.answering.answer import Answer, Asked
+from rankfold.models.answering.fast_products import fast_products
+from rankfold.models.answering.loop import AT_ONCE, Loop, why_not
+from rankfold.models.answering.sampling import Sampling
+from rankfold.models.base.base import Base
+from rankfold.models.base.load import load_base, load_tuned
+from rankfold.models.messages.images import image_paths, image_prompt
+from rankfold.models.messages.prompt import TemplateMessage, prompt_encoder
+from rankfold.models.messages.turn import turn_form
+
+CACHE_SHARE = 0.4  # of the free memory, for keys and values: while they move there are some of them twice
+Conversation = Sequence[TemplateMessage]
+
+
+def reply(
+    base: Base,
+    messages: Conversation,
+    sampling: Sampling,
+    write: Callable[[str], object] | None = None,
+) -> str:
+    """The model's answer to a conversation that ends with the user's turn.
+
+    The prompt's tokens are those of training (see ``PromptEncoder``); words that spell a control token stay
+    words.  For a model tuned on running text (``prompt_style`` "plain") the last message is continued as it
+    stands.  A model that sees images gets those that stand in the messages' contents as parts
+    ``{"type": "image", "path": ...}``.  ``write`` gets the answer piece by piece as it comes; a search with
+    beams (see ``Sampling.options``) comes whole at the end.  Raises DataError."""
+    [(_, answer)] = in_turn(base, [(0, messages)], sampling, write=write)
+    if answer.problem:
+        raise DataError(answer.problem)
+    return answer.text
+
+
+def replies(base: Base, conversations: Sequence[Conversation], sampling: Sampling) -> list[str]:
+    """The words of ``answer_all``."""
+    return [answer.text for answer in answer_all(base, conversations, sampling)]
+
+
+def answer_all(base: Base, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answer]:
+    """The answers to ``conversations``, in their order.  Raises DataError if one cannot be given."""
+    found = list(answers(base, conversations, sampling))
+    if problem := next((answer.problem for answer in found if answer.problem), ""):
+        raise DataError(problem)
+    return found
+
+
+def answers(
+    model: Base | str | Path,
+    prompts: Iterable[str | Conversation],
+    sampling: Sampling | None = None,
+    at_once: int = AT_ONCE,
+) -> Iterator[Answer]:
+    """The answers to ``prompts``, in their order, up to ``at_once`` at a time; prompts are taken as they are
+    needed, so there may be any number of them.
+
+    ``model``: one that is loaded, an adapter's folder, or a base's name (see ``find_base``).  A prompt is a
+    conversation, as for ``reply``, or a text: the user's turn, or what a model of running text goes on with.
+    One that cannot be answered gives an Answer with the finish reason "error".
+
+    With a temperature of 0 an answer is the same whatever stands beside it, but for the rounding of sums in
+    another order.  So is one that is drawn: its random numbers hang on ``sampling.seed``, on the prompt's
+    tokens, and on how many prompts with the same tokens came before."""
+    base = model if isinstance(model, Base) else _loaded(model)
+    kept: dict[int, Answer] = {}
+    place = 0
+    for ended, answer in in_turn(base, enumerate(map(_conversation, prompts)), sampling or Sampling(), at_once):
+        kept[ended] = answer
+        while place in kept:
+            yield kept.pop(place)
+            place += 1
+
+
+def in_turn(
+    base: Base,
+    conversations: Iterable[tuple[int, Conversation]],
+    sampling: Sampling,
+    at_once: int = AT_ONCE,
+    write: Callable[[str], object] | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """Numbers of conversations with their answers, in the order in which these end."""
+    stops, missing = _stops(base), []  # type: frozenset[int], list[tuple[int, Answer]]
+    alike: Counter[bytes] = Counter()
+
+    def asked() -> Iterator[tuple[int, Asked]]:
+        for number, messages in conversations:
+            try:
+                ids, seen = _prompt(base, messages)
+            except DataError as error:
+                missing.append((number, Answer.missing(str(error))))
+                continue
+            digest = sha256(repr(ids).encode()).digest()[:8]
+            alike[digest] += 1
+            yield number, Asked(ids, seen, f"{sampling.seed}/{digest.hex()}/{alike[digest]}", write)
+
+    with _ready(base.model), fast_products(base.model):
+        if why_not(base, sampling):
+            found = ((n, by_transformers.answer(base, each, sampling, stops)) for n, each in asked())
+        else:
+            settled = sampling.settled(base.model) or sampling
+            memory = CACHE_SHARE * free_memory_bytes(base.model.device)
+            found = Loop(base, settled, stops, at_once, memory).run(asked())
+        for number, answer in found:
+            yield from missing
+            missing.clear()
+            yield number, answer
+        yield from missing
+
+
+def _conversation(prompt: str | Conversation) -> Conversation:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _loaded(name: str | Path) -> Base:
+    is_adapter = (Path(name) / "adapter_config.json").is_file()
+    return load_tuned(name) if is_adapter else load_base(str(name))
+
+
+@contextmanager
+def _ready(model: Any) -> Iterator[None]:
+    """Without dropout for as long as it answers."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _prompt(base: Base, messages: Conversation) -> tuple[list[int], dict[str, Any]]:
+    encoder = prompt_encoder(base.tokenizer)
+    if base.prompt_style == "plain":
+        return encoder.text_ids(messages[-1]["content"]), {}
+    if base.processor is not None:
+        return image_prompt(base.processor, messages)
+    if image_paths(messages):
+        raise DataError("the messages hold images, and this model cannot see them")
+    return encoder.prompt_ids(messages), {}
+
+
+def _stops(base: Base) -> frozenset[int]:
+    """The tokens that end an answer: those that training teaches, and those that the model names itself."""
+    own = base.model.generation_config.eos_token_id
+    taught = (
+        {base.tokenizer.eos_token_id}
+        if base.prompt_style == "plain"
+        else turn_form(prompt_encoder(base.tokenizer)).stop_ids
+    )
+    return frozenset({*taught, *(own if isinstance(own, list) else [own])} - {None})

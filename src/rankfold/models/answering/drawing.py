@@ -1,0 +1,95 @@
+"""Which token comes next, by logits and by how an answer is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankfold.models.answering.sampling import Sampling
+
+CANDIDATES = 512  # tokens sorted at first: where they do not hold enough, all are
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token; and the natural logarithm of the likelihood that the model gives it, whatever was asked of
+    the drawing, None if nobody wants to know."""
+
+    token: int
+    logprob: float | None
+
+
+def draw(
+    logits: Tensor, sampling: Sampling, said: Sequence[Tensor], randoms: Sequence[float]
+) -> list[Drawn | None]:
+    """The next token of each row of ``logits`` (rows, vocabulary); None for a row whose logits are not all
+    numbers.
+
+    ``said``: the tokens of each row so far, each once, if there is a repetition penalty.  ``randoms``: a
+    number from 0 to 1 for each row; the same number and logits give the same token, whatever the other rows
+    are."""
+    logits = logits.float()
+    likeliest, tokens = logits.max(dim=-1)  # which is NaN if one of them is
+    sound = likeliest.isfinite().tolist()
+    asked = penalised(logits, said, sampling.repetition_penalty) if sampling.repetition_penalty != 1 else logits
+    if sampling.temperature > 0:
+        tokens = drawn(shares_of(asked, sampling), torch.tensor(randoms, dtype=torch.float64))
+    elif asked is not logits:
+        tokens = asked.argmax(dim=-1)
+    logprobs: list[float | None] = [None] * len(logits)
+    if sampling.logprobs:
+        logprobs = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)).tolist()
+    found = zip(tokens.tolist(), logprobs, sound, strict=True)
+    return [Drawn(token, logprob) if fine else None for token, logprob, fine in found]
+
+
+def penalised(logits: Tensor, said: Sequence[Tensor], penalty: float) -> Tensor:
+    """A copy of ``logits`` in which what was said is less likely for a ``penalty`` above 1: positive ones are
+    divided by it, negative ones multiplied.  Keskar et al. 2019 (arXiv 1909.05858), section 4.1."""
+    logits = logits.clone()
+    for row, tokens in zip(logits, said, strict=True):
+        own = row[tokens]
+        row[tokens] = torch.where(own < 0, own * penalty, own / penalty)
+    return logits
+
+
+def shares_of(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """The likelihoods to draw from, 0 for what is left out, and the tokens that they are of (rows, candidates)
+    in both; None if these are all in their order.
+
+    As in transformers: the temperature, then ``top_k``, then ``top_p`` of what is left (Holtzman et al. 2020,
+    arXiv 1904.09751), then ``min_p`` (Nguyen et al. 2025, arXiv 2407.01082)."""
+    shares = torch.softmax(logits / sampling.temperature, dim=-1)
+    vocabulary = shares.shape[-1]
+    top_k = min(sampling.top_k or vocabulary, vocabulary)
+    if top_k == vocabulary and sampling.top_p == 1:
+        return _without_unlikely(shares, sampling.min_p), None
+    is_cut = top_k < vocabulary
+    best, tokens = shares.topk(top_k if is_cut else min(vocabulary, CANDIDATES), dim=-1)
+    if is_cut:
+        best = best / best.sum(dim=-1, keepdim=True)
+    elif bool((best.sum(dim=-1) < sampling.top_p).any()):
+        best, tokens = shares.sort(dim=-1, descending=True)
+    before = best.cumsum(dim=-1) - best
+    best = best.masked_fill(before >= sampling.top_p, 0) if sampling.top_p < 1 else best
+    return _without_unlikely(best, sampling.min_p), tokens
+
+
+def _without_unlikely(shares: Tensor, min_p: float) -> Tensor:
+    if not min_p:
+        return shares
+    return shares.masked_fill(shares < min_p * shares.max(dim=-1, keepdim=True).values, 0)
+
+
+def drawn(candidates: tuple[Tensor, Tensor | None], randoms: Tensor) -> Tensor:
+    """The token of each row up to whose share the shares sum to its random number's part of the whole."""
+    shares, tokens = candidates
+    sums = shares.double().cumsum(dim=-1)
+    reached = randoms.to(sums.device)[:, None] * sums[:, -1:]
+    places = torch.searchsorted(sums, reached, right=True)
+    last = (shares > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)  # where rounding would go beyond
+    places = torch.minimum(places, last)
+    return (places if tokens is None else tokens.gather(1, places))[:, 0]

@@ -1,0 +1,301 @@
+"""Answering many prompts at once: each step brings one token for each row, and a row that has ended makes room
+for the next.
+
+Yu et al. 2022 (Orca, OSDI) call this iteration-level scheduling."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rankfold.models.answering.answer import Answer, Asked, FinishReason
+from rankfold.models.answering.drawing import Drawn, draw
+from rankfold.models.answering.sampling import Sampling
+from rankfold.models.answering.shared_prefix import common, reused
+from rankfold.models.answering.streaming import TextStream, decoded, stop_place, words
+from rankfold.models.base.base import Base
+from rankfold.peft_surface import PeftModel
+
+AT_ONCE = 32  # rows: beyond, a CPU gains little
+READ_AT_ONCE = 2048  # tokens of prompts that pass the model together, their padding too
+FREE_FOR_MORE = 8  # an eighth of the rows must be free before others come in: reading few prompts is slow
+ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
+NOT_NUMBERS = "the model's logits are not all finite numbers; it cannot say what comes next"
+
+
+@dataclass
+class Row:
+    """A prompt that is being answered."""
+
+    place: int
+    asked: Asked
+    stream: TextStream | None
+    randoms: random.Random
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.asked.ids + self.tokens
+
+
+class Loop:
+    """Answers by one model and one ``sampling``, up to ``at_once`` rows at a time, whose keys and values are to
+    take no more than ``cache_bytes``.  ``stops``: the tokens that end an answer."""
+
+    def __init__(
+        self, base: Base, sampling: Sampling, stops: frozenset[int], at_once: int, cache_bytes: float
+    ) -> None:
+        from rankfold.models.answering.slots import Slots
+
+        self.base, self.sampling, self.stops = base, sampling, stops
+        self.at_once, self.cache_bytes = at_once, cache_bytes
+        self.model = plain_model(base)
+        self.takes = frozenset(inspect.signature(self.model.forward).parameters)
+        self.context = context_of(self.model)
+        self.slots = Slots()
+        self.rows: list[Row] = []  # in the order of the slots
+        self.waiting: deque[Row] = deque()
+        self.ended: list[tuple[int, Answer]] = []
+
+    @torch.inference_mode()
+    def run(self, asked: Iterator[tuple[int, Asked]]) -> Iterator[tuple[int, Answer]]:
+        """Each prompt's place with its answer, as they end."""
+        while True:
+            self._wait_for(asked)
+            self._let_in()
+            if not self.rows and not self.ended and not self.waiting:
+                return
+            if self.rows:
+                self._step()
+            yield from self.ended
+            self.ended.clear()
+
+    def _wait_for(self, asked: Iterator[tuple[int, Asked]]) -> None:
+        """Have so many rows waiting that all places could be taken."""
+        for place, each in islice(asked, max(0, self.at_once - len(self.waiting))):
+            stream = TextStream(self.base.tokenizer, each.write, self.sampling.stop) if each.write else None
+            row = Row(place, each, stream, random.Random(each.seed))
+            if not each.ids:
+                self._fail(row, "the prompt is empty, and this model has no token that begins a text")
+            elif len(each.ids) >= self.context:
+                length = f"{len(each.ids):,} tokens"
+                self._fail(row, f"the prompt has {length}, and the model reads up to {self.context:,}")
+            else:
+                self.waiting.append(row)
+
+    def _let_in(self) -> None:
+        """Read prompts of waiting rows, if enough places are free for them."""
+        free = self.at_once - len(self.rows)
+        if self.rows and free < min(len(self.waiting), max(1, self.at_once // FREE_FOR_MORE)):
+            return
+        while self.waiting and len(self.rows) < self.at_once:
+            group = self._next_group(self.at_once - len(self.rows))
+            if not group:
+                return
+            self._read(group)
+
+    def _next_group(self, most: int) -> list[Row]:
+        """The next rows to be read together.  One alone if it has images, or if more of what it begins with is
+        what those behind it begin with than reading it alone costs."""
+        first = self.waiting[0]
+        if not self._fits(len(self.rows) + 1, len(first.ids)):
+            if not self.rows:
+                self.waiting.popleft()
+                self._fail(first, f"{self._bytes(1, len(first.ids)) / 1e9:.1f} GB are needed for its keys and values")
+            return []
+        group, longest = [self.waiting.popleft()], len(first.ids)
+        if first.asked.seen:
+            return group
+        if self.waiting and not self.waiting[0].asked.seen and not reused(first.ids, self._readable())[1]:
+            saved = common(first.ids, self.waiting[0].ids) * min(most - 1, len(self.waiting))
+            if saved > 2 * len(first.ids):
+                return group
+        while self.waiting and len(group) < most and not self.waiting[0].asked.seen:
+            longest = max(longest, len(self.waiting[0].ids))
+            size = len(group) + 1
+            if size * longest > READ_AT_ONCE or not self._fits(len(self.rows) + size, longest):
+                break
+            group.append(self.waiting.popleft())
+        return group
+
+    def _readable(self) -> list[list[int]]:
+        """What the rows in the slots begin with; nothing of those with images, whose tokens do not tell all."""
+        return [[] if row.asked.seen else row.ids[:-1] for row in self.rows]
+
+    def _read(self, group: Sequence[Row]) -> None:
+        """Let the model read the prompts of ``group``, but for what rows in the slots begin with too, and take
+        the first token of each answer."""
+        from transformers.cache_utils import DynamicCache
+
+        known = [row.ids for row in group]
+        held = self._readable()
+        found = [(0, 0) if group[0].asked.seen else reused(ids, held) for ids in known]
+        width = max(tokens for _, tokens in found)
+        filled = self.slots.shared(found) if width else DynamicCache()
+        new = [ids[tokens:] for ids, (_, tokens) in zip(known, found, strict=True)]
+        longest = max(map(len, new))
+        device = self.model.device
+        ids = torch.tensor([[*each, *[each[-1]] * (longest - len(each))] for each in new], device=device)
+        mask = torch.tensor(
+            [
+                [*[0] * (width - tokens), *[1] * (tokens + len(each)), *[0] * (longest - len(each))]
+                for each, (_, tokens) in zip(new, found, strict=True)
+            ],
+            device=device,
+        )
+        begins = torch.tensor([tokens for _, tokens in found], device=device)
+        positions = begins[:, None] + torch.arange(longest, device=device)
+        seen = {name: value.to(device) for name, value in _seen(group[0]).items()}
+        last = sorted({len(each) - 1 for each in new})
+        logits = self._logits(filled, ids, mask, positions, last, seen)
+        rows = torch.tensor([last.index(len(each) - 1) for each in new], device=device)
+        before = len(self.rows)
+        for row, (each, (_, tokens)) in enumerate(zip(new, found, strict=True)):
+            self.slots.add(filled, row, width - tokens, width + len(each))
+        self.rows += group
+        self._take(before, logits[torch.arange(len(new), device=device), rows])
+
+    def _logits(
+        self, cache: Any, ids: Tensor, mask: Tensor, positions: Tensor, kept: list[int], seen: dict[str, Tensor]
+    ) -> Tensor:
+        """The logits (rows, kept, vocabulary) at the places ``kept`` of ``ids`` (rows, tokens)."""
+        few = "logits_to_keep" in self.takes
+        options = {"logits_to_keep": torch.tensor(kept, device=ids.device)} if few else {}
+        logits: Tensor = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+            **seen,
+        ).logits
+        return logits if few else logits[:, kept]
+
+    def _step(self) -> None:
+        """One token more for each row."""
+        if not self.rows:
+            return
+        self._make_room()
+        slots, device = self.slots, self.model.device
+        ids = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)
+        positions = torch.tensor(slots.lengths, device=device)[:, None]
+        logits = self._logits(slots.cache, ids, slots.mask(device), positions, [0], {})
+        slots.advance()
+        self._take(0, logits[:, 0])
+
+    def _make_room(self) -> None:
+        """Have memory for a token more of each row; the last ones have to wait if there is not enough."""
+        while len(self.rows) > 1 and not self._fits(len(self.rows), max(self.slots.lengths) + 1):
+            self.waiting.appendleft(self.rows[-1])
+            self._drop(len(self.rows) - 1)
+        self.slots.make_room(len(self.rows))
+
+    def _take(self, first: int, logits: Tensor) -> None:
+        """Draw a token for each row from ``first`` on, and let those go that have ended."""
+        rows = self.rows[first:]
+        said = []
+        if self.sampling.repetition_penalty != 1:
+            said = [torch.tensor(sorted({*row.ids}), device=logits.device) for row in rows]
+        randoms = [row.randoms.random() for row in rows]
+        drawn = draw(logits, self.sampling, said, randoms)
+        for place in reversed(range(len(rows))):  # as the last row takes the place of one that goes
+            if self._has_ended(rows[place], drawn[place]):
+                self._drop(first + place)
+
+    def _has_ended(self, row: Row, drawn: Drawn | None) -> bool:
+        if drawn is None:
+            self._fail(row, NOT_NUMBERS)
+            return True
+        row.tokens.append(drawn.token)
+        if drawn.logprob is not None:
+            row.logprobs.append(drawn.logprob)
+        if row.stream is not None:
+            row.stream.put(row.tokens)
+        reason = self._reason(row)
+        if reason is not None:
+            self._end(row, reason)
+        return reason is not None
+
+    def _reason(self, row: Row) -> FinishReason | None:
+        if row.tokens[-1] in self.stops:
+            return "stop"
+        stop = self.sampling.stop
+        if stop and stop_place(words(self.base.tokenizer, row.tokens), stop) is not None:
+            return "stop"
+        full = len(row.tokens) >= self.sampling.max_new_tokens or len(row.ids) >= self.context
+        return "length" if full else None
+
+    def _end(self, row: Row, reason: FinishReason) -> None:
+        if row.stream is not None:
+            row.stream.end(row.tokens)
+        answer = Answer(
+            decoded(self.base.tokenizer, row.tokens, self.sampling.stop),
+            row.tokens,
+            reason,
+            len(row.asked.ids),
+            row.logprobs if self.sampling.logprobs else None,
+        )
+        self.ended.append((row.place, answer))
+
+    def _fail(self, row: Row, problem: str) -> None:
+        self.ended.append((row.place, Answer.missing(problem, len(row.asked.ids))))
+
+    def _drop(self, place: int) -> None:
+        self.slots.remove(place)
+        self.rows[place] = self.rows[-1]
+        del self.rows[-1]
+
+    def _bytes(self, rows: int, longest: int) -> float:
+        return rows * longest * self.slots.column_bytes
+
+    def _fits(self, rows: int, longest: int) -> bool:
+        longest = max([longest, *self.slots.lengths])
+        return self._bytes(rows, longest) <= self.cache_bytes
+
+
+def _seen(row: Row) -> dict[str, Tensor]:
+    """What the model reads of a row's images: marks of its tokens go on with zeros behind the prompt."""
+    prompt, said = len(row.asked.ids), len(row.tokens)
+    return {
+        name: pad(value, (0, said)) if value.shape[1:] == (prompt,) else value
+        for name, value in row.asked.seen.items()
+    }
+
+
+def plain_model(base: Base) -> Any:
+    """The model of transformers, with the adapters that are on it."""
+    return base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
+
+
+def context_of(model: Any) -> float:
+    """How many tokens the model can read and write; endless if its config names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
+def why_not(base: Base, sampling: Sampling) -> str:
+    """Why this loop cannot answer so, or an empty string."""
+    model = plain_model(base)
+    config = model.config.get_text_config()
+    takes = inspect.signature(model.forward).parameters
+    if sampling.settled(model) is None:
+        return "the base's own settings ask for more than drawing token by token"
+    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+        return f"a {type(model).__name__} does not keep keys and values of all tokens"
+    if not {"position_ids", "past_key_values", "attention_mask"} <= takes.keys():
+        return f"a {type(model).__name__} does not take positions, a mask and a cache"
+    if odd := {*(getattr(config, "layer_types", None) or ())} - ATTENTIONS:
+        return f"its layers are of kinds with a memory of their own ({', '.join(sorted(odd))})"
+    if base.processor is not None and "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        return "its positions have several dimensions"
+    return ""

@@ -1,0 +1,124 @@
+"""Answers together against transformers' ``generate`` alone, token by token."""
+
+from __future__ import annotations
+
+import copy
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import randomise
+from rankfold import LoraConfig, get_peft_model
+from rankfold.models.answering.answer import Asked
+from rankfold.models.answering.loop import Loop, why_not
+from rankfold.models.answering.sampling import Sampling
+from rankfold.models.base.base import Base
+from tiny_models import ARCHITECTURES, tiny
+
+GREEDY = Sampling(max_new_tokens=12, temperature=0)
+STOPS = frozenset({2})
+
+
+class Letters:
+    """A tokenizer of 64 characters, as far as a loop needs one."""
+
+    added_tokens_decoder: dict = {}
+
+    def decode(self, ids, **_):
+        return "".join(chr(48 + token) for token in ids)
+
+    def convert_ids_to_tokens(self, token):
+        return chr(48 + token)
+
+
+def base_of(model: nn.Module) -> Base:
+    model.generation_config.eos_token_id = None
+    return Base(model, Letters(), SimpleNamespace(name="tiny"))  # type: ignore[arg-type]
+
+
+def prompts(count: int, longest: int = 30, seed: int = 0) -> list[list[int]]:
+    drawn = random.Random(seed)
+    lengths = [drawn.randint(1, longest) for _ in range(count)]
+    return [[drawn.randint(3, 63) for _ in range(length)] for length in lengths]
+
+
+def asked(rows: list[list[int]], seed: str = "") -> list[tuple[int, Asked]]:
+    return [(place, Asked(ids, {}, f"{seed}/{place}")) for place, ids in enumerate(rows)]
+
+
+def together(base: Base, rows, at_once=7, sampling=GREEDY, cache_bytes=1e9):
+    loop = Loop(base, sampling, STOPS, at_once, cache_bytes)
+    return [answer for _, answer in sorted(loop.run(iter(asked(rows))), key=lambda found: found[0])]
+
+
+@torch.no_grad()
+def alone(model: nn.Module, ids: list[int], tokens: int = 12, **options) -> list[int]:
+    inputs = torch.tensor([ids])
+    output = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=[*STOPS],
+        pad_token_id=0,
+        **options,
+    )
+    return output[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    return tiny(request.param)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 32])
+def test_greedy_answers_are_those_of_transformers_whatever_stands_beside_them(model, at_once):
+    base, rows = base_of(model), prompts(40)
+    assert why_not(base, GREEDY) == ""
+    expected = [alone(model, ids) for ids in rows]
+    assert [answer.tokens for answer in together(base, rows, at_once)] == expected
+    order = random.Random(1).sample(range(len(rows)), len(rows))
+    shuffled = together(base, [rows[place] for place in order], at_once)
+    assert [answer.tokens for answer in shuffled] == [expected[place] for place in order]
+
+
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(model):
+    begun, other = prompts(2, 30, seed=3)
+    begun, other = (begun * 30)[:20], (other * 30)[:12]
+    rows = [[*(begun if n % 3 else other), *ids] for n, ids in enumerate(prompts(20, 12, seed=4))]
+    expected = [alone(model, ids) for ids in rows]
+    assert [answer.tokens for answer in together(base_of(model), rows, 5)] == expected
+    assert [answer.tokens for answer in together(base_of(model), [rows[0]] * 9, 4)] == [expected[0]] * 9
+
+
+def test_rows_that_do_not_fit_wait(model):
+    rows = prompts(12, 20, seed=5)
+    expected = [alone(model, ids) for ids in rows]
+    loop = Loop(base_of(model), GREEDY, STOPS, 6, 1e9)
+    list(loop.run(iter(asked(rows[:1]))))
+    little = loop.slots.column_bytes * 40
+    found = together(base_of(model), rows, 6, cache_bytes=little)
+    assert [answer.tokens for answer in found] == expected
+
+
+def test_logprobs_are_those_of_the_models_logits(model):
+    sampling = GREEDY.model_copy(update={"logprobs": True})
+    rows = prompts(9, seed=6)
+    for ids, answer in zip(rows, together(base_of(model), rows, 4, sampling), strict=True):
+        whole = torch.tensor([ids + answer.tokens])
+        with torch.no_grad():
+            likely = model(whole).logits[0].log_softmax(dim=-1)
+        places = range(len(ids) - 1, whole.shape[1] - 1)
+        expected = [float(likely[place, whole[0, place + 1]]) for place in places]
+        assert answer.logprobs == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_repetition_penalty_is_that_of_transformers(model):
+    rows = prompts(9, seed=7)
+    sampling = GREEDY.model_copy(update={"repetition_penalty": 1.7})
+    expected = [alone(model, ids, repetition_penalty=1.7) for ids in rows]
+    assert [answer.tokens for answer in together(base_of(model), rows, 4, sampling)] == expected
+    assert expected != [alone(model, ids) for ids in rows]
