@@ -27,6 +27,7 @@ VERBS = {
     "schema": "print the JSON schema of a recipe",
     "chat": "talk to a model",
     "generate": "answer one prompt",
+    "predict": "answer every row of a file",
     "import": "turn another program's config into a recipe",
     "convert": "write an adapter in another program's layout",
     "explain": "show with an SVD why a low rank can be enough",

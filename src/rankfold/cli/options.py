@@ -52,12 +52,15 @@ def _shown(default: object) -> str:
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were on the command line."""
-    return {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None and value != ()}
 
 
 def model_options(function: F) -> F:
     """``--adapter``, ``--model``, ``--allow`` and how to sample."""
-    function = options_of(Sampling)(function)
+    function = options_of(Sampling, arguments=("stop",))(function)
+    function = click.option(
+        "--stop", multiple=True, metavar="TEXT", help=Sampling.model_fields["stop"].description
+    )(function)
     function = click.option(
         "--allow",
         multiple=True,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from rankfold.models.messages.prompt import TemplateMessage
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -30,6 +30,14 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """A conversation that ends with the user's turn, and the tools that the model may call in its answer."""
+
+    messages: Sequence[TemplateMessage]
+    tools: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """The tokens of a prompt, what else the model reads of its images (each with one row), a text that makes
     its random numbers its own, and who gets the answer while it comes."""
@@ -39,5 +47,3 @@ class Asked:
     seed: str
     write: Callable[[str], object] | None = None
 
-
-Prompt = tuple[list[int], dict[str, Tensor]]

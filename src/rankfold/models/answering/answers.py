@@ -12,7 +12,7 @@ from typing import Any
 from rankfold.errors import DataError
 from rankfold.models.base.memory import free_memory_bytes
 from rankfold.models.answering import by_transformers
-from rankfold.models.answering.answer import Answer, Asked
+from rankfold.models.answering.answer import Answer, Asked, Question
 from rankfold.models.answering.fast_products import fast_products
 from rankfold.models.answering.loop import AT_ONCE, Loop, why_not
 from rankfold.models.answering.sampling import Sampling
@@ -39,7 +39,7 @@ def reply(
     stands.  A model that sees images gets those that stand in the messages' contents as parts
     ``{"type": "image", "path": ...}``.  ``write`` gets the answer piece by piece as it comes; a search with
     beams (see ``Sampling.options``) comes whole at the end.  Raises DataError."""
-    [(_, answer)] = in_turn(base, [(0, messages)], sampling, write=write)
+    [(_, answer)] = in_turn(base, [(0, Question(messages))], sampling, write=write)
     if answer.problem:
         raise DataError(answer.problem)
     return answer.text
@@ -77,7 +77,7 @@ def answers(
     base = model if isinstance(model, Base) else _loaded(model)
     kept: dict[int, Answer] = {}
     place = 0
-    for ended, answer in in_turn(base, enumerate(map(_conversation, prompts)), sampling or Sampling(), at_once):
+    for ended, answer in in_turn(base, enumerate(map(_question, prompts)), sampling or Sampling(), at_once):
         kept[ended] = answer
         while place in kept:
             yield kept.pop(place)
@@ -86,19 +86,19 @@ def answers(
 
 def in_turn(
     base: Base,
-    conversations: Iterable[tuple[int, Conversation]],
+    questions: Iterable[tuple[int, Question]],
     sampling: Sampling,
     at_once: int = AT_ONCE,
     write: Callable[[str], object] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Numbers of conversations with their answers, in the order in which these end."""
+    """Numbers of questions with their answers, in the order in which these end."""
     stops, missing = _stops(base), []  # type: frozenset[int], list[tuple[int, Answer]]
     alike: Counter[bytes] = Counter()
 
     def asked() -> Iterator[tuple[int, Asked]]:
-        for number, messages in conversations:
+        for number, question in questions:
             try:
-                ids, seen = _prompt(base, messages)
+                ids, seen = _prompt(base, question)
             except DataError as error:
                 missing.append((number, Answer.missing(str(error))))
                 continue
@@ -120,8 +120,8 @@ def in_turn(
         yield from missing
 
 
-def _conversation(prompt: str | Conversation) -> Conversation:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def _question(prompt: str | Conversation) -> Question:
+    return Question([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
 
 def _loaded(name: str | Path) -> Base:
@@ -140,15 +140,16 @@ def _ready(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _prompt(base: Base, messages: Conversation) -> tuple[list[int], dict[str, Any]]:
+def _prompt(base: Base, question: Question) -> tuple[list[int], dict[str, Any]]:
+    messages, tools = question.messages, question.tools
     encoder = prompt_encoder(base.tokenizer)
     if base.prompt_style == "plain":
         return encoder.text_ids(messages[-1]["content"]), {}
     if base.processor is not None:
-        return image_prompt(base.processor, messages)
+        return image_prompt(base.processor, messages, tools)
     if image_paths(messages):
         raise DataError("the messages hold images, and this model cannot see them")
-    return encoder.prompt_ids(messages), {}
+    return encoder.prompt_ids(messages, tools), {}
 
 
 def _stops(base: Base) -> frozenset[int]:

@@ -1,0 +1,45 @@
+"""``rankfold predict``"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from rankfold.cli.options import given, model_options, options_of
+from rankfold.models.answering.sampling import Sampling
+from rankfold.predict.request import PredictRequest, sampling_of
+
+
+@click.command("predict")
+@options_of(PredictRequest)
+@model_options
+def command(**options: Any) -> int:
+    """Answer every row of a file, and write the rows with their answers.
+
+    A row is asked what it would be trained to answer; it need not hold an answer.  Without --temperature the
+    likeliest answer is given.  A run that was stopped or killed goes on where it was with the same command.
+
+    Exit status: 0, or 1 if a row could not be answered, which its own columns tell.
+    """
+    from rankfold.cli.console import make_console
+    from rankfold.cli.predict_view import print_predicted, watched
+    from rankfold.predict.answering import answering_by
+    from rankfold.predict.run import AnswerColumns, Rows, predict, refuse_taken
+
+    asked = given(options)
+    request = PredictRequest.of({name: asked[name] for name in PredictRequest.model_fields if name in asked})
+    drawn = {name: asked[name] for name in Sampling.model_fields if name in asked}
+    sampling = sampling_of(drawn, request.samples)
+    columns = AnswerColumns(request.column, request.samples > 1, sampling.logprobs)
+    rows = Rows.looked_at(request)
+    refuse_taken(rows, columns)
+    console = make_console(sys.stdout)
+    with answering_by(request, sampling, options) as engine:
+        for note in engine.notes:
+            click.echo(f"note: {note}", err=True)
+        with watched(console) as on_progress:
+            predicted = predict(rows, columns, engine.answer, engine.identity, on_progress)
+    print_predicted(console, predicted)
+    return predicted.status
