@@ -5,6 +5,8 @@ is then the held bytes, uint8 (rows, bytes of a row), frozen, as bitsandbytes' l
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.errors import ModelError
+from rankfold.kernels.few_rows import linear
 from rankfold.storage.forms import Form, expanded, numbers_at
 from rankfold.storage.product import held_linear, held_transposed
 
@@ -59,7 +62,10 @@ class HeldLinear(HeldLayer, nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """``x W^T``: x (..., columns) -> (..., rows)."""
-        return held_linear(_for_products(x), self.held, self.form)
+        x, wide = _for_products(x), self.__dict__.get("wide")
+        if wide is not None and wide.dtype == x.dtype and not torch.is_grad_enabled():
+            return linear(x, wide)
+        return held_linear(x, self.held, self.form)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
         """``grad W``: grad (..., rows) -> (..., columns)."""
@@ -88,6 +94,19 @@ class HeldEmbedding(HeldLayer, nn.Embedding):
         rows = F.embedding(ids.reshape(-1), self.held)
         numbers = expanded(rows, self.form, self.columns, self.numbers_like.dtype)
         return numbers.view(*ids.shape, self.columns)
+
+
+@contextmanager
+def expanded_meanwhile(layers: Iterable[HeldLinear]) -> Iterator[None]:
+    """Within the block ``layers`` have their numbers at hand, in float32, for products without gradients."""
+    layers = list(layers)
+    for layer in layers:
+        layer.__dict__["wide"] = layer.expanded_weight()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["wide"]
 
 
 HELD_CLASSES: dict[type[nn.Module], type[HeldLayer]] = {nn.Linear: HeldLinear, nn.Embedding: HeldEmbedding}
