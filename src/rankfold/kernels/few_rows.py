@@ -1,4 +1,4 @@
-"""Products of a large matrix with few rows, as an answer makes them token by token.
+"""Products of large matrices with few rows, as an answer makes them token by token.
 
 There a processor waits for the matrix, and torch's library, made for many rows, reads it slowly on some
 processors.  By Numba where that is installed and, as measured once a process, faster."""
@@ -21,85 +21,76 @@ TRIED = (64, 32, 16, 8, 4, 2, 1)  # rows
 AGAIN = 3
 MATRICES = 8  # different ones: one alone would stay in the cache, which a model does not
 
-
-class _State:
-    """``most``: rows up to which ``product`` is faster than torch's; ``uses`` are under way."""
-
-    most = 0
-    uses = 0
-    is_measured = False
-    product: Callable[[Tensor, Tensor], Tensor]
-    same_threads: Callable[[], None]
-
-
-_state = _State()
-
-
-def _forget() -> None:
-    _state.most, _state.is_measured = 0, True  # OpenMP's threads are gone in a fork, and calling them would end it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+Product = Callable[[Tensor], Tensor]
+_products: dict[int, tuple[int, Product]] = {}  # by the weight's id: elements of an input at most
+_known: list[tuple[int, Any]] = []  # what was measured: rows up to which Numba is faster, and its module
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``: x (..., columns), weight (features, columns) -> (..., features).
 
     Within ``few_rows`` without gradients, in another order of sums."""
-    if not _state.uses or not 0 < x.numel() <= _state.most * x.shape[-1] or not _takes(x, weight):
+    most, product = _products.get(id(weight), (0, F.linear))
+    if (
+        not 0 < x.numel() <= most
+        or x.dtype is not torch.float32
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+    ):
         return F.linear(x, weight, bias)
-    out = _state.product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    out: Tensor = product(x)  # type: ignore[call-arg]
     return out if bias is None else out.add_(bias)
-
-
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.dtype is torch.float32
-        and weight.dtype is torch.float32
-        and x.is_cpu
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 @contextmanager
 def few_rows(weights: Sequence[Tensor], cache: Path) -> Iterator[None]:
-    """Within the block ``linear`` may compute by Numba, whose compiled loop is kept in the folder ``cache``.
-    ``weights`` are some of a model's, to measure with."""
-    wide = [weight for weight in weights if weight.dtype == torch.float32][:MATRICES]
-    if wide and not _state.is_measured:
-        _state.most, _state.is_measured = _measured(wide, cache), True
-    if _state.most:
-        _state.same_threads()
-    _state.uses += 1
+    """Within the block ``linear`` may compute the products with ``weights`` by Numba, whose compiled loop is
+    kept in the folder ``cache``."""
+    fit = [w for w in weights if w.dtype == torch.float32 and w.is_cpu and w.is_contiguous()]
+    if fit and not _known:
+        _known.append(_measured(fit[:MATRICES], cache))
+    most, numba_forms = _known[0] if fit else (0, None)
+    if not most:
+        yield
+        return
+    numba_forms.same_threads()
+    before = dict(_products)
+    _products.update({id(w): (most * w.shape[1], numba_forms.product_with(w)) for w in fit})
     try:
         yield
     finally:
-        _state.uses -= 1
+        _products.clear()
+        _products.update(before)
 
 
-def _measured(weights: Sequence[Tensor], cache: Path) -> int:
+def _forget() -> None:
+    """OpenMP's threads are gone in a fork, and calling them would end it."""
+    _products.clear()
+    _known[:] = [(0, None)]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _measured(weights: Sequence[Tensor], cache: Path) -> tuple[int, Any]:
     if find_spec("numba") is None:
-        return 0
+        return 0, None
     try:
-        from rankfold.kernels.numba_forms import prepare_products, product, same_threads
+        from rankfold.kernels import numba_forms
     except ImportError:
-        return 0
-    if prepare_products(cache):
-        return 0
-    _state.product, _state.same_threads = product, same_threads
-    same_threads()
-    columns = {weight.shape[1] for weight in weights}
+        return 0, None
+    if numba_forms.prepare_products(cache):
+        return 0, None
+    numba_forms.same_threads()
+    products = [(numba_forms.product_with(weight), weight) for weight in weights]
     for rows in TRIED:
-        xs = {width: torch.ones(rows, width) for width in columns}
-        ours = _seconds(lambda: [product(xs[w.shape[1]], w) for w in weights])  # noqa: B023
+        xs = {weight.shape[1]: torch.ones(rows, weight.shape[1]) for weight in weights}
+        ours = _seconds(lambda: [product(xs[w.shape[1]]) for product, w in products])  # noqa: B023
         torchs = _seconds(lambda: [F.linear(xs[w.shape[1]], w) for w in weights])  # noqa: B023
         if ours < torchs:
-            return rows
-    return 0
+            return rows, numba_forms
+    return 0, None
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ def start(dtype: torch.dtype, cache: Path) -> str:
 
 
 def prepare_products(cache: Path) -> str:
-    """The same for ``product``."""
-    return _prepare(products, cache, lambda: product(torch.ones(1, 1), torch.ones(1, 1)))
+    """The same for ``product_with``."""
+    return _prepare(products, cache, lambda: product_with(torch.ones(1, 1))(torch.ones(1, 1)))
 
 
 def _prepare(module: Any, cache: Path, compile_all: Callable[[], None]) -> str:
@@ -131,11 +131,21 @@ def causal_shares_gradient(grad: Tensor, shares: Tensor, scale: float) -> Tensor
     return grad
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x weight^T`` for few rows of x: so short that even the number of threads is not asked for each time."""
-    out = torch.empty(x.shape[0], weight.shape[0])
-    products.few_rows(x.detach().contiguous().numpy(), weight.detach().numpy(), out.numpy())
-    return out
+def product_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """``x weight^T`` for few rows of x (..., columns): prepared once, as calling it takes as long as the
+    product with a small matrix."""
+    numbers = weight.detach().numpy()
+    features, columns = numbers.shape
+    empty, loop = torch.empty, products.few_rows
+
+    def product(x: Tensor) -> Tensor:
+        if not x.is_contiguous():
+            x = x.contiguous()
+        out = empty((*x.shape[:-1], features))
+        loop(x.view(-1, columns).numpy(), numbers, out.view(-1, features).numpy())
+        return out
+
+    return product
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from rankfold.models.base.base import Base
 from rankfold.peft_surface import PeftModel
 
 AT_ONCE = 32  # rows: beyond, a CPU gains little
-READ_AT_ONCE = 2048  # tokens of prompts that pass the model together, their padding too
+READ_AT_ONCE = 1024  # tokens of prompts that pass the model together, their padding too
+ALIKE = 0.85  # the share of them that are no padding, at least
 FREE_FOR_MORE = 8  # an eighth of the rows must be free before others come in: reading few prompts is slow
 ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 NOT_NUMBERS = "the model's logits are not all finite numbers; it cannot say what comes next"
@@ -105,7 +106,7 @@ class Loop:
             self._read(group)
 
     def _next_group(self, most: int) -> list[Row]:
-        """The next rows to be read together.  One alone if it has images, or if more of what it begins with is
+        """The next row, and others of like length that are read with it.  One alone if it has images, or if more of what it begins with is
         what those behind it begin with than reading it alone costs."""
         first = self.waiting[0]
         if not self._fits(len(self.rows) + 1, len(first.ids)):
@@ -113,19 +114,21 @@ class Loop:
                 self.waiting.popleft()
                 self._fail(first, f"{self._bytes(1, len(first.ids)) / 1e9:.1f} GB are needed for its keys and values")
             return []
-        group, longest = [self.waiting.popleft()], len(first.ids)
-        if first.asked.seen:
-            return group
-        if self.waiting and not self.waiting[0].asked.seen and not reused(first.ids, self._readable())[1]:
-            saved = common(first.ids, self.waiting[0].ids) * min(most - 1, len(self.waiting))
+        self.waiting.popleft()
+        others = [] if first.asked.seen else [row for row in self.waiting if not row.asked.seen]
+        if others and not reused(first.ids, self._readable())[1]:
+            saved = common(first.ids, others[0].ids) * min(most - 1, len(others))
             if saved > 2 * len(first.ids):
-                return group
-        while self.waiting and len(group) < most and not self.waiting[0].asked.seen:
-            longest = max(longest, len(self.waiting[0].ids))
-            size = len(group) + 1
-            if size * longest > READ_AT_ONCE or not self._fits(len(self.rows) + size, longest):
+                return [first]
+        group, tokens, longest = [first], len(first.ids), len(first.ids)
+        for row in sorted(others, key=lambda row: abs(len(row.ids) - len(first.ids))):
+            tokens, longest = tokens + len(row.ids), max(longest, len(row.ids))
+            size = (len(group) + 1) * longest
+            fits = size <= READ_AT_ONCE and self._fits(len(self.rows) + len(group) + 1, longest)
+            if len(group) == most or not fits or tokens < ALIKE * size:
                 break
-            group.append(self.waiting.popleft())
+            group.append(row)
+            self.waiting.remove(row)
         return group
 
     def _readable(self) -> list[list[int]]:
