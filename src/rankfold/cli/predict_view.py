@@ -71,5 +71,5 @@ def print_predicted(console: Console, predicted: Predicted) -> None:
     for note in predicted.notes:
         console.print(f"note: {note}", style="yellow")
     if problems:
-        console.print(bullet_list("not answered:", problems, SHOWN), style="yellow")
+        console.print(bullet_list("not answered:", problems, SHOWN), style="yellow", soft_wrap=True)
     console.print(f"written  {predicted.out}", soft_wrap=True)

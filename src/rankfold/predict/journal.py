@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -22,7 +22,7 @@ class Journal:
     """A line for what is asked and by whom, then one for each answer: the number of its row, its sample, and
     the mark of what was asked.  A last line that a kill has cut off is forgotten.
 
-    Use it as a context; nobody else can open it meanwhile."""
+    Open it with ``opened``."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any], rows: int, samples: int) -> None:
         self.path = out.with_name(f".{out.name}.answers.jsonl")
@@ -31,20 +31,22 @@ class Journal:
         self.answered = 0
         self.file: BinaryIO
 
-    def __enter__(self) -> Self:
+    @contextmanager
+    def opened(self) -> Iterator[Self]:
+        """Within the block the journal can be read and written, by nobody else."""
         try:
             self.file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
-            lock_for_one(self.file.fileno())
-            self._read()
-        except BlockingIOError as error:
-            raise OutputError(f"another process is answering into {self.path}; wait for it") from error
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # of a full disk, which was told
-            self.file.close()
+        try:
+            lock_for_one(self.file.fileno())
+            self._read()
+            yield self
+        except BlockingIOError as error:
+            raise OutputError(f"another process is answering into {self.path}; wait for it") from error
+        finally:
+            with suppress(OSError):  # of a full disk, which was told
+                self.file.close()
 
     def _read(self) -> None:
         end = 0

@@ -147,7 +147,7 @@ def predict(
     those of an earlier run that was stopped count only if theirs was the same.  Raises OutputError."""
     request = rows.request
     refuse_taken(rows, columns)
-    with Journal(request.out, identity, rows.count, request.samples) as journal:
+    with Journal(request.out, identity, rows.count, request.samples).opened() as journal:
         progress = Progress(rows.count * request.samples, journal.answered)
         on_progress(progress)
         marks: dict[int, str] = {}

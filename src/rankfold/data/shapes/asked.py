@@ -42,7 +42,7 @@ def question_of(
     _refuse_unread(row, found)
     if not messages or messages[-1].role not in ROLES:
         raise ValueError("it asks nothing: its last turn before an answer is not the user's")
-    if not any(part if isinstance(part, str) and part.strip() else not isinstance(part, str) for part in messages[-1].parts):
+    if not messages[-1].text.strip() and not messages[-1].images:
         raise ValueError("the question is empty")
     if system and messages[0].role != "system":
         messages.insert(0, Message("system", (system,)))
@@ -60,7 +60,9 @@ def _shaped(row: Row, values: Mapping[str, Any], given: str | None) -> tuple[Row
     with_answer = {**values, ANSWER: STAND_IN}
     with suppress(ValueError):
         return replace(row, values=with_answer), detect_shape(with_answer)
-    return replace(row, values=dict(values)), detect_shape(values)
+    with suppress(ValueError):
+        return replace(row, values=dict(values)), detect_shape(values)
+    raise ValueError(f"no column of {sorted(values)} is known to hold a question; name it: --shape prompt=COLUMN")
 
 
 def _refuse_unread(row: Row, shape: Shape) -> None:

@@ -120,4 +120,4 @@ def _meaning(name: str) -> str | None:
 
 def _told(name: str, what: str) -> str:
     leaf = name.rpartition("].")[2]
-    return f"{name!r} holds {what} that a run would pass over; --leave-out {leaf} trains without"
+    return f"{name!r} holds {what} that would not be used; --leave-out {leaf} goes on without"

@@ -176,7 +176,7 @@ def _part(part: Any, key: str, folder: str) -> Part:
         return image_of(one_of(part, ("image", "image_url", "path", "url", "value")), folder)
     raise ValueError(
         f"a part of {key!r} must be of type text or image, got {kind or described(part)!r}; "
-        f"--leave-out {kind or 'TYPE'} trains without such parts"
+        f"--leave-out {kind or 'TYPE'} goes on without such parts"
     )
 
 
