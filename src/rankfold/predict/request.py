@@ -8,8 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rankfold.data.shapes.sources import Encoding, LeftOut, Source
-from rankfold.models.answering.loop import AT_ONCE
-from rankfold.models.answering.sampling import Sampling
+from rankfold.models.answering.sampling import AT_ONCE, Sampling
 from rankfold.predict.tables import WRITERS, suffix_of
 from rankfold.settings import CheckedSettings
 

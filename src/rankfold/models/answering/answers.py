@@ -14,8 +14,8 @@ from rankfold.models.base.memory import free_memory_bytes
 from rankfold.models.answering import by_transformers
 from rankfold.models.answering.answer import Answer, Asked, Question
 from rankfold.models.answering.fast_products import fast_products
-from rankfold.models.answering.loop import AT_ONCE, Loop, why_not
-from rankfold.models.answering.sampling import Sampling
+from rankfold.models.answering.loop import Loop, why_not
+from rankfold.models.answering.sampling import AT_ONCE, Sampling
 from rankfold.models.base.base import Base
 from rankfold.models.base.load import load_base, load_tuned
 from rankfold.models.messages.images import image_paths, image_prompt

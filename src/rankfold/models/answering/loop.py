@@ -25,7 +25,6 @@ from rankfold.models.answering.streaming import TextStream, decoded, stop_place,
 from rankfold.models.base.base import Base
 from rankfold.peft_surface import PeftModel
 
-AT_ONCE = 32  # rows: beyond, a CPU gains little
 READ_AT_ONCE = 1024  # tokens of prompts that pass the model together, their padding too
 ALIKE = 0.85  # the share of them that are no padding, at least
 FREE_FOR_MORE = 8  # an eighth of the rows must be free before others come in: reading few prompts is slow

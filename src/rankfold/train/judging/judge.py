@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rankfold.data.shapes.example import Example
-from rankfold.models.answering.answers import reply
+from rankfold.models.answering.answers import replies
 from rankfold.models.answering.sampling import Sampling
 from rankfold.train.judging.best import Best
 from rankfold.train.judging.evaluate import Comparison, compare, row_losses
@@ -54,9 +54,9 @@ class Judge:
     def answers(self) -> dict[str, str]:
         """The greedy answer to each of the sampled prompts."""
         with self.trainer.counting(), self.plan.precision.autocast(self.plan.model.device):
-            return {
-                asked(example): reply(self.plan.base, example.prompt, SAMPLING) for example in self.sampled()
-            }
+            sampled = self.sampled()
+            answers = replies(self.plan.base, [example.prompt for example in sampled], SAMPLING)
+            return {asked(example): answer for example, answer in zip(sampled, answers, strict=True)}
 
     def sampled(self) -> list[Example]:
         """``recipe.samples`` held-out rows, spread evenly over the file."""
