@@ -17,10 +17,10 @@ from rankfold.data.tokens.cache import encode_cached
 from rankfold.data.tokens.encode import IGNORE, Encoding, encode, encode_all, marked_pieces
 from rankfold.errors import DataError
 from rankfold.models.adapters.modalities import adapter_scope
-from rankfold.models.internvl.chat import SYSTEM_PROMPT
-from rankfold.models.messages.images import image_reader
 from rankfold.models.answering.answers import reply
 from rankfold.models.answering.sampling import Sampling
+from rankfold.models.internvl.chat import SYSTEM_PROMPT
+from rankfold.models.messages.images import image_reader
 
 PER_TILE = 4
 

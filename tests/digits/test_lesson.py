@@ -11,9 +11,9 @@ from rankfold.digits.assemble import Tower
 from rankfold.digits.lesson import Lesson, teach
 from rankfold.digits.rows import accuracy, read_rows
 from rankfold.errors import ModelError, OutputError
+from rankfold.models.answering.answers import reply
 from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.load import load_tuned
-from rankfold.models.answering.answers import reply
 from rankfold.train.keeping.listener import Listener
 
 TINY = Tower(width=16, layers=1, heads=2, patch_side=8)

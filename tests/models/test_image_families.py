@@ -16,11 +16,11 @@ from rankfold.data.tokens.encode import IGNORE, encode
 from rankfold.digits.assemble import Tower, assemble
 from rankfold.errors import ModelError
 from rankfold.models.adapters.modalities import adapter_scope
+from rankfold.models.answering.answers import replies, reply
+from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.processors import load_processor, most_tiles, sees_images, without_video
 from rankfold.models.base.text_side import load_text
 from rankfold.models.messages.images import image_prompt, image_reader
-from rankfold.models.answering.answers import replies, reply
-from rankfold.models.answering.sampling import Sampling
 
 WITH_PROCESSOR = ("qwen2_5_vl", "llava", "gemma3", "idefics3")
 

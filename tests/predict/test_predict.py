@@ -85,7 +85,9 @@ def test_what_is_drawn_does_not_hang_on_what_stands_beside_it(predicted, questio
 def test_each_row_may_have_several_answers(predicted, questions):
     _, _, out = predicted(questions, "answers.jsonl", "--samples", 3, "--temperature", 1.5)
     rows = rows_of(out)
-    assert [(row["id"], row["prediction_sample"]) for row in rows] == [(n, s) for n in range(30) for s in range(3)]
+    assert [(row["id"], row["prediction_sample"]) for row in rows] == [
+        (n, s) for n in range(30) for s in range(3)
+    ]
     assert any(rows[3 * n]["prediction"] != rows[3 * n + 1]["prediction"] for n in range(30))
 
 
@@ -115,7 +117,9 @@ def test_a_prompt_longer_than_the_model_reads_is_refused_for_its_row(predicted, 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.tsv", "a.xlsx", "a.parquet"])
 def test_answers_are_written_in_the_format_of_the_name(predicted, write_rows, expected, name):
-    data = write_rows([{"question": QUESTIONS[0], "note": "=1+1", "more": {"a": [1, 2]}}, {"question": QUESTIONS[1]}])
+    data = write_rows(
+        [{"question": QUESTIONS[0], "note": "=1+1", "more": {"a": [1, 2]}}, {"question": QUESTIONS[1]}]
+    )
     status, _, out = predicted(data, name)
     kind = out.suffix
     if kind in (".csv", ".tsv"):
@@ -185,11 +189,12 @@ def test_a_killed_run_goes_on_and_no_row_is_lost_or_answered_twice(write_rows, t
     folder = tmp_path / "slow"
     tiny_llama().save_pretrained(folder)
     load_base("HuggingFaceTB/SmolLM2-135M-Instruct").tokenizer.save_pretrained(folder)
-    data = write_rows([{"question": text} for text in QUESTIONS * 10])
+    data = write_rows([{"question": text} for text in QUESTIONS * 5])
     out, journal = tmp_path / "a.jsonl", tmp_path / ".a.jsonl.answers.jsonl"
-    given = ["predict", "--data", str(data), "--model", str(folder), "--max-new-tokens", "60", "--at-once", "4"]
+    given = ["predict", "--data", str(data), "--model", str(folder)]
+    given += ["--max-new-tokens", "60", "--at-once", "4"]
     killed = 0
-    for after in (10, 100):
+    for after in (10, 60):
         process = start([*given, "--out", str(out)])
         while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < after):
             time.sleep(0.01)
@@ -199,13 +204,13 @@ def test_a_killed_run_goes_on_and_no_row_is_lost_or_answered_twice(write_rows, t
         assert not out.exists()
     assert killed == 2
     with journal.open("ab") as file:
-        file.write(b'{"row": 299, "sam')  # as a kill in the middle of a line leaves it
+        file.write(b'{"row": 149, "sam')  # as a kill in the middle of a line leaves it
     before = journal.read_bytes().count(b"\n") - 1
     last = start([*given, "--out", str(out)])
     printed, _ = last.communicate()
     assert last.returncode == 0, printed
-    assert f"{before} of 300 answers are there; going on" in printed
-    assert f"{300 - before} of them now" in printed
+    assert f"{before} of 150 answers are there; going on" in printed
+    assert f"{150 - before} of them now" in printed
     whole = start([*given, "--out", str(tmp_path / "b.jsonl")])
     whole.communicate()
     assert out.read_bytes() == (tmp_path / "b.jsonl").read_bytes()
@@ -219,7 +224,7 @@ def test_answers_given_otherwise_are_not_gone_on_with(predicted, questions, tmp_
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "_write", dies)
-    status, _, out = predicted(questions)
+    status, _, _ = predicted(questions)
     assert status == 130
     monkeypatch.undo()
     status, printed, _ = predicted(questions, "answers.jsonl", "--temperature", 1)

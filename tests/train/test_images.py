@@ -15,9 +15,9 @@ from image_models import tiny_image_model
 from rankfold import Recipe, fine_tune, load_tuned
 from rankfold.data.order.batching import PaddedImages
 from rankfold.errors import ConfigError, DataError
-from rankfold.models.messages.images import image_reader
 from rankfold.models.answering.answers import reply
 from rankfold.models.answering.sampling import Sampling
+from rankfold.models.messages.images import image_reader
 from rankfold.train.keeping.listener import Listener
 from rankfold.train.keeping.report import setting_rows
 from rankfold.train.run import decide, resume

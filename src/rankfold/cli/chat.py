@@ -22,8 +22,8 @@ def command(**options: Any) -> None:
     """Talk to a model, with an adapter or without.  Lines on standard input work too.
 
     A line "/image FILE" shows an image with the next message, to a model that sees images."""
-    from rankfold.models.messages.images import content_of
     from rankfold.models.answering.answers import reply
+    from rankfold.models.messages.images import content_of
 
     base, settings = open_model(options)
     adapter = options["adapter"]

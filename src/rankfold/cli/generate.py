@@ -19,8 +19,8 @@ from rankfold.cli.options import model_options, open_model
 @model_options
 def command(prompt: str, system: str | None, images: tuple[Path, ...], **options: Any) -> None:
     """Print the model's answer to one prompt.  The same seed gives the same answer."""
-    from rankfold.models.messages.images import content_of
     from rankfold.models.answering.answers import reply
+    from rankfold.models.messages.images import content_of
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": content_of(prompt, images)})

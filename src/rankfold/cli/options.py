@@ -85,8 +85,8 @@ def model_options(function: F) -> F:
 def open_model(options: dict[str, Any]) -> tuple[Any, Sampling]:
     """The model that ``model_options`` name, and how its answers are drawn; what a user should know of both
     is said on standard error."""
-    from rankfold.models.base.load import load
     from rankfold.models.answering.sampling import told_of_own_settings
+    from rankfold.models.base.load import load
 
     drawn = {name: value for name, value in given(options).items() if name in Sampling.model_fields}
     settings = Sampling.of(drawn)

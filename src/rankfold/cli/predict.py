@@ -25,7 +25,7 @@ def command(**options: Any) -> int:
     """
     from rankfold.cli.console import make_console
     from rankfold.cli.predict_view import print_predicted, watched
-    from rankfold.predict.answering import answering_by
+    from rankfold.predict.answering import engine_of
     from rankfold.predict.run import AnswerColumns, Rows, predict, refuse_taken
 
     asked = given(options)
@@ -36,10 +36,10 @@ def command(**options: Any) -> int:
     rows = Rows.looked_at(request)
     refuse_taken(rows, columns)
     console = make_console(sys.stdout)
-    with answering_by(request, sampling, options) as engine:
-        for note in engine.notes:
-            click.echo(f"note: {note}", err=True)
-        with watched(console) as on_progress:
-            predicted = predict(rows, columns, engine.answer, engine.identity, on_progress)
+    engine = engine_of(request, sampling, options)
+    for note in engine.notes:
+        click.echo(f"note: {note}", err=True)
+    with watched(console) as on_progress:
+        predicted = predict(rows, columns, engine.answer, engine.identity, on_progress)
     print_predicted(console, predicted)
     return predicted.status

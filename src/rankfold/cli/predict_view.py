@@ -60,7 +60,11 @@ def print_predicted(console: Console, predicted: Predicted) -> None:
     """What was answered, how the answers ended, and where they are."""
     progress = predicted.progress
     ends, problems = predicted.ends, predicted.problems
-    words = {"stop": "ended by themselves", "length": "were cut at --max-new-tokens", "error": "have a problem"}
+    words = {
+        "stop": "ended by themselves",
+        "length": "were cut at --max-new-tokens",
+        "error": "have a problem",
+    }
     told = ", ".join(f"{ends[name]:,} {text}" for name, text in words.items() if ends[name])
     console.print(f"\n{sum(ends.values()):,} answers to {predicted.rows:,} rows: {told}")
     if progress is not None and progress.done:

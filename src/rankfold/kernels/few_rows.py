@@ -21,6 +21,7 @@ TRIED = (64, 32, 16, 8, 4, 2, 1)  # rows
 AGAIN = 3
 MATRICES = 8  # different ones: one alone would stay in the cache, which a model does not
 
+NOTHING: tuple[int, Any] = (0, None)
 Product = Callable[[Tensor], Tensor]
 _products: dict[int, tuple[int, Product]] = {}  # by the weight's id: elements of an input at most
 _known: list[tuple[int, Any]] = []  # what was measured: rows up to which Numba is faster, and its module
@@ -49,7 +50,7 @@ def few_rows(weights: Sequence[Tensor], cache: Path) -> Iterator[None]:
     fit = [w for w in weights if w.dtype == torch.float32 and w.is_cpu and w.is_contiguous()]
     if fit and not _known:
         _known.append(_measured(fit[:MATRICES], cache))
-    most, numba_forms = _known[0] if fit else (0, None)
+    most, numba_forms = _known[0] if fit else NOTHING
     if not most:
         yield
         return
@@ -66,7 +67,7 @@ def few_rows(weights: Sequence[Tensor], cache: Path) -> Iterator[None]:
 def _forget() -> None:
     """OpenMP's threads are gone in a fork, and calling them would end it."""
     _products.clear()
-    _known[:] = [(0, None)]
+    _known[:] = [NOTHING]
 
 
 if hasattr(os, "register_at_fork"):
@@ -75,13 +76,13 @@ if hasattr(os, "register_at_fork"):
 
 def _measured(weights: Sequence[Tensor], cache: Path) -> tuple[int, Any]:
     if find_spec("numba") is None:
-        return 0, None
+        return NOTHING
     try:
         from rankfold.kernels import numba_forms
     except ImportError:
-        return 0, None
+        return NOTHING
     if numba_forms.prepare_products(cache):
-        return 0, None
+        return NOTHING
     numba_forms.same_threads()
     products = [(numba_forms.product_with(weight), weight) for weight in weights]
     for rows in TRIED:
@@ -90,7 +91,7 @@ def _measured(weights: Sequence[Tensor], cache: Path) -> tuple[int, Any]:
         torchs = _seconds(lambda: [F.linear(xs[w.shape[1]], w) for w in weights])  # noqa: B023
         if ours < torchs:
             return rows, numba_forms
-    return 0, None
+    return NOTHING
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def prepare_products(cache: Path) -> str:
     return _prepare(products, cache, lambda: product_with(torch.ones(1, 1))(torch.ones(1, 1)))
 
 
-def _prepare(module: Any, cache: Path, compile_all: Callable[[], None]) -> str:
+def _prepare(module: Any, cache: Path, compile_all: Callable[[], object]) -> str:
     if _is_writable(cache):
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache)
         for loop in vars(module).values():

@@ -1,9 +1,8 @@
-"""Who answers: our own loop, or an engine that is installed."""
+"""The model that answers a file, and what its answers hang on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -29,11 +28,8 @@ class Engine:
     notes: list[str] = field(default_factory=list)
 
 
-@contextmanager
-def answering_by(
-    request: PredictRequest, sampling: Sampling, options: Mapping[str, Any]
-) -> Iterator[Engine]:
-    """The engine that ``request`` asks for, with the model that ``options`` name (see ``model_options``)."""
+def engine_of(request: PredictRequest, sampling: Sampling, options: Mapping[str, Any]) -> Engine:
+    """The model that ``options`` name (see ``model_options``), as it answers."""
     base = load(options["adapter"], options["model"], options["allow"], options["eos_token"])
     identity = {
         "model": base.source.name,
@@ -42,11 +38,10 @@ def answering_by(
         "sampling": sampling.model_dump(mode="json", exclude={"logprobs"}),
         "logprobs": sampling.logprobs,
         "samples": request.samples,
-        "engine": request.engine,
         "rankfold": __version__,
     }
     answer = partial(in_turn, base, sampling=sampling, at_once=request.at_once)
-    yield Engine(answer, identity, [*base.notes, *told_of_own_settings(base.model, sampling)])
+    return Engine(answer, identity, [*base.notes, *told_of_own_settings(base.model, sampling)])
 
 
 def _hash_of(adapter: Path | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,8 +11,6 @@ from rankfold.data.shapes.sources import Encoding, LeftOut, Source
 from rankfold.models.answering.sampling import AT_ONCE, Sampling
 from rankfold.predict.tables import WRITERS, suffix_of
 from rankfold.settings import CheckedSettings
-
-EngineName = Literal["own", "llama.cpp", "vllm"]
 
 
 class PredictRequest(CheckedSettings):
@@ -32,7 +30,6 @@ class PredictRequest(CheckedSettings):
     column: str = Field("prediction", min_length=1, description="column that the answers go to")
     samples: int = Field(1, ge=1, le=10_000, description="answers to each row")
     at_once: int = Field(AT_ONCE, ge=1, le=4096, description="rows answered together, if memory allows")
-    engine: EngineName = Field("own", description="who answers: own, llama.cpp or vllm, where installed")
 
     @field_validator("out")
     @classmethod
@@ -49,9 +46,7 @@ class PredictRequest(CheckedSettings):
 
     @property
     def source(self) -> Source:
-        return Source(
-            self.data, images=self.images, encoding=self.encoding, leave_out=tuple(self.leave_out)
-        )
+        return Source(self.data, images=self.images, encoding=self.encoding, leave_out=tuple(self.leave_out))
 
 
 def sampling_of(given: dict[str, Any], samples: int) -> Sampling:

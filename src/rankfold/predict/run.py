@@ -16,7 +16,6 @@ from rankfold.data.shapes.asked import question_of
 from rankfold.errors import DataError, OutputError, bullet_list
 from rankfold.files import require_space, whole_file
 from rankfold.models.answering.answer import Answer, Question
-from rankfold.models.answering.sampling import Sampling
 from rankfold.predict.journal import Journal
 from rankfold.predict.request import PredictRequest
 from rankfold.predict.tables import write_rows
@@ -28,7 +27,7 @@ SPACE_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class AnswerColumns:
-    """The columns beside those of the rows: ``name`` holds the answers, and what is told of them begins so."""
+    """The columns beside those of the rows: ``name`` holds the answers, and the others' names begin so."""
 
     name: str
     several: bool = False
@@ -88,8 +87,8 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows to be answered, read anew each time: there may be more than fit into memory; how many they are,
-    and their columns."""
+    """The rows to be answered, read anew each time: there may be more than fit into memory; how many
+    they are, and their columns."""
 
     request: PredictRequest
     count: int = 0

@@ -108,8 +108,14 @@ def _workbook(file: BinaryIO, rows: Rows, columns: Sequence[str]) -> list[str]:
                 cells.append(value)
         sheet.append(cells)
     book.save(file)
-    return [f"{changed:,} cells hold less than their text: a workbook takes no control characters, and "
-            f"{CELL_CHARACTERS:,} characters a cell"] if changed else []
+    return (
+        [
+            f"{changed:,} cells hold less than their text: a workbook takes no control characters, and "
+            f"{CELL_CHARACTERS:,} characters a cell"
+        ]
+        if changed
+        else []
+    )
 
 
 def _json(value: Any) -> str:

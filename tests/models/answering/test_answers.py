@@ -5,9 +5,9 @@ import dataclasses
 
 import torch
 
-from rankfold.models.messages.prompt import prompt_encoder
 from rankfold.models.answering.answers import answer_all, reply
 from rankfold.models.answering.sampling import Sampling
+from rankfold.models.messages.prompt import prompt_encoder
 
 ASK = [{"role": "user", "content": "What is the capital of France?"}]
 

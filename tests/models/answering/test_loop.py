@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from conftest import randomise
-from rankfold import LoraConfig, get_peft_model
 from rankfold.models.answering.answer import Asked
-from rankfold.models.answering.loop import Loop, why_not
+from rankfold.models.answering.answerable import why_not
+from rankfold.models.answering.loop import Loop
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.base import Base
 from tiny_models import ARCHITECTURES, tiny
@@ -25,7 +23,7 @@ STOPS = frozenset({2})
 class Letters:
     """A tokenizer of 64 characters, as far as a loop needs one."""
 
-    added_tokens_decoder: dict = {}
+    added_tokens_decoder = MappingProxyType({})
 
     def decode(self, ids, **_):
         return "".join(chr(48 + token) for token in ids)

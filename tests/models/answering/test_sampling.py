@@ -9,9 +9,9 @@ import torch
 
 from rankfold import load_base
 from rankfold.errors import ConfigError
-from rankfold.models.messages.prompt import prompt_encoder
 from rankfold.models.answering.answers import replies, reply
 from rankfold.models.answering.sampling import Sampling, own_settings, told_of_own_settings
+from rankfold.models.messages.prompt import prompt_encoder
 
 ASK = [{"role": "user", "content": "Name a colour."}]
 OWN = {

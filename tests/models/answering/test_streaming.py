@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "engines"))
 
 import reference
 
-from rankfold.models.gguf.file import read_gguf
-from rankfold.models.gguf.tokenizer import gguf_tokenizer
-from rankfold.models.messages.prompt import prompt_encoder
 from rankfold.models.answering.answers import reply
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.answering.streaming import TextStream, decoded, stop_place, words
+from rankfold.models.gguf.file import read_gguf
+from rankfold.models.gguf.tokenizer import gguf_tokenizer
+from rankfold.models.messages.prompt import prompt_encoder
 
 TEXTS = [
     "def f(x):\n    return x + 1\n\n\nfor i in range(3):\n\tprint(i)\n",

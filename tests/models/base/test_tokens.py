@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from rankfold.errors import ConfigError, ModelError
+from rankfold.models.answering.answers import reply
+from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.load import load
 from rankfold.models.base.tokens import with_tokens
 from rankfold.models.messages.prompt import prompt_encoder
-from rankfold.models.answering.answers import reply
-from rankfold.models.answering.sampling import Sampling
 
 ASK = [{"role": "user", "content": "a <file_sep>b <|im_end|> <reponame>"}]
 

@@ -14,11 +14,11 @@ from image_bases import noise, write_original
 from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
 from rankfold.errors import DataError
 from rankfold.models.adapters.modalities import adapter_scope
+from rankfold.models.answering.answers import reply
+from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.processors import most_tiles, set_most_tiles
 from rankfold.models.internvl.chat import SYSTEM_PROMPT
 from rankfold.models.messages.images import SizedImage, image_prompt, image_reader
-from rankfold.models.answering.answers import reply
-from rankfold.models.answering.sampling import Sampling
 
 SIDE, TOKENS = 28, 4  # of a tile, in pixels and in image tokens
 

@@ -62,7 +62,9 @@ def _shaped(row: Row, values: Mapping[str, Any], given: str | None) -> tuple[Row
         return replace(row, values=with_answer), detect_shape(with_answer)
     with suppress(ValueError):
         return replace(row, values=dict(values)), detect_shape(values)
-    raise ValueError(f"no column of {sorted(values)} is known to hold a question; name it: --shape prompt=COLUMN")
+    raise ValueError(
+        f"no column of {sorted(values)} is known to hold a question; name it: --shape prompt=COLUMN"
+    )
 
 
 def _refuse_unread(row: Row, shape: Shape) -> None:

@@ -46,4 +46,3 @@ class Asked:
     seen: dict[str, Any]
     seed: str
     write: Callable[[str], object] | None = None
-

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.errors import DataError
-from rankfold.models.base.memory import free_memory_bytes
 from rankfold.models.answering import by_transformers
 from rankfold.models.answering.answer import Answer, Asked, Question
+from rankfold.models.answering.answerable import why_not
 from rankfold.models.answering.fast_products import fast_products
-from rankfold.models.answering.loop import Loop, why_not
+from rankfold.models.answering.loop import Loop
 from rankfold.models.answering.sampling import AT_ONCE, Sampling
 from rankfold.models.base.base import Base
 from rankfold.models.base.load import load_base, load_tuned
+from rankfold.models.base.memory import free_memory_bytes
 from rankfold.models.messages.images import image_paths, image_prompt
 from rankfold.models.messages.prompt import TemplateMessage, prompt_encoder
 from rankfold.models.messages.turn import turn_form
@@ -106,6 +107,7 @@ def in_turn(
             alike[digest] += 1
             yield number, Asked(ids, seen, f"{sampling.seed}/{digest.hex()}/{alike[digest]}", write)
 
+    found: Iterator[tuple[int, Answer]]
     with _ready(base.model), fast_products(base.model):
         if why_not(base, sampling):
             found = ((n, by_transformers.answer(base, each, sampling, stops)) for n, each in asked())

@@ -1,4 +1,4 @@
-"""Answers by transformers' own ``generate``, one by one: for models and settings that the loop does not know."""
+"""Answers by transformers' own ``generate``, one by one: for models and settings that the loop has not."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from rankfold.models.answering.answer import Answer, Asked
+from rankfold.models.answering.answerable import plain_model
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.answering.streaming import TextStream, decoded, stop_place, words
 from rankfold.models.base.base import Base
 from rankfold.models.base.quiet import quiet_transformers
-from rankfold.peft_surface import PeftModel
 
 SEEDS = 2**63
 
@@ -82,7 +82,7 @@ def _only(base: Base, options: dict[str, Any], stops: frozenset[int]) -> Iterato
     from transformers import GenerationConfig
 
     fill = base.tokenizer.pad_token_id if base.tokenizer.eos_token_id is None else base.tokenizer.eos_token_id
-    model = base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
+    model = plain_model(base)
     own = model.generation_config
     with quiet_transformers():
         model.generation_config = GenerationConfig(

@@ -34,7 +34,9 @@ def draw(
     logits = logits.float()
     likeliest, tokens = logits.max(dim=-1)  # which is NaN if one of them is
     sound = likeliest.isfinite().tolist()
-    asked = penalised(logits, said, sampling.repetition_penalty) if sampling.repetition_penalty != 1 else logits
+    asked = (
+        penalised(logits, said, sampling.repetition_penalty) if sampling.repetition_penalty != 1 else logits
+    )
     if sampling.temperature > 0:
         tokens = drawn(shares_of(asked, sampling), torch.tensor(randoms, dtype=torch.float64))
     elif asked is not logits:
@@ -57,8 +59,8 @@ def penalised(logits: Tensor, said: Sequence[Tensor], penalty: float) -> Tensor:
 
 
 def shares_of(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """The likelihoods to draw from, 0 for what is left out, and the tokens that they are of (rows, candidates)
-    in both; None if these are all in their order.
+    """The likelihoods to draw from (rows, candidates), 0 for what is left out, and the tokens that they are
+    of; None if these are all in their order.
 
     As in transformers: the temperature, then ``top_k``, then ``top_p`` of what is left (Holtzman et al. 2020,
     arXiv 1904.09751), then ``min_p`` (Nguyen et al. 2025, arXiv 2407.01082)."""

@@ -31,6 +31,7 @@ def fast_products(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _few_rows(model: nn.Module) -> Iterator[None]:
+    weights: list[Any]
     layers: list[Any] = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
     adapted: list[Any] = [m for m in model.modules() if type(m) in FUSED_CLASSES]
     held = [m.wide for m in model.modules() if isinstance(m, HeldLinear) and "wide" in vars(m)]
@@ -52,7 +53,9 @@ def _few_rows(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _expanded(model: nn.Module) -> Iterator[None]:
     layers = [layer for layer in held_layers(model).values() if isinstance(layer, HeldLinear)]
-    needed = sum(rows * columns * torch.float32.itemsize for rows, columns in (layer.shape for layer in layers))
+    needed = sum(
+        rows * columns * torch.float32.itemsize for rows, columns in (layer.shape for layer in layers)
+    )
     fits = layers and needed <= EXPANDED_SHARE * free_memory_bytes(layers[0].held.device)
     with expanded_meanwhile(layers if fits else []):
         yield

@@ -1,11 +1,10 @@
-"""Answering many prompts at once: each step brings one token for each row, and a row that has ended makes room
-for the next.
+"""Answering many prompts at once: each step brings one token for each row, and a row that has ended makes
+room for the next.
 
 Yu et al. 2022 (Orca, OSDI) call this iteration-level scheduling."""
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,17 +17,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rankfold.models.answering.answer import Answer, Asked, FinishReason
+from rankfold.models.answering.answerable import context_of, plain_model, what_it_takes
 from rankfold.models.answering.drawing import Drawn, draw
+from rankfold.models.answering.prompt_block import Block
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.answering.shared_prefix import common, reused
 from rankfold.models.answering.streaming import TextStream, decoded, stop_place, words
 from rankfold.models.base.base import Base
-from rankfold.peft_surface import PeftModel
 
 READ_AT_ONCE = 1024  # tokens of prompts that pass the model together, their padding too
 ALIKE = 0.85  # the share of them that are no padding, at least
 FREE_FOR_MORE = 8  # an eighth of the rows must be free before others come in: reading few prompts is slow
-ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 NOT_NUMBERS = "the model's logits are not all finite numbers; it cannot say what comes next"
 
 
@@ -49,8 +48,8 @@ class Row:
 
 
 class Loop:
-    """Answers by one model and one ``sampling``, up to ``at_once`` rows at a time, whose keys and values are to
-    take no more than ``cache_bytes``.  ``stops``: the tokens that end an answer."""
+    """Answers by one model and one ``sampling``, up to ``at_once`` rows at a time, whose keys and values are
+    to take no more than ``cache_bytes``.  ``stops``: the tokens that end an answer."""
 
     def __init__(
         self, base: Base, sampling: Sampling, stops: frozenset[int], at_once: int, cache_bytes: float
@@ -60,7 +59,7 @@ class Loop:
         self.base, self.sampling, self.stops = base, sampling, stops
         self.at_once, self.cache_bytes = at_once, cache_bytes
         self.model = plain_model(base)
-        self.takes = frozenset(inspect.signature(self.model.forward).parameters)
+        self.takes = what_it_takes(self.model)
         self.context = context_of(self.model)
         self.slots = Slots()
         self.rows: list[Row] = []  # in the order of the slots
@@ -105,13 +104,15 @@ class Loop:
             self._read(group)
 
     def _next_group(self, most: int) -> list[Row]:
-        """The next row, and others of like length that are read with it.  One alone if it has images, or if more of what it begins with is
-        what those behind it begin with than reading it alone costs."""
+        """The next row, and others of like length that are read with it.  It is alone if it has images, or
+        if those behind it begin with so much of it that reading it first costs less."""
         first = self.waiting[0]
         if not self._fits(len(self.rows) + 1, len(first.ids)):
             if not self.rows:
                 self.waiting.popleft()
-                self._fail(first, f"{self._bytes(1, len(first.ids)) / 1e9:.1f} GB are needed for its keys and values")
+                self._fail(
+                    first, f"{self._bytes(1, len(first.ids)) / 1e9:.1f} GB are needed for its keys and values"
+                )
             return []
         self.waiting.popleft()
         others = [] if first.asked.seen else [row for row in self.waiting if not row.asked.seen]
@@ -131,44 +132,34 @@ class Loop:
         return group
 
     def _readable(self) -> list[list[int]]:
-        """What the rows in the slots begin with; nothing of those with images, whose tokens do not tell all."""
+        """What the rows in the slots begin with; nothing of those with images: tokens do not tell all."""
         return [[] if row.asked.seen else row.ids[:-1] for row in self.rows]
 
     def _read(self, group: Sequence[Row]) -> None:
-        """Let the model read the prompts of ``group``, but for what rows in the slots begin with too, and take
-        the first token of each answer."""
+        """Let the model read the prompts of ``group``, but for what rows in the slots begin with too, and
+        take the first token of each answer."""
         from transformers.cache_utils import DynamicCache
 
-        known = [row.ids for row in group]
-        held = self._readable()
-        found = [(0, 0) if group[0].asked.seen else reused(ids, held) for ids in known]
-        width = max(tokens for _, tokens in found)
-        filled = self.slots.shared(found) if width else DynamicCache()
-        new = [ids[tokens:] for ids, (_, tokens) in zip(known, found, strict=True)]
-        longest = max(map(len, new))
-        device = self.model.device
-        ids = torch.tensor([[*each, *[each[-1]] * (longest - len(each))] for each in new], device=device)
-        mask = torch.tensor(
-            [
-                [*[0] * (width - tokens), *[1] * (tokens + len(each)), *[0] * (longest - len(each))]
-                for each, (_, tokens) in zip(new, found, strict=True)
-            ],
-            device=device,
-        )
-        begins = torch.tensor([tokens for _, tokens in found], device=device)
-        positions = begins[:, None] + torch.arange(longest, device=device)
-        seen = {name: value.to(device) for name, value in _seen(group[0]).items()}
-        last = sorted({len(each) - 1 for each in new})
-        logits = self._logits(filled, ids, mask, positions, last, seen)
-        rows = torch.tensor([last.index(len(each) - 1) for each in new], device=device)
+        known, held = [row.ids for row in group], self._readable()
+        shared = [(0, 0) if group[0].asked.seen else reused(ids, held) for ids in known]
+        width = max(tokens for _, tokens in shared)
+        filled = self.slots.shared(shared) if width else DynamicCache()
+        block = Block.of(known, [tokens for _, tokens in shared], self.model.device)
+        logits = self._logits(filled, block.ids, block.mask, block.positions, block.ends, _seen(group[0]))
         before = len(self.rows)
-        for row, (each, (_, tokens)) in enumerate(zip(new, found, strict=True)):
-            self.slots.add(filled, row, width - tokens, width + len(each))
+        for row, (ids, (_, tokens)) in enumerate(zip(known, shared, strict=True)):
+            self.slots.add(filled, row, width - tokens, width - tokens + len(ids))
         self.rows += group
-        self._take(before, logits[torch.arange(len(new), device=device), rows])
+        self._take(before, block.at_ends(logits))
 
     def _logits(
-        self, cache: Any, ids: Tensor, mask: Tensor, positions: Tensor, kept: list[int], seen: dict[str, Tensor]
+        self,
+        cache: Any,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        kept: list[int],
+        seen: dict[str, Tensor],
     ) -> Tensor:
         """The logits (rows, kept, vocabulary) at the places ``kept`` of ``ids`` (rows, tokens)."""
         few = "logits_to_keep" in self.takes
@@ -180,7 +171,7 @@ class Loop:
             past_key_values=cache,
             use_cache=True,
             **options,
-            **seen,
+            **{name: value.to(ids.device) for name, value in seen.items()},
         ).logits
         return logits if few else logits[:, kept]
 
@@ -273,31 +264,3 @@ def _seen(row: Row) -> dict[str, Tensor]:
         name: pad(value, (0, said)) if value.shape[1:] == (prompt,) else value
         for name, value in row.asked.seen.items()
     }
-
-
-def plain_model(base: Base) -> Any:
-    """The model of transformers, with the adapters that are on it."""
-    return base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
-
-
-def context_of(model: Any) -> float:
-    """How many tokens the model can read and write; endless if its config names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-
-
-def why_not(base: Base, sampling: Sampling) -> str:
-    """Why this loop cannot answer so, or an empty string."""
-    model = plain_model(base)
-    config = model.config.get_text_config()
-    takes = inspect.signature(model.forward).parameters
-    if sampling.settled(model) is None:
-        return "the base's own settings ask for more than drawing token by token"
-    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
-        return f"a {type(model).__name__} does not keep keys and values of all tokens"
-    if not {"position_ids", "past_key_values", "attention_mask"} <= takes.keys():
-        return f"a {type(model).__name__} does not take positions, a mask and a cache"
-    if odd := {*(getattr(config, "layer_types", None) or ())} - ATTENTIONS:
-        return f"its layers are of kinds with a memory of their own ({', '.join(sorted(odd))})"
-    if base.processor is not None and "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-        return "its positions have several dimensions"
-    return ""

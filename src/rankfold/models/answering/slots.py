@@ -17,10 +17,12 @@ GROWTH = 64  # columns beyond those needed, at least: each growth copies everyth
 class SlotLayer(CacheLayerMixin):
     """What one layer of a model keeps: keys and values (rows, groups, columns, width)."""
 
+    keys: Tensor
+    values: Tensor
     is_sliding = False  # all columns are there, and the masks hide what is outside of a window
 
     def __init__(self, slots: Slots, like: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.slots = slots
         self.keys, self.values = (each[:0, :, :0] for each in (like.keys, like.values))
         self.is_initialized = True
@@ -28,9 +30,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the shapes are known."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write a token behind each row, and give all that they see."""
         slots, rows = self.slots, len(key_states)
         start, end = slots.start, slots.end + 1
@@ -58,7 +58,7 @@ class SlotLayer(CacheLayerMixin):
             setattr(self, name, new)
 
     def put(self, place: int, keys: Tensor, values: Tensor) -> None:
-        """Let row ``place`` be ``keys`` and ``values`` (groups, tokens, width), with nothing before them: what
+        """Let row ``place`` be ``keys`` and ``values`` (groups, tokens, width), with zeros before them: what
         is masked must be a number all the same."""
         end = self.slots.end
         for held, given in ((self.keys, keys), (self.values, values)):
@@ -67,8 +67,8 @@ class SlotLayer(CacheLayerMixin):
 
 
 class Slots:
-    """Rows of so many tokens as ``lengths`` says, which end at column ``end``; ``cache`` is what a model takes
-    as ``past_key_values`` for one token more of each."""
+    """Rows of so many tokens as ``lengths`` says, which end at column ``end``; ``cache`` is what a model
+    takes as ``past_key_values`` for one token more of each."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
@@ -96,7 +96,7 @@ class Slots:
         self.end += 1
         self.lengths = [length + 1 for length in self.lengths]
 
-    def add(self, filled: DynamicCache, row: int, begin: int, end: int) -> None:
+    def add(self, filled: Any, row: int, begin: int, end: int) -> None:
         """A row more: the columns from ``begin`` to ``end`` of one of ``filled``."""
         if not self.cache.layers:
             self.cache = Cache(layers=[SlotLayer(self, like) for like in filled.layers])
@@ -116,7 +116,7 @@ class Slots:
 
     def make_room(self, rows: int, longest: int = 0) -> None:
         """Have memory for ``rows`` rows, one of them of ``longest`` tokens, and for a token more of each."""
-        held = self.cache.layers[0].keys
+        held: Tensor = self.cache.layers[0].keys
         if len(held) >= rows and longest <= self.end < held.shape[2]:
             return
         end = max(self.end - self.start, longest)
@@ -130,7 +130,8 @@ class Slots:
         column."""
         width, found = max(tokens for _, tokens in places), DynamicCache()
         for number, layer in enumerate(self.cache.layers):
-            found.update(*(self._first(t, places, width) for t in (layer.keys, layer.values)), number)
+            keys, values = (self._first(held, places, width) for held in (layer.keys, layer.values))
+            found.update(keys, values, number)
         return found
 
     def _first(self, held: Tensor, places: list[tuple[int, int]], width: int) -> Tensor:

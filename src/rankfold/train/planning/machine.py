@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from rankfold.models.base.memory import free_memory_bytes
 from rankfold.models.base.precision import (
     Precision,
     choose_precision,
@@ -14,7 +15,6 @@ from rankfold.models.base.precision import (
     product_speed,
 )
 from rankfold.models.choices import PrecisionName
-from rankfold.models.base.memory import free_memory_bytes
 
 SPEED_SHARE = 0.7  # of its products' speed that a whole step reaches: 0.74 on 2 cores (docs/benchmarks.md)
 TERA, GB = 1e12, 1e9

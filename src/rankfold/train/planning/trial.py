@@ -18,8 +18,8 @@ from rankfold.data.order.batching import Batching, Padded, PaddedImages
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.models.base.heap import keep_large_blocks_apart
-from rankfold.models.base.precision import Precision
 from rankfold.models.base.memory import free_memory_bytes
+from rankfold.models.base.precision import Precision
 from rankfold.train.step.objectives import Supervised
 
 SMALL, LARGE = 1 / 8, 3 / 8  # of a full micro-batch: enough to tell what a call and what a token takes
