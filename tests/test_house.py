@@ -86,7 +86,11 @@ def test_the_core_needs_torch_and_safetensors_only(room):
     if room == "kernels":
         allowed |= {"numba", "numpy"}
         by_numba = [path.stem for path in paths if {"numba", "numpy"} & set(imported_modules(path))]
-        assert by_numba == ["numba_forms", "numba_loops", "numba_products"]  # which only who asks for them imports
+        assert by_numba == [
+            "numba_forms",
+            "numba_loops",
+            "numba_products",
+        ]  # which only who asks for them imports
     assert outside - sys.stdlib_module_names <= allowed
 
 

@@ -6,8 +6,13 @@ import random
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rankfold.models.answering.drawing import CANDIDATES, draw, drawn, shares_of
 from rankfold.models.answering.sampling import Sampling
