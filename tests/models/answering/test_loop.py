@@ -91,6 +91,19 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(model):
     expected = [alone(model, ids) for ids in rows]
     assert [answer.tokens for answer in together(base_of(model), rows, 5)] == expected
     assert [answer.tokens for answer in together(base_of(model), [rows[0]] * 9, 4)] == [expected[0]] * 9
+    assert [answer.tokens for answer in together(base_of(model), rows[:6], 1)] == expected[:6]
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_shared_beginning_passes_the_model_once(at_once):
+    model, read = tiny("Llama"), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+    begun = prompts(1, 30, seed=8)[0] * 30
+    rows = [[*begun[:30], *ids] for ids in prompts(8, 10, seed=9)]
+    answers = together(base_of(model), rows, at_once)
+    steps = sum(len(answer.tokens) - 1 for answer in answers)
+    apart = sum(map(len, rows)) + steps
+    assert sum(read) <= apart - 7 * 30 + 8 * 10  # and some padding
 
 
 def test_rows_that_do_not_fit_wait(model):

@@ -63,6 +63,7 @@ class Loop:
         self.context = context_of(self.model)
         self.slots = Slots()
         self.rows: list[Row] = []  # in the order of the slots
+        self.left: Row | None = None  # in the only slot, of the last that ended: others may begin like it
         self.waiting: deque[Row] = deque()
         self.ended: list[tuple[int, Answer]] = []
 
@@ -133,7 +134,8 @@ class Loop:
 
     def _readable(self) -> list[list[int]]:
         """What the rows in the slots begin with; nothing of those with images: tokens do not tell all."""
-        return [[] if row.asked.seen else row.ids[:-1] for row in self.rows]
+        rows = self.rows if self.left is None else [self.left]
+        return [[] if row.asked.seen else row.ids[:-1] for row in rows]
 
     def _read(self, group: Sequence[Row]) -> None:
         """Let the model read the prompts of ``group``, but for what rows in the slots begin with too, and
@@ -144,6 +146,9 @@ class Loop:
         shared = [(0, 0) if group[0].asked.seen else reused(ids, held) for ids in known]
         width = max(tokens for _, tokens in shared)
         filled = self.slots.shared(shared) if width else DynamicCache()
+        if self.left is not None:
+            self.slots.remove(0)
+            self.left = None
         block = Block.of(known, [tokens for _, tokens in shared], self.model.device)
         logits = self._logits(filled, block.ids, block.mask, block.positions, block.ends, _seen(group[0]))
         before = len(self.rows)
@@ -191,7 +196,7 @@ class Loop:
         """Have memory for a token more of each row; the last ones have to wait if there is not enough."""
         while len(self.rows) > 1 and not self._fits(len(self.rows), max(self.slots.lengths) + 1):
             self.waiting.appendleft(self.rows[-1])
-            self._drop(len(self.rows) - 1)
+            self._drop(len(self.rows) - 1, False)
         self.slots.make_room(len(self.rows))
 
     def _take(self, first: int, logits: Tensor) -> None:
@@ -204,7 +209,7 @@ class Loop:
         drawn = draw(logits, self.sampling, said, randoms)
         for place in reversed(range(len(rows))):  # as the last row takes the place of one that goes
             if self._has_ended(rows[place], drawn[place]):
-                self._drop(first + place)
+                self._drop(first + place, drawn[place] is not None)
 
     def _has_ended(self, row: Row, drawn: Drawn | None) -> bool:
         if drawn is None:
@@ -244,7 +249,10 @@ class Loop:
     def _fail(self, row: Row, problem: str) -> None:
         self.ended.append((row.place, Answer.missing(problem, len(row.asked.ids))))
 
-    def _drop(self, place: int) -> None:
+    def _drop(self, place: int, may_stay: bool) -> None:
+        if may_stay and len(self.rows) == 1:
+            self.left = self.rows.pop()
+            return
         self.slots.remove(place)
         self.rows[place] = self.rows[-1]
         del self.rows[-1]
