@@ -80,7 +80,7 @@ def many(base: Base, options: Any, asked: list[str]) -> list[Figure]:
     for count in (4, 8, MANY):
         group = asked[:count]
         rates = [
-            rate(lambda g=group: ours(base, g, options.tokens, count), options.tokens * count)
+            rate(lambda g=group: ours(base, g, options.tokens, len(g)), options.tokens * count)
             for _ in range(2)
         ]
         found.append(
