@@ -56,6 +56,7 @@ engines: $(VENV)/.tested
 	$(PYTHON) -m venv $(VENV)/.engines/llama
 	$(VENV)/.engines/llama/bin/pip --disable-pip-version-check install --quiet $(LLAMA)
 	$(BIN)/python tests/engines/reference.py $(VENV)/.engines/llama/bin/python
+	RANKFOLD_LLAMA_PYTHON=$(VENV)/.engines/llama/bin/python $(BIN)/python -m pytest tests/predict/test_engines.py
 
 check: $(VENV)/.tested
 	$(BIN)/ruff format --check src tests benchmarks conformance

@@ -36,10 +36,10 @@ def command(**options: Any) -> int:
     rows = Rows.looked_at(request)
     refuse_taken(rows, columns)
     console = make_console(sys.stdout)
-    engine = engine_of(request, sampling, options)
-    for note in engine.notes:
-        click.echo(f"note: {note}", err=True)
-    with watched(console) as on_progress:
-        predicted = predict(rows, columns, engine.answer, engine.identity, on_progress)
+    with engine_of(rows, sampling, options) as engine:
+        for note in engine.notes:
+            click.echo(f"note: {note}", err=True)
+        with watched(console) as on_progress:
+            predicted = predict(rows, columns, engine.answer, engine.identity, on_progress)
     print_predicted(console, predicted)
     return predicted.status

@@ -1,21 +1,24 @@
-"""The model that answers a file, and what its answers hang on."""
+"""Who answers a file: our own loop or an engine; and what the answers hang on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rankfold import __version__
 from rankfold.lora.files.fingerprint import fingerprint
+from rankfold.models.answering.answer import Question
 from rankfold.models.answering.answers import in_turn
 from rankfold.models.answering.sampling import Sampling, told_of_own_settings
+from rankfold.models.base.base import Base
 from rankfold.models.base.load import load
-from rankfold.predict.request import PredictRequest
-from rankfold.predict.run import Answering
+from rankfold.predict.run import Answering, Rows
 
 
 @dataclass(frozen=True)
@@ -28,20 +31,37 @@ class Engine:
     notes: list[str] = field(default_factory=list)
 
 
-def engine_of(request: PredictRequest, sampling: Sampling, options: Mapping[str, Any]) -> Engine:
-    """The model that ``options`` name (see ``model_options``), as it answers."""
-    base = load(options["adapter"], options["model"], options["allow"], options["eos_token"])
-    identity = {
+@contextmanager
+def engine_of(rows: Rows, sampling: Sampling, options: Mapping[str, Any]) -> Iterator[Engine]:
+    """Who answers ``rows``, with the model that ``options`` name (see ``model_options``)."""
+    request, own = rows.request, rows.request.engine == "own"
+    names = (options["adapter"], options["model"], options["allow"], options["eos_token"])
+    base = load(*names, merged=own)
+    notes = [*base.notes, *told_of_own_settings(base.model, sampling)]
+    identity = _identity(rows, sampling, base, options["adapter"])
+    if own:
+        answer = partial(in_turn, base, sampling=sampling, at_once=request.at_once)
+        yield Engine(answer, identity, notes)
+        return
+    from rankfold.predict.engines import COMPARED, compared, engine_worker
+
+    first = islice((question for _, question in rows if isinstance(question, Question)), COMPARED)
+    with engine_worker(request.engine, request.engine_python, base, options["adapter"], sampling) as worker:
+        told = f"{request.engine} answers; {compared(worker, list(first))}"
+        yield Engine(worker.answers, identity, [*notes, told])
+
+
+def _identity(rows: Rows, sampling: Sampling, base: Base, adapter: Path | None) -> dict[str, Any]:
+    return {
         "model": base.source.name,
         "weights": asdict(fingerprint(base.model)),
-        "adapter": _hash_of(options["adapter"]),
+        "adapter": _hash_of(adapter),
         "sampling": sampling.model_dump(mode="json", exclude={"logprobs"}),
         "logprobs": sampling.logprobs,
-        "samples": request.samples,
+        "samples": rows.request.samples,
+        "engine": rows.request.engine,
         "rankfold": __version__,
     }
-    answer = partial(in_turn, base, sampling=sampling, at_once=request.at_once)
-    return Engine(answer, identity, [*base.notes, *told_of_own_settings(base.model, sampling)])
 
 
 def _hash_of(adapter: Path | None) -> str:

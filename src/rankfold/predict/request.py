@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +11,8 @@ from rankfold.data.shapes.sources import Encoding, LeftOut, Source
 from rankfold.models.answering.sampling import AT_ONCE, Sampling
 from rankfold.predict.tables import WRITERS, suffix_of
 from rankfold.settings import CheckedSettings
+
+EngineName = Literal["own", "llama.cpp", "vllm"]
 
 
 class PredictRequest(CheckedSettings):
@@ -29,6 +31,10 @@ class PredictRequest(CheckedSettings):
     system: str | None = Field(None, min_length=1, description="a system message for rows that have none")
     column: str = Field("prediction", min_length=1, description="column that the answers go to")
     samples: int = Field(1, ge=1, le=10_000, description="answers to each row")
+    engine: EngineName = Field("own", description="who answers: own, llama.cpp or vllm")
+    engine_python: Path | None = Field(
+        None, description="the Python interpreter of the environment that has the engine [this one]"
+    )
     at_once: int = Field(AT_ONCE, ge=1, le=4096, description="rows answered together, if memory allows")
 
     @field_validator("out")

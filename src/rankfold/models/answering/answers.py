@@ -93,13 +93,13 @@ def in_turn(
     write: Callable[[str], object] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Numbers of questions with their answers, in the order in which these end."""
-    stops, missing = _stops(base), []  # type: frozenset[int], list[tuple[int, Answer]]
+    stops, missing = stops_of(base), []  # type: frozenset[int], list[tuple[int, Answer]]
     alike: Counter[bytes] = Counter()
 
     def asked() -> Iterator[tuple[int, Asked]]:
         for number, question in questions:
             try:
-                ids, seen = _prompt(base, question)
+                ids, seen = prompt_of(base, question)
             except DataError as error:
                 missing.append((number, Answer.missing(str(error))))
                 continue
@@ -142,7 +142,7 @@ def _ready(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _prompt(base: Base, question: Question) -> tuple[list[int], dict[str, Any]]:
+def prompt_of(base: Base, question: Question) -> tuple[list[int], dict[str, Any]]:
     messages, tools = question.messages, question.tools
     encoder = prompt_encoder(base.tokenizer)
     if base.prompt_style == "plain":
@@ -154,7 +154,7 @@ def _prompt(base: Base, question: Question) -> tuple[list[int], dict[str, Any]]:
     return encoder.prompt_ids(messages, tools), {}
 
 
-def _stops(base: Base) -> frozenset[int]:
+def stops_of(base: Base) -> frozenset[int]:
     """The tokens that end an answer: those that training teaches, and those that the model names itself."""
     own = base.model.generation_config.eos_token_id
     taught = (

@@ -75,8 +75,11 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
     return Base(model.to(default_device()).eval(), tokenizer, source, notes, processor=processor)
 
 
-def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = ()) -> Base:
-    """Load the base that ``adapter`` names (or ``model_name``) and merge the adapter into it.
+def load_tuned(
+    adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = (), merged: bool = True
+) -> Base:
+    """Load the base that ``adapter`` names (or ``model_name``) and merge the adapter into it; if not
+    ``merged``, put it beside the weights.
 
     ``allow``: faults to let through (see LoadOptions); "base" stands for another tokenizer too.
     Raises AdapterError or ModelError."""
@@ -88,8 +91,8 @@ def load_tuned(adapter: str | Path, model_name: str | None = None, allow: Collec
     base = load_base(name)
     base = fit_to_adapter(base, Path(adapter), AdapterMetadata.read(Path(adapter)), allow)
     with natively_named(Path(adapter), name) if is_internvl(base.model) else nullcontext(adapter) as folder:
-        model = PeftModel.from_pretrained(base.model, folder, allow=allow).merge_and_unload()
-    return replace(base, model=model)
+        model = PeftModel.from_pretrained(base.model, folder, allow=allow)
+    return replace(base, model=model.merge_and_unload() if merged else model.eval())
 
 
 def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str | None = None) -> Any:
@@ -114,14 +117,20 @@ def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str
 
 
 def load(
-    adapter: Path | None, model_name: str | None, allow: Collection[Fault] = (), eos_token: str = ""
+    adapter: Path | None,
+    model_name: str | None,
+    allow: Collection[Fault] = (),
+    eos_token: str = "",
+    merged: bool = True,
 ) -> Base:
     """``load_tuned`` if there is an adapter, else ``load_base`` of the named or the default model.
 
     ``eos_token`` ends a text where the base's files name none.  Raises ConfigError too."""
     if allow and not adapter:
         raise ConfigError("--allow says what an adapter may lack, and there is no --adapter")
-    base = load_tuned(adapter, model_name, allow) if adapter else load_base(model_name or DEFAULT_MODEL)
+    base = (
+        load_tuned(adapter, model_name, allow, merged) if adapter else load_base(model_name or DEFAULT_MODEL)
+    )
     return base.reading_by(with_tokens(base.tokenizer, eos_token, ())) if eos_token else base
 
 

@@ -21,13 +21,9 @@ def gguf_contents(file: GgufFile, model: Any) -> Contents:
     """What is in ``file``, by the names of ``model``.
 
     Raises ModelError naming every tensor that the model has no place for."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
     if file.architecture not in ARCHITECTURES:
         raise ModelError(f"the weights of a {file.architecture} cannot be held; leave stored out")
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
-    names = get_tensor_name_map(number, model.config.num_hidden_layers)
-    places = {names.get_name(name, try_suffixes=SUFFIXES): name for name, _ in model.named_parameters()}
+    places = tensor_places(file, model)
     lost = sorted(file.tensors.keys() - places.keys() - {*TENSORS_APART})
     if lost:
         text = f"{file.path.name} holds tensors that a {model.config.model_type} has no place for:"
@@ -40,11 +36,19 @@ def gguf_contents(file: GgufFile, model: Any) -> Contents:
     }
 
 
+def tensor_places(file: GgufFile, model: Any) -> dict[str | None, str]:
+    """The name of each parameter of ``model`` by that of its tensor."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
+    names = get_tensor_name_map(number, model.config.num_hidden_layers)
+    return {names.get_name(name, try_suffixes=SUFFIXES): name for name, _ in model.named_parameters()}
+
+
 def _read(file: GgufFile, name: str, architecture: Architecture, config: Any) -> Content:
     data, kind = file.data(name), file.tensors[name].kind
-    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
-    turned = next((count for part, count in heads.items() if architecture.turned and part in name), None)
-    if turned is not None:
+    turned = turned_heads(name, architecture, config)
+    if turned:
         data = _rows_of_pairs(data, turned)
     if kind == "F32" or data.ndim != MATRIX:
         numbers = expanded(data, kind)
@@ -52,6 +56,18 @@ def _read(file: GgufFile, name: str, architecture: Architecture, config: Any) ->
             numbers = numbers - 1
         return Content(torch.from_numpy(numbers))
     return Content(torch.from_numpy(np.ascontiguousarray(data).view(np.uint8)), kind)
+
+
+def turned_heads(name: str, architecture: Architecture, config: Any) -> int:
+    """How many heads the rows of a tensor are of, if they lie in llama.cpp's order; else 0."""
+    heads = {".attn_q.": config.num_attention_heads, ".attn_k.": config.num_key_value_heads}
+    return next((count for part, count in heads.items() if architecture.turned and part in name), 0)
+
+
+def rows_in_pairs(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """``rows`` in llama.cpp's order: the other way round than when they are read."""
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _rows_of_pairs(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
