@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from parts.figures import Figure, parser, record
 
 from rankfold import LoraConfig, Sampling, answers, get_peft_model, load_base
+from rankfold.models.answering.answer import Question
 from rankfold.models.answering.answers import reply
 from rankfold.models.base.base import Base
 from rankfold.models.messages.prompt import prompt_encoder
+from rankfold.predict.engines import engine_worker
 
 RANK = 8
 SHARED_TOKENS = 500
@@ -35,6 +39,8 @@ def main() -> None:
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--file-rows", type=int, default=200, help="questions of the whole file")
     made.add_argument("--file-tokens", type=int, default=128, help="of their answers")
+    made.add_argument("--llama", type=Path, help="a Python interpreter that has llama-cpp-python")
+    made.add_argument("--vllm", type=Path, help="one that has vLLM")
     options = made.parse_args()
     lines = options.data.read_text(encoding="utf-8").splitlines()
     asked = [json.loads(line)["question"] for line in lines[: max(options.file_rows, MANY)]]
@@ -42,6 +48,13 @@ def main() -> None:
     with no_end(base):
         figures = [*one(base, options, asked), *many(base, options, asked), shared(base, options, asked)]
         figures.append(whole_file(base, options, asked[: options.file_rows]))
+        if options.llama:
+            figures += beside_engine(base, options, asked, "llama.cpp", options.llama)
+        if options.vllm:
+            with tempfile.TemporaryDirectory() as folder:
+                base.model.save_pretrained(folder)
+                base.tokenizer.save_pretrained(folder)
+                figures += beside_engine(load_base(folder), options, asked, "vllm", options.vllm)
     record(figures)
 
 
@@ -49,12 +62,14 @@ def main() -> None:
 def no_end(base: Base) -> Iterator[None]:
     """Every answer is as long as it may be, so that all sides do the same work."""
     from rankfold.models.answering import answers as module
+    from rankfold.predict import engines
 
-    own, module._stops = module._stops, lambda _: frozenset()  # type: ignore[assignment]
+    own = module.stops_of
+    module.stops_of = engines.stops_of = lambda _: frozenset()
     try:
         yield
     finally:
-        module._stops = own
+        module.stops_of = engines.stops_of = own
 
 
 def one(base: Base, options: Any, asked: list[str]) -> list[Figure]:
@@ -133,6 +148,32 @@ def whole_file(base: Base, options: Any, asked: list[str]) -> Figure:
         theirs=statistics.median(alone),
         at_least=10,
     )
+
+
+def beside_engine(base: Base, options: Any, asked: list[str], name: str, python: Path) -> list[Figure]:
+    """Tokens a second of one prompt alone and of many at once, to the engine's."""
+    sampling = Sampling(max_new_tokens=options.tokens, temperature=0)
+    found = []
+    with engine_worker(name, python, base, None, sampling) as worker:
+        for count in (1, MANY):
+            group = asked[:count]
+            numbered = [(n, Question([{"role": "user", "content": q}])) for n, q in enumerate(group)]
+            list(worker.answers(numbered[:1], 4))  # it starts, and warms up
+            tokens = options.tokens * count
+            its = [rate(lambda n=numbered: list(worker.answers(n)), tokens) for _ in range(3)]
+            ours_too = [rate(lambda g=group: ours(base, g, options.tokens, MANY), tokens) for _ in range(3)]
+            found.append(
+                Figure(
+                    name=f"generation_{name}_{count}",
+                    what=f"{count} prompt{'s at once' if count > 1 else ''}, ours in float32 beside {name}'s",
+                    unit="tokens/s",
+                    ratios=[own / other for own, other in zip(ours_too, its, strict=True)],
+                    ours=statistics.median(ours_too),
+                    theirs=statistics.median(its),
+                    at_least=0.75 if name == "vllm" and count == MANY else None,
+                )
+            )
+    return found
 
 
 def adapted(name: str) -> Base:

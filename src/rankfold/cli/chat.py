@@ -22,8 +22,7 @@ def command(**options: Any) -> None:
     """Talk to a model, with an adapter or without.  Lines on standard input work too.
 
     A line "/image FILE" shows an image with the next message, to a model that sees images."""
-    from rankfold.models.answering.answers import reply
-    from rankfold.models.messages.images import content_of
+    from rankfold.models.answering.answers import answerer
 
     base, settings = open_model(options)
     adapter = options["adapter"]
@@ -31,6 +30,13 @@ def command(**options: Any) -> None:
     if interactive:
         told = HELP if base.processor is None else f"{IMAGE_HELP}, {HELP}"
         click.echo(f"{base.source.name}{f' with {adapter}' if adapter else ''}: {told}")
+    with answerer(base, settings, at_once=1) as ready:
+        _talk(base, ready, settings.seed, interactive)
+
+
+def _talk(base: Any, ready: Any, seed: int, interactive: bool) -> None:
+    from rankfold.models.messages.images import content_of
+
     messages: list[dict[str, Any]] = []
     images: list[Path] = []
     while (line := _ask(interactive)) is not None:
@@ -41,11 +47,10 @@ def command(**options: Any) -> None:
         elif line:
             messages.append({"role": "user", "content": content_of(line, images)})
             images = []
-            answer = reply(base, messages, settings, _show)
+            answer = ready.reply(messages, seed, _show)
             click.echo()
             messages.append({"role": "assistant", "content": answer})
-            # Otherwise a question asked again would draw the same random numbers again.
-            settings = settings.model_copy(update={"seed": settings.seed + 1})
+            seed += 1  # otherwise a question asked again would draw the same random numbers again
 
 
 def _ask(interactive: bool) -> str | None:

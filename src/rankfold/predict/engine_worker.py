@@ -88,6 +88,7 @@ def by_vllm(settings: dict[str, Any], asked: Iterator[list[Question]]) -> Iterat
                 max_tokens=each["max_new_tokens"],
                 temperature=each["temperature"],
                 seed=each["seed"] % 2**31,
+                ignore_eos=True,  # which is one of the stops if it is to end an answer
                 **drawn,
             )
             for each in group

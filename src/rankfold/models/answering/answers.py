@@ -40,10 +40,8 @@ def reply(
     stands.  A model that sees images gets those that stand in the messages' contents as parts
     ``{"type": "image", "path": ...}``.  ``write`` gets the answer piece by piece as it comes; a search with
     beams (see ``Sampling.options``) comes whole at the end.  Raises DataError."""
-    [(_, answer)] = in_turn(base, [(0, Question(messages))], sampling, write=write)
-    if answer.problem:
-        raise DataError(answer.problem)
-    return answer.text
+    with answerer(base, sampling, at_once=1) as ready:
+        return ready.reply(messages, sampling.seed, write)
 
 
 def replies(base: Base, conversations: Sequence[Conversation], sampling: Sampling) -> list[str]:
@@ -93,33 +91,73 @@ def in_turn(
     write: Callable[[str], object] | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Numbers of questions with their answers, in the order in which these end."""
-    stops, missing = stops_of(base), []  # type: frozenset[int], list[tuple[int, Answer]]
-    alike: Counter[bytes] = Counter()
+    with answerer(base, sampling, at_once) as ready:
+        yield from ready.in_turn(questions, sampling.seed, write)
 
-    def asked() -> Iterator[tuple[int, Asked]]:
+
+class Answerer:
+    """Get it from ``answerer``."""
+
+    def __init__(self, base: Base, sampling: Sampling, at_once: int) -> None:
+        self.base, self.sampling, self.stops = base, sampling, stops_of(base)
+        self.loop: Loop | None = None
+        settled = sampling.settled(base.model)
+        if settled is not None and not why_not(base, sampling):
+            memory = CACHE_SHARE * free_memory_bytes(base.model.device)
+            self.loop = Loop(base, settled, self.stops, at_once, memory)
+
+    def reply(self, messages: Conversation, seed: int, write: Callable[[str], object] | None = None) -> str:
+        """As the function ``reply``."""
+        [(_, answer)] = self.in_turn([(0, Question(messages))], seed, write)
+        if answer.problem:
+            raise DataError(answer.problem)
+        return answer.text
+
+    def in_turn(
+        self,
+        questions: Iterable[tuple[int, Question]],
+        seed: int,
+        write: Callable[[str], object] | None = None,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Numbers of questions with their answers, in the order in which these end."""
+        missing: list[tuple[int, Answer]] = []
+        for found in self._answered(self._asked(questions, seed, write, missing)):
+            yield from missing
+            missing.clear()
+            yield found
+        yield from missing
+
+    def _answered(self, asked: Iterator[tuple[int, Asked]]) -> Iterator[tuple[int, Answer]]:
+        if self.loop is not None:
+            return self.loop.run(asked)
+        return ((n, by_transformers.answer(self.base, each, self.sampling, self.stops)) for n, each in asked)
+
+    def _asked(
+        self,
+        questions: Iterable[tuple[int, Question]],
+        seed: int,
+        write: Callable[[str], object] | None,
+        missing: list[tuple[int, Answer]],
+    ) -> Iterator[tuple[int, Asked]]:
+        """The questions as tokens; those that cannot be asked are added to ``missing``."""
+        alike: Counter[bytes] = Counter()
         for number, question in questions:
             try:
-                ids, seen = prompt_of(base, question)
+                ids, seen = prompt_of(self.base, question)
             except DataError as error:
                 missing.append((number, Answer.missing(str(error))))
                 continue
             digest = sha256(repr(ids).encode()).digest()[:8]
             alike[digest] += 1
-            yield number, Asked(ids, seen, f"{sampling.seed}/{digest.hex()}/{alike[digest]}", write)
+            yield number, Asked(ids, seen, f"{seed}/{digest.hex()}/{alike[digest]}", write)
 
-    found: Iterator[tuple[int, Answer]]
+
+@contextmanager
+def answerer(base: Base, sampling: Sampling, at_once: int = AT_ONCE) -> Iterator[Answerer]:
+    """Within the block ``base`` is ready to answer again and again: what the last answer's prompt began with
+    is not read anew.  Nothing of the model may be changed meanwhile."""
     with _ready(base.model), fast_products(base.model):
-        if why_not(base, sampling):
-            found = ((n, by_transformers.answer(base, each, sampling, stops)) for n, each in asked())
-        else:
-            settled = sampling.settled(base.model) or sampling
-            memory = CACHE_SHARE * free_memory_bytes(base.model.device)
-            found = Loop(base, settled, stops, at_once, memory).run(asked())
-        for number, answer in found:
-            yield from missing
-            missing.clear()
-            yield number, answer
-        yield from missing
+        yield Answerer(base, sampling, at_once)
 
 
 def _question(prompt: str | Conversation) -> Question:
