@@ -17,7 +17,9 @@ import pytest
 from openpyxl import load_workbook
 
 from conftest import tiny_llama
+from image_bases import noise
 from rankfold import load_base
+from rankfold.digits.assemble import Tower, assemble
 from rankfold.models.answering.answers import reply
 from rankfold.models.answering.sampling import Sampling
 
@@ -139,6 +141,33 @@ def test_answers_are_written_in_the_format_of_the_name(predicted, write_rows, ex
     assert (json.loads(more) if isinstance(more, str) else more) == {"a": [1, 2]}
     again = predicted(out, f"again-{name}", "--column", "again", "--shape", "prompt=question")
     assert again[0] == 0  # what was written is read
+
+
+def test_rows_with_images_are_answered(command, tiny_folder, tmp_path):
+    tower = Tower(width=16, layers=1, heads=2, patch_side=8)
+    assemble(load_base(str(tiny_folder)), tower, tmp_path / "internvl", seed=0)
+    noise(tmp_path / "a.png", 40, 40)
+    rows = [
+        {"question": "What?", "image": "a.png"},
+        {"question": "Who?"},
+        {"question": "Gone", "image": "b.png"},
+    ]
+    data, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = ("--data", data, "--out", out, "--model", tmp_path / "internvl", "--max-new-tokens", 4)
+    status, _, _ = command("predict", *given)
+    seen, plain, gone = rows_of(out)
+    assert status == 1
+    assert seen["prediction_prompt_tokens"] > plain["prediction_prompt_tokens"]
+    assert seen["prediction_finish_reason"] in ("stop", "length")
+    assert "no such image" in gone["prediction_problem"]
+
+
+def test_several_equal_answers_are_told(predicted, questions):
+    _, printed, out = predicted(questions, "answers.jsonl", "--samples", 2, "--temperature", 0)
+    assert "note: temperature 0 gives a row the same answer 2 times" in printed
+    rows = rows_of(out)
+    assert all(rows[n]["prediction"] == rows[n + 1]["prediction"] for n in range(0, 60, 2))
 
 
 def test_a_stop_text_ends_an_answer(command, real_base, write_rows, tmp_path):

@@ -37,9 +37,18 @@ def command(**options: Any) -> int:
     refuse_taken(rows, columns)
     console = make_console(sys.stdout)
     with engine_of(rows, sampling, options) as engine:
-        for note in engine.notes:
+        for note in (*engine.notes, *_told(request.samples, sampling)):
             click.echo(f"note: {note}", err=True)
-        with watched(console) as on_progress:
-            predicted = predict(rows, columns, engine.answer, engine.identity, on_progress)
+        try:
+            with watched(console) as on_progress:
+                predicted = predict(rows, columns, engine.answer, engine.identity, on_progress)
+        except KeyboardInterrupt:
+            click.echo("what was answered is kept; the same command goes on", err=True)
+            raise
     print_predicted(console, predicted)
     return predicted.status
+
+
+def _told(samples: int, sampling: Sampling) -> list[str]:
+    alike = samples > 1 and sampling.temperature == 0
+    return [f"temperature 0 gives a row the same answer {samples} times"] if alike else []
