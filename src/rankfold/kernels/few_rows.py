@@ -43,6 +43,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
+def pays(rows: int) -> bool:
+    """Whether products with so many rows are made by Numba, which takes little longer than for one row."""
+    return bool(_products) and _known[0][0] >= rows
+
+
 @contextmanager
 def few_rows(weights: Sequence[Tensor], cache: Path) -> Iterator[None]:
     """Within the block ``linear`` may compute the products with ``weights`` by Numba, whose compiled loop is

@@ -48,8 +48,8 @@ def asked(rows: list[list[int]], seed: str = "") -> list[tuple[int, Asked]]:
     return [(place, Asked(ids, {}, f"{seed}/{place}")) for place, ids in enumerate(rows)]
 
 
-def together(base: Base, rows, at_once=7, sampling=GREEDY, cache_bytes=1e9):
-    loop = Loop(base, sampling, STOPS, at_once, cache_bytes)
+def together(base: Base, rows, at_once=7, sampling=GREEDY, cache_bytes=1e9, guesses=0):
+    loop = Loop(base, sampling, STOPS, at_once, cache_bytes, guesses)
     return [answer for _, answer in sorted(loop.run(iter(asked(rows))), key=lambda found: found[0])]
 
 
@@ -92,6 +92,29 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(model):
     assert [answer.tokens for answer in together(base_of(model), rows, 5)] == expected
     assert [answer.tokens for answer in together(base_of(model), [rows[0]] * 9, 4)] == [expected[0]] * 9
     assert [answer.tokens for answer in together(base_of(model), rows[:6], 1)] == expected[:6]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.3}, {"repetition_penalty": 1.3}], ids=str)
+def test_guesses_change_nothing(model, settings):
+    base = base_of(model)
+    rows = [ids * 3 for ids in prompts(8, 8, seed=10)]  # which says what may come next
+    sampling = GREEDY.model_copy(update={"logprobs": True, **settings})
+    apart = together(base, rows, 1, sampling)
+    found = together(base, rows, 1, sampling, guesses=4)
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in apart]
+    for one, other in zip(found, apart, strict=True):
+        assert one.finish_reason == other.finish_reason
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_right_guesses_save_steps():
+    model, passes = tiny("Llama"), []
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: passes.append(args[0].shape[1]))
+    long, rows = GREEDY.model_copy(update={"max_new_tokens": 40}), [ids * 3 for ids in prompts(6, 8, seed=10)]
+    apart = together(base_of(model), rows, 1, long)
+    without = len(passes)
+    assert [a.tokens for a in together(base_of(model), rows, 1, long, guesses=4)] == [a.tokens for a in apart]
+    assert len(passes) - without < 0.8 * without  # a model of random weights soon repeats itself
 
 
 @pytest.mark.parametrize("at_once", [1, 4])

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.errors import DataError
+from rankfold.kernels.few_rows import pays
 from rankfold.models.answering import by_transformers
 from rankfold.models.answering.answer import Answer, Asked, Question
 from rankfold.models.answering.answerable import why_not
 from rankfold.models.answering.fast_products import fast_products
+from rankfold.models.answering.guessing import GUESSED
 from rankfold.models.answering.loop import Loop
 from rankfold.models.answering.sampling import AT_ONCE, Sampling
 from rankfold.models.base.base import Base
@@ -104,7 +106,8 @@ class Answerer:
         settled = sampling.settled(base.model)
         if settled is not None and not why_not(base, sampling):
             memory = CACHE_SHARE * free_memory_bytes(base.model.device)
-            self.loop = Loop(base, settled, self.stops, at_once, memory)
+            guesses = GUESSED if pays(GUESSED + 1) else 0
+            self.loop = Loop(base, settled, self.stops, at_once, memory, guesses)
 
     def reply(self, messages: Conversation, seed: int, write: Callable[[str], object] | None = None) -> str:
         """As the function ``reply``."""

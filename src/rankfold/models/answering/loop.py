@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from rankfold.models.answering.answer import Answer, Asked, FinishReason
 from rankfold.models.answering.answerable import context_of, plain_model, what_it_takes
 from rankfold.models.answering.drawing import Drawn, draw
+from rankfold.models.answering.guessing import guessed
 from rankfold.models.answering.prompt_block import Block
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.answering.shared_prefix import common, reused
@@ -31,7 +32,7 @@ FREE_FOR_MORE = 8  # an eighth of the rows must be free before others come in: r
 NOT_NUMBERS = "the model's logits are not all finite numbers; it cannot say what comes next"
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A prompt that is being answered."""
 
@@ -49,15 +50,22 @@ class Row:
 
 class Loop:
     """Answers by one model and one ``sampling``, up to ``at_once`` rows at a time, whose keys and values are
-    to take no more than ``cache_bytes``.  ``stops``: the tokens that end an answer."""
+    to take no more than ``cache_bytes``.  ``stops``: the tokens that end an answer.  ``guesses``: how many
+    tokens are guessed for a row that is alone (see ``guessing``)."""
 
     def __init__(
-        self, base: Base, sampling: Sampling, stops: frozenset[int], at_once: int, cache_bytes: float
+        self,
+        base: Base,
+        sampling: Sampling,
+        stops: frozenset[int],
+        at_once: int,
+        cache_bytes: float,
+        guesses: int = 0,
     ) -> None:
         from rankfold.models.answering.slots import Slots
 
         self.base, self.sampling, self.stops = base, sampling, stops
-        self.at_once, self.cache_bytes = at_once, cache_bytes
+        self.at_once, self.cache_bytes, self.guesses = at_once, cache_bytes, guesses
         self.model = plain_model(base)
         self.takes = what_it_takes(self.model)
         self.context = context_of(self.model)
@@ -181,23 +189,33 @@ class Loop:
         return logits if few else logits[:, kept]
 
     def _step(self) -> None:
-        """One token more for each row."""
-        if not self.rows:
-            return
+        """One token more for each row; if it is alone, as many as were guessed rightly, and one."""
         self._make_room()
-        slots, device = self.slots, self.model.device
-        ids = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)
-        positions = torch.tensor(slots.lengths, device=device)[:, None]
-        logits = self._logits(slots.cache, ids, slots.mask(device), positions, [0], {})
-        slots.advance()
-        self._take(0, logits[:, 0])
+        guess = self._guess()
+        width, slots, device = 1 + len(guess), self.slots, self.model.device
+        ids = torch.tensor([[row.tokens[-1], *guess] for row in self.rows], device=device)
+        positions = torch.tensor(slots.lengths, device=device)[:, None] + torch.arange(width, device=device)
+        slots.make_room(len(self.rows), width)
+        logits = self._logits(slots.cache, ids, slots.mask(width, device), positions, [*range(width)], {})
+        alone = self.rows[0]
+        for place, said in enumerate([*guess, None]):
+            slots.advance()
+            self._take(0, logits[:, place])
+            if alone not in self.rows or alone.tokens[-1] != said:
+                return
+
+    def _guess(self) -> list[int]:
+        if len(self.rows) > 1 or not self.guesses:
+            return []
+        [row] = self.rows
+        left = min(self.sampling.max_new_tokens - len(row.tokens), self.context - len(row.ids)) - 1
+        return guessed(row.ids, int(min(self.guesses, left))) if left > 0 else []
 
     def _make_room(self) -> None:
-        """Have memory for a token more of each row; the last ones have to wait if there is not enough."""
+        """Let the last rows wait if there is no memory for a token more of each."""
         while len(self.rows) > 1 and not self._fits(len(self.rows), max(self.slots.lengths) + 1):
             self.waiting.appendleft(self.rows[-1])
             self._drop(len(self.rows) - 1, False)
-        self.slots.make_room(len(self.rows))
 
     def _take(self, first: int, logits: Tensor) -> None:
         """Draw a token for each row from ``first`` on, and let those go that have ended."""

@@ -31,11 +31,11 @@ class SlotLayer(CacheLayerMixin):
         """Nothing: the shapes are known."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write a token behind each row, and give all that they see."""
+        """Write a step behind each row, and give all that they see."""
         slots, rows = self.slots, len(key_states)
-        start, end = slots.start, slots.end + 1
-        self.keys[:rows, :, end - 1 : end] = key_states
-        self.values[:rows, :, end - 1 : end] = value_states
+        start, end = slots.start, slots.end + key_states.shape[2]
+        self.keys[:rows, :, slots.end : end] = key_states
+        self.values[:rows, :, slots.end : end] = value_states
         return self.keys[:rows, :, start:end], self.values[:rows, :, start:end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -86,13 +86,13 @@ class Slots:
         tensors = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
 
-    def mask(self, device: Any) -> Tensor:
-        """What the next token of each row sees, itself too: (rows, columns)."""
-        columns = torch.arange(self.start, self.end + 1, device=device)
+    def mask(self, width: int, device: Any) -> Tensor:
+        """What the next ``width`` tokens of each row see, themselves too: (rows, columns)."""
+        columns = torch.arange(self.start, self.end + width, device=device)
         return (columns >= self.end - torch.tensor(self.lengths, device=device)[:, None]).long()
 
     def advance(self) -> None:
-        """What was written in this step counts from now on."""
+        """The first column behind the rows counts from now on."""
         self.end += 1
         self.lengths = [length + 1 for length in self.lengths]
 
@@ -100,7 +100,7 @@ class Slots:
         """A row more: the columns from ``begin`` to ``end`` of one of ``filled``."""
         if not self.cache.layers:
             self.cache = Cache(layers=[SlotLayer(self, like) for like in filled.layers])
-        self.make_room(len(self.lengths) + 1, end - begin)
+        self.make_room(len(self.lengths) + 1, longest=end - begin)
         for layer, source in zip(self.cache.layers, filled.layers, strict=True):
             layer.put(len(self.lengths), source.keys[row, :, begin:end], source.values[row, :, begin:end])
         self.lengths.append(end - begin)
@@ -114,10 +114,10 @@ class Slots:
             self.lengths[place] = self.lengths[last]
         del self.lengths[last]
 
-    def make_room(self, rows: int, longest: int = 0) -> None:
-        """Have memory for ``rows`` rows, one of them of ``longest`` tokens, and for a token more of each."""
+    def make_room(self, rows: int, width: int = 1, longest: int = 0) -> None:
+        """Have memory for ``rows`` rows, one of ``longest`` tokens, and for ``width`` tokens more of each."""
         held: Tensor = self.cache.layers[0].keys
-        if len(held) >= rows and longest <= self.end < held.shape[2]:
+        if len(held) >= rows and longest <= self.end <= held.shape[2] - width:
             return
         end = max(self.end - self.start, longest)
         rows = len(held) if len(held) >= rows else max(rows, 2 * len(held))
