@@ -67,7 +67,11 @@ class DropMask(NamedTuple):
 def random_words(seed: int, count: int) -> Tensor:
     """The first ``count`` numbers of SplitMix64 after the state ``seed``, as int64."""
     start = (seed + (1 << (BITS - 1))) % (1 << BITS) - (1 << (BITS - 1))  # as an int64 wraps around
-    words = torch.arange(1, count + 1).mul_(GAMMA).add_(start)
+    return mixed(torch.arange(1, count + 1).mul_(GAMMA).add_(start))
+
+
+def mixed(words: Tensor) -> Tensor:
+    """The numbers that SplitMix64 makes of its states ``words`` (int64), which are used up."""
     shifted = torch.empty_like(words)
     for shift, factor in ROUNDS:
         _xor_shifted(words, shift, shifted)

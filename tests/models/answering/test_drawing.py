@@ -22,6 +22,10 @@ DRAWS = 40_000
 NORMAL_9999 = 3.719
 
 
+def keys_of(randoms: random.Random, count: int) -> list[int]:
+    return [randoms.getrandbits(63) for _ in range(count)]
+
+
 def quantile(freedom: int) -> float:
     part = 2 / (9 * freedom)
     return freedom * (1 - part + NORMAL_9999 * part**0.5) ** 3
@@ -78,10 +82,7 @@ def test_draws_follow_the_likelihoods(settings):
     randoms = random.Random(2)
     found = torch.zeros(24)
     for _ in range(DRAWS // 1000):
-        tokens = [
-            each.token
-            for each in draw(logits.expand(1000, -1), sampling, [], [randoms.random() for _ in range(1000)])
-        ]
+        tokens = [each.token for each in draw(logits.expand(1000, -1), sampling, [], keys_of(randoms, 1000))]
         found += torch.bincount(torch.tensor(tokens), minlength=24)
     possible = expected > 0
     assert found[~possible].sum() == 0
@@ -93,17 +94,25 @@ def test_draws_follow_the_likelihoods(settings):
 def test_the_same_number_draws_the_same_token_whatever_stands_beside_it():
     torch.manual_seed(3)
     logits, sampling = torch.randn(9, 2000) * 2, Sampling(temperature=1.0, top_p=0.9)
-    randoms = [random.Random(n).random() for n in range(9)]
-    together = draw(logits, sampling, [], randoms)
-    alone = [draw(logits[n : n + 1], sampling, [], randoms[n : n + 1])[0] for n in range(9)]
+    keys = keys_of(random.Random(0), 9)
+    together = draw(logits, sampling, [], keys)
+    alone = [draw(logits[n : n + 1], sampling, [], keys[n : n + 1])[0] for n in range(9)]
     assert together == alone
 
 
-@pytest.mark.parametrize("number", [0.0, 1 - 1e-16, 1.0])
-def test_the_ends_of_the_unit_interval_draw_tokens_that_are_possible(number):
-    shares = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
-    token = int(drawn((shares, None), torch.tensor([number], dtype=torch.float64)))
-    assert token == (1 if number == 0 else 2)
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_rounding_does_not_change_what_is_drawn_even_of_tokens_that_are_all_alike(top_p):
+    torch.manual_seed(4)
+    logits, sampling = torch.randn(500, 5000) * 0.1, Sampling(temperature=1.0, top_p=top_p)
+    keys = keys_of(random.Random(5), 500)
+    rounded = logits + 1e-6 * torch.randn(500, 5000)
+    before, after = (draw(each, sampling, [], keys) for each in (logits, rounded))
+    assert sum(one != other for one, other in zip(before, after, strict=True)) <= 1
+
+
+def test_what_has_no_share_is_never_drawn():
+    shares = torch.tensor([[0.0, 0.25, 0.75, 0.0]]).expand(2000, -1)
+    assert {*drawn((shares, None), keys_of(random.Random(6), 2000)).tolist()} == {1, 2}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -111,5 +120,5 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_are_possible(number):
 def test_logits_that_are_no_numbers_are_told_for_their_row_alone(bad, temperature):
     logits = torch.randn(3, 50)
     logits[1, 7] = bad
-    found = draw(logits, Sampling(temperature=temperature), [], [0.5] * 3)
+    found = draw(logits, Sampling(temperature=temperature), [], [5] * 3)
     assert [each is None for each in found] == [False, True, False]

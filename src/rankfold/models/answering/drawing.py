@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankfold.kernels.dropout import GAMMA, mixed
 from rankfold.models.answering.sampling import Sampling
 
+UNIT = (1 << 52) - 1  # of 64 random bits so many become a number between 0 and 1
 CANDIDATES = 512  # tokens sorted at first: where they do not hold enough, all are
 
 
@@ -23,14 +25,14 @@ class Drawn:
 
 
 def draw(
-    logits: Tensor, sampling: Sampling, said: Sequence[Tensor], randoms: Sequence[float]
+    logits: Tensor, sampling: Sampling, said: Sequence[Tensor], keys: Sequence[int]
 ) -> list[Drawn | None]:
     """The next token of each row of ``logits`` (rows, vocabulary); None for a row whose logits are not all
     numbers.
 
-    ``said``: the tokens of each row so far, each once, if there is a repetition penalty.  ``randoms``: a
-    number from 0 to 1 for each row; the same number and logits give the same token, whatever the other rows
-    are."""
+    ``said``: the tokens of each row so far, each once, if there is a repetition penalty.  ``keys``: a
+    random number from 0 to 2^63 - 1 for each row; the same number and logits give the same token, whatever
+    the other rows are."""
     logits = logits.float()
     likeliest, tokens = logits.max(dim=-1)  # which is NaN if one of them is
     sound = likeliest.isfinite().tolist()
@@ -38,7 +40,7 @@ def draw(
         penalised(logits, said, sampling.repetition_penalty) if sampling.repetition_penalty != 1 else logits
     )
     if sampling.temperature > 0:
-        tokens = drawn(shares_of(asked, sampling), torch.tensor(randoms, dtype=torch.float64))
+        tokens = drawn(shares_of(asked, sampling), keys)
     elif asked is not logits:
         tokens = asked.argmax(dim=-1)
     logprobs: list[float | None] = [None] * len(logits)
@@ -86,12 +88,16 @@ def _without_unlikely(shares: Tensor, min_p: float) -> Tensor:
     return shares.masked_fill(shares < min_p * shares.max(dim=-1, keepdim=True).values, 0)
 
 
-def drawn(candidates: tuple[Tensor, Tensor | None], randoms: Tensor) -> Tensor:
-    """The token of each row up to whose share the shares sum to its random number's part of the whole."""
+def drawn(candidates: tuple[Tensor, Tensor | None], keys: Sequence[int]) -> Tensor:
+    """A token of each row, drawn by the shares: the one whose logarithm and noise are the largest together
+    (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030).
+
+    The noise of a token hangs on the row's key and on the token alone, so what is rounded otherwise changes
+    a draw only where two are as good as equal."""
     shares, tokens = candidates
-    sums = shares.double().cumsum(dim=-1)
-    reached = randoms.to(sums.device)[:, None] * sums[:, -1:]
-    places = torch.searchsorted(sums, reached, right=True)
-    last = (shares > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)  # where rounding would go beyond
-    places = torch.minimum(places, last)
-    return (places if tokens is None else tokens.gather(1, places))[:, 0]
+    if tokens is None:
+        tokens = torch.arange(shares.shape[-1], device=shares.device).expand_as(shares)
+    words = mixed((tokens + 1) * GAMMA + torch.tensor(keys, device=shares.device)[:, None])
+    uniform = ((words & UNIT) + 0.5) / (UNIT + 1)
+    scores = shares.double().log() - uniform.double().log().neg().log()
+    return tokens.gather(1, scores.argmax(dim=-1, keepdim=True))[:, 0]

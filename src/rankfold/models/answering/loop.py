@@ -29,6 +29,7 @@ from rankfold.models.base.base import Base
 READ_AT_ONCE = 1024  # tokens of prompts that pass the model together, their padding too
 ALIKE = 0.85  # the share of them that are no padding, at least
 FREE_FOR_MORE = 8  # an eighth of the rows must be free before others come in: reading few prompts is slow
+KEY_BITS = 63
 NOT_NUMBERS = "the model's logits are not all finite numbers; it cannot say what comes next"
 
 
@@ -223,8 +224,8 @@ class Loop:
         said = []
         if self.sampling.repetition_penalty != 1:
             said = [torch.tensor(sorted({*row.ids}), device=logits.device) for row in rows]
-        randoms = [row.randoms.random() for row in rows]
-        drawn = draw(logits, self.sampling, said, randoms)
+        keys = [row.randoms.getrandbits(KEY_BITS) for row in rows]
+        drawn = draw(logits, self.sampling, said, keys)
         for place in reversed(range(len(rows))):  # as the last row takes the place of one that goes
             if self._has_ended(rows[place], drawn[place]):
                 self._drop(first + place, drawn[place] is not None)
