@@ -25,9 +25,11 @@ BOUNDS = {
     "stand on both sides. With activations recomputed the ratio is "
     "{trl_smallest_recomputed_memory:.3f}, at {recomputed:.2f} of the speed",
     "rank_64": "the matrix products alone cost {rank_64_products:.2f} times as much",
-    "generation_merged": "a merged model is the plain one with other numbers, and runs the same operations: "
-    "what is left of the ratio is the machine's noise",
-    "generation_unmerged": "of each layer two products more, whose starting takes longer than they do",
+    "generation_one": "a step reads every weight once, whoever makes it; the rest is the start of some two "
+    "thousand small operations, and the prompt",
+    "generation_held": "before the first token the blocks are expanded, once; after that the steps are the same",
+    "generation_32_at_once": "with so many rows products are bound by arithmetic, no longer by reading "
+    "weights, and the prompts are read at that speed too",
     "trunk_kept_loss": "fewer layers learn less from the same rows, however fast; so no trunk is kept",
     "held_gguf_speed": "each product is preceded by the expansion of its weight, forward and backward",
 }
