@@ -27,7 +27,7 @@ BOUNDS = {
     "rank_64": "the matrix products alone cost {rank_64_products:.2f} times as much",
     "generation_one": "a step reads every weight once, whoever makes it; the rest is the start of some two "
     "thousand small operations, and the prompt",
-    "generation_held": "before the first token the blocks are expanded, once; after that the steps are the same",
+    "generation_held": "before the first token the blocks are expanded, once; then the steps are the same",
     "generation_32_at_once": "with so many rows products are bound by arithmetic, no longer by reading "
     "weights, and the prompts are read at that speed too",
     "trunk_kept_loss": "fewer layers learn less from the same rows, however fast; so no trunk is kept",
