@@ -67,7 +67,7 @@ def test_llama_cpp_wants_a_gguf_file(command, questions, tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize(
-    "options", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}]
+    "options", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["norm"]}]
 )
 def test_an_adapter_that_llama_cpp_has_no_place_for_is_refused(fresh_base, tmp_path, options):
     model = adapted(fresh_base, **options)
