@@ -25,6 +25,7 @@ from rankfold import LoraConfig, Sampling, answers, get_peft_model, load_base
 from rankfold.models.answering.answer import Question
 from rankfold.models.answering.answers import reply
 from rankfold.models.base.base import Base
+from rankfold.models.choices import ModelRequest
 from rankfold.models.messages.prompt import prompt_encoder
 from rankfold.predict.engines import engine_worker
 
@@ -154,7 +155,7 @@ def beside_engine(base: Base, options: Any, asked: list[str], name: str, python:
     """Tokens a second of one prompt alone and of many at once, to the engine's."""
     sampling = Sampling(max_new_tokens=options.tokens, temperature=0)
     found = []
-    with engine_worker(name, python, base, None, sampling) as worker:
+    with engine_worker(name, python, base, ModelRequest(), sampling) as worker:
         for count in (1, MANY):
             group = asked[:count]
             numbered = [(n, Question([{"role": "user", "content": q}])) for n, q in enumerate(group)]

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from rankfold.errors import AdapterError
 from rankfold.models.gguf.adapter import write_gguf_adapter
 from rankfold.models.gguf.tensors import _rows_of_pairs, rows_in_pairs
 from rankfold.predict.engine_worker import groups
+from rankfold.predict.engines import _end
 
 LLAMA, VLLM = os.environ.get("RANKFOLD_LLAMA_PYTHON"), os.environ.get("RANKFOLD_VLLM_PYTHON")
 QUESTIONS = ["What is the capital of France?", "Name a colour.", "What is 2 and 3?", "Say hello."]
@@ -50,6 +54,8 @@ def test_an_engine_that_is_not_there_is_told(command, questions, tmp_path):
     [
         ("vllm", (), "vLLM reads a model's folder"),
         ("llama.cpp", ("--logprobs",), "logprobs: llama.cpp has nothing for it"),
+        ("llama.cpp", ("--stored", "gguf"), "stored: llama.cpp has nothing for it"),
+        ("llama.cpp", ("--precision", "bfloat16"), "precision: llama.cpp has nothing for it"),
         ("llama.cpp", ("--generation-config",), "generation_config: llama.cpp has nothing for it"),
     ],
 )
@@ -66,9 +72,7 @@ def test_llama_cpp_wants_a_gguf_file(command, questions, tmp_path, tiny_folder):
     assert "llama.cpp reads a GGUF file" in errors
 
 
-@pytest.mark.parametrize(
-    "options", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["norm"]}]
-)
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["norm"]}])
 def test_an_adapter_that_llama_cpp_has_no_place_for_is_refused(fresh_base, tmp_path, options):
     model = adapted(fresh_base, **options)
     with pytest.raises(AdapterError, match="linear layers only"):
@@ -85,6 +89,32 @@ def test_rows_are_put_back_into_the_order_that_they_were_read_from():
 def test_a_worker_is_asked_group_by_group():
     lines = ['{"number": 1}\n', '{"number": 2}\n', "\n", "\n", '{"number": 3}\n', "\n", '{"number": 4}\n']
     assert [[each["number"] for each in group] for group in groups(lines)] == [[1, 2], [], [3]]
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no groups of processes here")
+def test_what_an_engine_has_started_ends_with_it():
+    start = (
+        "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", start], **pipes, start_new_session=True)
+    child = int(process.stdout.readline())
+    _end(process)
+    assert process.returncode == 0  # it ended by itself
+    for _ in range(100):
+        if not _runs(child):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the process that it started still runs")
+
+
+def _runs(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def predicted(command, tmp_path, questions, engine, python, *more):

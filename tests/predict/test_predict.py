@@ -278,3 +278,11 @@ def test_two_runs_do_not_write_into_one_file(predicted, questions, tmp_path):
         status, printed, _ = predicted(questions)
     assert status == 2
     assert "another process is answering into" in printed
+
+
+def test_a_base_in_few_bytes_answers_a_file_too(predicted, questions, tiny_folder):
+    status, printed, out = predicted(questions, "held.jsonl", "--stored", "int8")
+    assert status == 0, printed
+    base = load_base(str(tiny_folder), stored="int8")
+    for row in rows_of(out):
+        assert row["prediction"] == reply(base, [{"role": "user", "content": row["question"]}], GREEDY)

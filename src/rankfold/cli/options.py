@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from rankfold.models.answering.sampling import Sampling
+from rankfold.models.choices import ModelRequest
 from rankfold.settings import CheckedSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound=CheckedSettings)
 
 
 def options_of(
@@ -56,30 +57,18 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_options(function: F) -> F:
-    """``--adapter``, ``--model``, ``--allow`` and how to sample."""
-    function = options_of(Sampling, arguments=("stop",))(function)
-    function = click.option(
-        "--stop", multiple=True, metavar="TEXT", help=Sampling.model_fields["stop"].description
-    )(function)
-    function = click.option(
-        "--allow",
-        multiple=True,
-        metavar="FAULT",
-        help="load an adapter in spite of a fault, which is then told: missing, unexpected, shape, "
-        "non_finite, base, hash, config or option; may be given several times",
-    )(function)
-    function = click.option(
-        "--eos-token",
-        default="",
-        metavar="TOKEN",
-        help="what ends a text, where the model's files name no token",
-    )(function)
-    function = click.option("--model", help="base model: folder, .gguf file or hub id [the adapter's]")(
-        function
-    )
-    return click.option("--adapter", type=Path, help="adapter folder, such as a run's output folder")(
-        function
-    )
+    """Which model is asked, and how to sample."""
+    for settings, name in ((Sampling, "stop"), (ModelRequest, "allow")):
+        function = options_of(settings, arguments=(name,))(function)
+        told = settings.model_fields[name].description
+        function = click.option(f"--{name}", multiple=True, metavar="VALUE", help=told)(function)
+    return function
+
+
+def asked_of(options: dict[str, Any], settings: type[S]) -> S:
+    """The ``settings`` that the options on the command line make."""
+    asked = given(options)
+    return settings.of({name: asked[name] for name in settings.model_fields if name in asked})
 
 
 def open_model(options: dict[str, Any]) -> tuple[Any, Sampling]:
@@ -88,9 +77,8 @@ def open_model(options: dict[str, Any]) -> tuple[Any, Sampling]:
     from rankfold.models.answering.sampling import told_of_own_settings
     from rankfold.models.base.load import load
 
-    drawn = {name: value for name, value in given(options).items() if name in Sampling.model_fields}
-    settings = Sampling.of(drawn)
-    base = load(options["adapter"], options["model"], options["allow"], options["eos_token"])
+    settings = asked_of(options, Sampling)
+    base = load(asked_of(options, ModelRequest))
     for note in (*base.notes, *told_of_own_settings(base.model, settings)):
         click.echo(f"note: {note}", err=True)
     return base, settings

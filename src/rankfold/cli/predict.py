@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from rankfold.cli.options import given, model_options, options_of
+from rankfold.cli.options import asked_of, given, model_options, options_of
 from rankfold.models.answering.sampling import Sampling
+from rankfold.models.choices import ModelRequest
 from rankfold.predict.request import PredictRequest, sampling_of
 
 
@@ -28,15 +29,17 @@ def command(**options: Any) -> int:
     from rankfold.predict.answering import engine_of
     from rankfold.predict.run import AnswerColumns, Rows, predict, refuse_taken
 
+    request, model = asked_of(options, PredictRequest), asked_of(options, ModelRequest)
     asked = given(options)
-    request = PredictRequest.of({name: asked[name] for name in PredictRequest.model_fields if name in asked})
     drawn = {name: asked[name] for name in Sampling.model_fields if name in asked}
     sampling = sampling_of(drawn, request.samples)
     columns = AnswerColumns(request.column, request.samples > 1, sampling.logprobs)
     rows = Rows.looked_at(request)
     refuse_taken(rows, columns)
     console = make_console(sys.stdout)
-    with engine_of(rows, sampling, options) as engine:
+    if request.engine != "own":
+        click.echo(f"{request.engine} starts, which may take minutes", err=True)
+    with engine_of(rows, sampling, model) as engine:
         for note in (*engine.notes, *_told(request.samples, sampling)):
             click.echo(f"note: {note}", err=True)
         try:

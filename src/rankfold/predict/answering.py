@@ -18,6 +18,7 @@ from rankfold.models.answering.answers import in_turn
 from rankfold.models.answering.sampling import Sampling, told_of_own_settings
 from rankfold.models.base.base import Base
 from rankfold.models.base.load import load
+from rankfold.models.choices import ModelRequest
 from rankfold.predict.run import Answering, Rows
 
 
@@ -32,13 +33,12 @@ class Engine:
 
 
 @contextmanager
-def engine_of(rows: Rows, sampling: Sampling, options: Mapping[str, Any]) -> Iterator[Engine]:
-    """Who answers ``rows``, with the model that ``options`` name (see ``model_options``)."""
+def engine_of(rows: Rows, sampling: Sampling, asked: ModelRequest) -> Iterator[Engine]:
+    """Who answers ``rows``, with the model that is ``asked``."""
     request, own = rows.request, rows.request.engine == "own"
-    names = (options["adapter"], options["model"], options["allow"], options["eos_token"])
-    base = load(*names, merged=own)
+    base = load(asked, merged=own)
     notes = [*base.notes, *told_of_own_settings(base.model, sampling)]
-    identity = _identity(rows, sampling, base, options["adapter"])
+    identity = _identity(rows, sampling, base, asked)
     if own:
         answer = partial(in_turn, base, sampling=sampling, at_once=request.at_once)
         yield Engine(answer, identity, notes)
@@ -46,16 +46,17 @@ def engine_of(rows: Rows, sampling: Sampling, options: Mapping[str, Any]) -> Ite
     from rankfold.predict.engines import COMPARED, compared, engine_worker
 
     first = islice((question for _, question in rows if isinstance(question, Question)), COMPARED)
-    with engine_worker(request.engine, request.engine_python, base, options["adapter"], sampling) as worker:
+    with engine_worker(request.engine, request.engine_python, base, asked, sampling) as worker:
         told = f"{request.engine} answers; {compared(worker, list(first))}"
         yield Engine(worker.answers, identity, [*notes, told])
 
 
-def _identity(rows: Rows, sampling: Sampling, base: Base, adapter: Path | None) -> dict[str, Any]:
+def _identity(rows: Rows, sampling: Sampling, base: Base, asked: ModelRequest) -> dict[str, Any]:
     return {
         "model": base.source.name,
         "weights": asdict(fingerprint(base.model)),
-        "adapter": _hash_of(adapter),
+        "adapter": _hash_of(asked.adapter),
+        "held": asked.stored or str(base.model.dtype).removeprefix("torch."),
         "sampling": sampling.model_dump(mode="json", exclude={"logprobs"}),
         "logprobs": sampling.logprobs,
         "samples": rows.request.samples,

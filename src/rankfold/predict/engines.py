@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +23,7 @@ from rankfold.models.answering.answers import in_turn, prompt_of, stops_of
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.answering.streaming import decoded
 from rankfold.models.base.base import Base
+from rankfold.models.choices import ModelRequest
 from rankfold.models.gguf.adapter import write_gguf_adapter
 from rankfold.peft_surface import PeftModel
 
@@ -29,6 +32,7 @@ GROUP = 256  # questions that an engine is given at a time
 COMPARED, COMPARED_TOKENS = 3, 16  # answers that must begin like ours, and how far is looked
 CONTEXT = 8192  # tokens: engines reserve memory for what they are told
 SEEDS = 2**63
+ENDING_S = 5  # for an engine to end by itself
 TOLD = 1500  # characters of what an engine said before it ended
 
 
@@ -105,22 +109,20 @@ class Worker:
 
 @contextmanager
 def engine_worker(
-    name: str, python: Path | None, base: Base, adapter: Path | None, sampling: Sampling
+    name: str, python: Path | None, base: Base, asked: ModelRequest, sampling: Sampling
 ) -> Iterator[Worker]:
-    """The engine ``name`` with the model of ``base``, whose adapter is from the folder ``adapter``.
+    """The engine ``name`` with the model of ``base``, which is what was ``asked`` for.
 
     ``python`` runs it, by default the interpreter of this process.  Raises ConfigError for what it cannot
     do, ModelError if it cannot be started."""
-    if sampling.generation_config or (sampling.logprobs and name == "llama.cpp"):
-        what = "generation_config" if sampling.generation_config else "logprobs"
-        raise ConfigError(f"{what}: {name} has nothing for it here; leave it or --engine out")
+    _refuse(name, asked, sampling)
     context = int(min(context_of(base.model), CONTEXT))
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
-        model, lora = _files(name, base, adapter, Path(folder))
+        model, lora = _files(name, base, asked.adapter, Path(folder))
         settings = sampling.model_dump(mode="json", include={"top_p", "top_k", "min_p", "stop", "logprobs"})
         settings |= {"repetition_penalty": sampling.repetition_penalty, "stops": sorted(stops_of(base))}
         settings |= {"model": str(model), "adapter": lora, "rank": _rank(base), "context": context}
-        settings["dtype"] = "float32" if base.model.device.type == "cpu" else "auto"
+        settings["dtype"] = str(base.model.dtype).removeprefix("torch.")
         process = subprocess.Popen(
             [str(python or sys.executable), str(WORKER), name],
             stdin=subprocess.PIPE,
@@ -128,14 +130,45 @@ def engine_worker(
             stderr=log,
             text=True,
             encoding="utf-8",
+            start_new_session=True,
         )
         worker = Worker(process, log, base, sampling, context)
         try:
             worker._write(f"{json.dumps(settings)}\n")
             yield worker
         finally:
-            process.kill()
-            process.communicate()
+            _end(process)
+
+
+def _refuse(name: str, asked: ModelRequest, sampling: Sampling) -> None:
+    """Raise ConfigError for what is asked and the engine has no place for."""
+    own_numbers = name == "llama.cpp"
+    found = {
+        "generation_config": sampling.generation_config,
+        "stored": asked.stored is not None,
+        "logprobs": own_numbers and sampling.logprobs,
+        "precision": own_numbers and asked.precision is not None,
+    }
+    if refused := ", ".join(option for option, is_given in found.items() if is_given):
+        raise ConfigError(f"{refused}: {name} has nothing for it here; leave that or --engine out")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Let it end as its questions have; if it does not, with all that it has started: vLLM computes in
+    processes of its own, which would stay."""
+    assert process.stdin is not None
+    with suppress(OSError):
+        process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(ENDING_S)
+    if not hasattr(os, "killpg"):
+        process.kill()
+    else:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def compared(worker: Worker, questions: Sequence[Question]) -> str:

@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, get_peft_model, load_base, load_tuned
-from rankfold.errors import AdapterError, ModelError
+from rankfold.errors import AdapterError, ConfigError, ModelError
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.models.base.find import DEFAULT_MODEL, find_base
+from rankfold.models.base.load import load
 from rankfold.models.base.text_side import load_text
+from rankfold.models.choices import ModelRequest
 
 
 def test_the_real_model_is_what_transformers_reads_from_the_gguf_file(real_base):
@@ -137,3 +140,47 @@ def test_a_tokenizer_is_loaded_without_the_weights(real_base, tiny_folder, tmp_p
     assert load_text(str(tmp_path))[2] == 512
     with pytest.raises(ModelError, match="no such model folder"):
         load_text("./nowhere")
+
+
+@pytest.fixture
+def tiny_adapter(tiny_folder, tmp_path):
+    model = get_peft_model(
+        load_base(str(tiny_folder)).model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("asked", [{"precision": "bfloat16"}, {"stored": "int8"}])
+def test_an_adapter_is_not_rounded_by_a_base_in_fewer_bytes(tiny_folder, tiny_adapter, asked):
+    base = load(ModelRequest(adapter=tiny_adapter, model=str(tiny_folder), **asked))
+    with safe_open(tiny_adapter / "adapter_model.safetensors", "pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    held = {name.replace(".default.", "."): value for name, value in base.model.named_parameters()}
+    assert kept
+    assert all(torch.equal(held[name], value) for name, value in kept.items())
+
+
+def test_a_base_asked_in_bfloat16_computes_as_the_one_of_transformers(tiny_folder, tiny_adapter):
+    from peft import PeftModel as TheirModel
+    from transformers import AutoModelForCausalLM
+
+    ours = load(ModelRequest(adapter=tiny_adapter, model=str(tiny_folder), precision="bfloat16"))
+    theirs = TheirModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16), tiny_adapter
+    )
+    ids = torch.arange(40)[None]
+    found, wanted = ours.model(input_ids=ids).logits, theirs(input_ids=ids).logits
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted, atol=0.01, rtol=0.016)  # a last bit of numbers about 1
+
+
+def test_a_model_asked_for_as_it_is_is_merged(tiny_folder, tiny_adapter):
+    base = load(ModelRequest(adapter=tiny_adapter, model=str(tiny_folder), precision="float32"))
+    assert not any("lora_" in name for name, _ in base.model.named_parameters())
+
+
+def test_a_fault_can_be_allowed_for_an_adapter_only(tiny_folder):
+    with pytest.raises(ConfigError, match="there is no --adapter"):
+        load(ModelRequest(model=str(tiny_folder), allow=["base"]))

@@ -7,6 +7,7 @@ from rankfold.models.answering.answers import reply
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.load import load
 from rankfold.models.base.tokens import with_tokens
+from rankfold.models.choices import ModelRequest
 from rankfold.models.messages.prompt import prompt_encoder
 
 ASK = [{"role": "user", "content": "a <file_sep>b <|im_end|> <reponame>"}]
@@ -49,9 +50,9 @@ def test_a_file_without_template_and_end_of_text_says_which_key_it_lacks(tmp_pat
     words = {key: value for key, value in vocabulary().items() if key != "eos_token_id"}
     words["tokens"] = [word.replace("</s>", "<end>").replace("<|im_end|>", "<x>") for word in words["tokens"]]
     path = write_gguf(tmp_path / "a.gguf", tiny_model("llama"), "llama", words=words)
-    bare = load(None, str(path))
+    bare = load(ModelRequest(model=str(path)))
     with pytest.raises(ModelError, match=r"tokenizer.ggml.eos_token_id\): name that token with --eos-token"):
         reply(bare, [{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=2))
-    named = load(None, str(path), eos_token="<end>")
+    named = load(ModelRequest(model=str(path), eos_token="<end>"))
     assert isinstance(reply(named, [{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=2)), str)
     assert named.tokenizer.eos_token == "<end>"

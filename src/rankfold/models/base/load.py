@@ -6,7 +6,7 @@ from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,11 +27,17 @@ from rankfold.models.base.image_text import (
     prompt_notes,
 )
 from rankfold.models.base.packed import describe, held_model
-from rankfold.models.base.precision import Precision, default_device, held_notes, hold_in
+from rankfold.models.base.precision import (
+    Precision,
+    choose_precision,
+    default_device,
+    held_notes,
+    hold_in,
+)
 from rankfold.models.base.quiet import quiet_transformers
 from rankfold.models.base.text_side import text_side
 from rankfold.models.base.tokens import with_tokens
-from rankfold.models.choices import Stored
+from rankfold.models.choices import ModelRequest, Stored
 from rankfold.models.gguf.architectures import ARCHITECTURES
 from rankfold.models.gguf.file import GgufFile, read_gguf
 from rankfold.models.gguf.others import other_model
@@ -76,19 +82,25 @@ def load_base(name: str, precision: Precision | None = None, stored: Stored | No
 
 
 def load_tuned(
-    adapter: str | Path, model_name: str | None = None, allow: Collection[Fault] = (), merged: bool = True
+    adapter: str | Path,
+    model_name: str | None = None,
+    allow: Collection[Fault] = (),
+    merged: bool = True,
+    precision: Precision | None = None,
+    stored: Stored | None = None,
 ) -> Base:
     """Load the base that ``adapter`` names (or ``model_name``) and merge the adapter into it; if not
     ``merged``, put it beside the weights.
 
     ``allow``: faults to let through (see LoadOptions); "base" stands for another tokenizer too.
+    ``precision`` and ``stored``: see ``load_base``.
     Raises AdapterError or ModelError."""
     AdapterSource.of(adapter, {"allow": allow})  # a misspelt fault is told before the base is loaded
     config = LoraConfig.from_pretrained(adapter)
     name = model_name or config.base_model_name_or_path
     if not name:
         raise ModelError(f"{adapter} does not say which base model it belongs to; name it with --model")
-    base = load_base(name)
+    base = load_base(name, precision, stored)
     base = fit_to_adapter(base, Path(adapter), AdapterMetadata.read(Path(adapter)), allow)
     with natively_named(Path(adapter), name) if is_internvl(base.model) else nullcontext(adapter) as folder:
         model = PeftModel.from_pretrained(base.model, folder, allow=allow)
@@ -116,22 +128,22 @@ def load_weights(source: BaseSource, kind: Any, dtype: Any = None, revision: str
     return model.eval()
 
 
-def load(
-    adapter: Path | None,
-    model_name: str | None,
-    allow: Collection[Fault] = (),
-    eos_token: str = "",
-    merged: bool = True,
-) -> Base:
-    """``load_tuned`` if there is an adapter, else ``load_base`` of the named or the default model.
+def load(asked: ModelRequest, merged: bool = True) -> Base:
+    """What is ``asked`` for: ``load_tuned`` if there is an adapter, else ``load_base`` of the named or the
+    default model.  An adapter is not merged into weights in fewer bytes, which would round it.
 
-    ``eos_token`` ends a text where the base's files name none.  Raises ConfigError too."""
-    if allow and not adapter:
+    Raises ConfigError too."""
+    if asked.allow and not asked.adapter:
         raise ConfigError("--allow says what an adapter may lack, and there is no --adapter")
-    base = (
-        load_tuned(adapter, model_name, allow, merged) if adapter else load_base(model_name or DEFAULT_MODEL)
-    )
-    return base.reading_by(with_tokens(base.tokenizer, eos_token, ())) if eos_token else base
+    precision = choose_precision(asked.precision, default_device()) if asked.precision else None
+    if asked.adapter:
+        whole, allow = merged and not asked.is_rounded, cast(list[Fault], asked.allow)
+        base = load_tuned(asked.adapter, asked.model, allow, whole, precision, asked.stored)
+    else:
+        base = load_base(asked.model or DEFAULT_MODEL, precision, asked.stored)
+    if precision and precision.cost:
+        base = base.noting([precision.cost])
+    return base.reading_by(with_tokens(base.tokenizer, asked.eos_token, ())) if asked.eos_token else base
 
 
 def _comes_as(source: BaseSource, config: Any) -> torch.dtype:
