@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which may be killed at any point.
+"""Runs and commands in processes of their own, which may be killed at any point.
 
 The processes are forked from a server that has imported everything and computed nothing, so that one
 starts in milliseconds and no thread pool is copied half alive."""
@@ -10,16 +10,29 @@ import os
 import pathlib
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["rankfold.train.run", "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(
+    [
+        "rankfold.train.run",
+        "rankfold.cli.main",
+        "rankfold.models.answering.answers",
+        "rankfold.kernels.numba_forms",
+        "transformers.models.llama.modeling_llama",
+        "transformers.generation",
+    ]
+)
 KILLED = -signal.SIGKILL
+PATIENCE_S = 300
 
 
 def run_together(call: str, argument: Any, count: int) -> list[int]:
@@ -54,6 +67,62 @@ def run(call: str, argument: Any, kill_at: int = 0, count_to: Path | None = None
     process = start(call, argument, kill_at, count_to)
     process.join()
     return int(process.exitcode)
+
+
+class Command:
+    """``rankfold`` with ``arguments`` as a user starts it, but for the seconds of its imports."""
+
+    def __init__(self, *arguments: object, input: str = "") -> None:
+        self._folder = TemporaryDirectory()
+        self._files = [Path(self._folder.name) / name for name in ("in", "out", "err")]
+        for file, text in zip(self._files, (input, "", ""), strict=True):
+            file.write_text(text, encoding="utf-8")
+        given = ([*map(str, arguments)], os.getcwd(), dict(os.environ), [*map(str, self._files)])
+        self._process = CONTEXT.Process(target=_command, args=given)
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        code: int | None = self._process.exitcode
+        return code
+
+    def printed(self) -> tuple[str, str]:
+        """What is in standard output and in standard error by now."""
+        out, err = (file.read_text(encoding="utf-8") for file in self._files[1:])
+        return out, err
+
+    def wait_for(self, text: str) -> None:
+        """Until ``text`` has been printed."""
+        while text not in self.printed()[0]:
+            assert self.returncode is None, f"{text!r} never came: {self.printed()}"
+            time.sleep(0.01)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def finish(self) -> subprocess.CompletedProcess[str]:
+        self._process.join(PATIENCE_S)
+        if self.returncode is None:
+            self._process.kill()
+            raise AssertionError(f"it did not end: {self.printed()}")
+        out, err = self.printed()
+        self._folder.cleanup()
+        return subprocess.CompletedProcess([], self.returncode, out, err)
+
+
+def _command(arguments: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in enumerate(files):
+        file = os.open(name, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin, sys.stdout, sys.stderr = (open(n, "w" if n else "r", encoding="utf-8") for n in range(3))  # noqa: SIM115
+    sys.argv = ["rankfold", *arguments]
+    from rankfold.cli.main import main
+
+    main()
 
 
 def _work(

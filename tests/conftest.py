@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from children import Command
 from compatibility import Writer
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.models.base.base import Base
@@ -143,11 +144,11 @@ def randomise(model: nn.Module, seed: int = 1) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def rankfold_command(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    return installed_command("rankfold", *arguments, **options)
+def rankfold_command(*arguments: str | Path, input: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return Command(*arguments, input=input).finish()
 
 
-def installed_command(name: str, *arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    """Run an installed command as a user would."""
-    command = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("torchrun")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, input="")

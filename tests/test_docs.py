@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from conftest import installed_command
+from conftest import rankfold_command, torchrun
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,7 +58,7 @@ def run_console(block: Block) -> None:
         line, _, wanted = entry.partition("\n")
         program, *arguments = shlex.split(line, comments=True)
         if program in ("rankfold", "torchrun"):
-            run = installed_command(program, *arguments, input="")
+            run = rankfold_command(*arguments) if program == "rankfold" else torchrun(*arguments)
             fails = wanted.startswith("error:")
             assert run.returncode == (2 if fails else 0), f"{block.place}: {line}: {run.stderr}"
             if wanted.strip():

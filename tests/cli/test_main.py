@@ -17,6 +17,7 @@ from typing import get_args
 import pytest
 import yaml
 
+from children import Command
 from conftest import rankfold_command
 from rankfold.cli.main import VERBS
 from rankfold.lora.files.adapter_reader import Fault
@@ -167,41 +168,20 @@ def test_explain_prints_the_numbers_and_writes_the_picture(command, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def start_training(tiny_folder: Path, data: Path, out: Path, *more: object) -> subprocess.Popen[str]:
-    arguments = [
-        "--model",
-        tiny_folder,
-        "--data",
-        data,
-        "--out",
-        out,
-        "--epochs",
-        1000,
-        "--samples",
-        0,
-        *more,
-    ]
-    return subprocess.Popen(
-        [COMMAND, "train", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(process: subprocess.Popen[str], text: str) -> None:
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} never came: {process.stderr.read()}")
+def start_training(tiny_folder: Path, data: Path, out: Path, *more: object) -> Command:
+    files = ("--model", tiny_folder, "--data", data, "--out", out)
+    return Command("train", *files, "--epochs", 1000, "--samples", 0, *more)
 
 
 def test_ctrl_c_while_training_keeps_a_usable_adapter(tiny_folder, data, tmp_path):
     process = start_training(tiny_folder, data, tmp_path / "run")
-    wait_for(process, "step 1/")
+    process.wait_for("step 1/")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in out + err
-    assert "Stopped after step" in out
-    assert f"resume {tmp_path / 'run'}" in out
+    ended = process.finish()
+    assert ended.returncode == 130
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert "Stopped after step" in ended.stdout
+    assert f"resume {tmp_path / 'run'}" in ended.stdout
     answer = rankfold_command(
         "generate", "--prompt", "Joke?", "--adapter", tmp_path / "run", "--max-new-tokens", 2
     )
@@ -210,20 +190,19 @@ def test_ctrl_c_while_training_keeps_a_usable_adapter(tiny_folder, data, tmp_pat
 
 def test_ctrl_c_before_training_leaves_nothing(tiny_folder, data, tmp_path):
     process = start_training(tiny_folder, data, tmp_path / "run")
-    wait_for(process, "loading the model")
-    time.sleep(0.5)
+    process.wait_for("loading the model")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.strip() == "interrupted"
+    ended = process.finish()
+    assert ended.returncode == 130
+    assert ended.stderr.strip() == "interrupted"
     assert [path.name for path in tmp_path.iterdir()] == [data.name]
 
 
 def test_a_killed_run_is_resumed_and_finishes(tiny_folder, data, tmp_path):
     process = start_training(tiny_folder, data, tmp_path / "run", "--epochs", 3, "--save-every-steps", 1)
-    wait_for(process, "step 2/")
-    process.kill()
-    process.communicate(timeout=60)
+    process.wait_for("step 2/")
+    process.send_signal(signal.SIGKILL)
+    assert process.finish().returncode == -signal.SIGKILL
     assert not (tmp_path / "run" / "adapter_config.json").exists()
     again = rankfold_command("resume", tmp_path / "run")
     assert again.returncode == 0, again.stderr
@@ -234,11 +213,11 @@ def test_a_killed_run_is_resumed_and_finishes(tiny_folder, data, tmp_path):
 
 def test_sigterm_saves_and_ends_with_its_own_status(tiny_folder, data, tmp_path):
     process = start_training(tiny_folder, data, tmp_path / "run")
-    wait_for(process, "step 1/")
-    process.terminate()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
-    assert "Stopped after step" in out
+    process.wait_for("step 1/")
+    process.send_signal(signal.SIGTERM)
+    ended = process.finish()
+    assert ended.returncode == 143, ended.stderr
+    assert "Stopped after step" in ended.stdout
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -339,9 +318,12 @@ def test_a_terminal_gets_a_progress_bar_and_colour_unless_it_refuses_it(tiny_fol
     assert ("{+There were" in shown) != colour
 
 
-def test_the_demo_takes_the_next_free_folder_and_trains_on_the_jokes_it_ships(tiny_folder, tmp_path):
+def test_the_demo_takes_the_next_free_folder_and_trains_on_the_jokes_it_ships(
+    tiny_folder, tmp_path, monkeypatch
+):
     (tmp_path / "runs" / "cold-jokes").mkdir(parents=True)
-    run = rankfold_command("demo", "--model", tiny_folder, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = rankfold_command("demo", "--model", tiny_folder)
     assert run.returncode == 0, run.stderr
     assert "264 to train on" in run.stdout
     assert "44 held out" in run.stdout

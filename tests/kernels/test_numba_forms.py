@@ -106,6 +106,11 @@ def test_it_takes_as_many_threads_as_torch(numba_cache, threads):
         torch.set_num_threads(before)
 
 
+def test_torch_keeps_its_threads(numba_cache):
+    program = "form_of(gate).gated(gate, gate)\nprint(torch.get_num_threads())"
+    assert run(program, numba_cache, OMP_NUM_THREADS="1").stdout == "1\n"
+
+
 def test_threads_may_compute_side_by_side(numba_cache):
     assert use_numba(HALF, numba_cache) == ""
     expected, found = gated(200, 300), []

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +13,8 @@ import pyarrow.parquet
 import pytest
 from openpyxl import load_workbook
 
-from conftest import tiny_llama
+from children import Command
+from conftest import rankfold_command, tiny_llama
 from image_bases import noise
 from rankfold import load_base
 from rankfold.digits.assemble import Tower, assemble
@@ -203,45 +201,34 @@ def test_what_cannot_be_meant_is_told_before_a_model_is_loaded(command, question
     assert out.read_text() == "mine"
 
 
-def start(arguments: list[str], **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "rankfold", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-    )
-
-
 def test_a_killed_run_goes_on_and_no_row_is_lost_or_answered_twice(write_rows, tmp_path):
     folder = tmp_path / "slow"
     tiny_llama().save_pretrained(folder)
     load_base("HuggingFaceTB/SmolLM2-135M-Instruct").tokenizer.save_pretrained(folder)
     data = write_rows([{"question": text} for text in QUESTIONS * 5])
     out, journal = tmp_path / "a.jsonl", tmp_path / ".a.jsonl.answers.jsonl"
-    given = ["predict", "--data", str(data), "--model", str(folder)]
+    given = ["predict", "--data", data, "--model", folder]
     given += ["--max-new-tokens", "60", "--at-once", "4"]
     killed = 0
     for after in (10, 60):
-        process = start([*given, "--out", str(out)])
-        while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < after):
+        process = Command(*given, "--out", out)
+        while process.returncode is None and not (
+            journal.exists() and journal.read_bytes().count(b"\n") >= after
+        ):
             time.sleep(0.01)
-        killed += process.poll() is None
+        killed += process.returncode is None
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.finish()
         assert not out.exists()
     assert killed == 2
     with journal.open("ab") as file:
         file.write(b'{"row": 149, "sam')  # as a kill in the middle of a line leaves it
     before = journal.read_bytes().count(b"\n") - 1
-    last = start([*given, "--out", str(out)])
-    printed, _ = last.communicate()
-    assert last.returncode == 0, printed
-    assert f"{before} of 150 answers are there; going on" in printed
-    assert f"{150 - before} of them now" in printed
-    whole = start([*given, "--out", str(tmp_path / "b.jsonl")])
-    whole.communicate()
+    last = rankfold_command(*given, "--out", out)
+    assert last.returncode == 0, last.stderr
+    assert f"{before} of 150 answers are there; going on" in last.stdout
+    assert f"{150 - before} of them now" in last.stdout
+    assert rankfold_command(*given, "--out", tmp_path / "b.jsonl").returncode == 0
     assert out.read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     assert not journal.exists()
 

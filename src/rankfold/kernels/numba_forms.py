@@ -41,10 +41,13 @@ def _prepare(module: Any, cache: Path, compile_all: Callable[[], object]) -> str
         numba.config.CACHE_DIR = before
     if numba.config.THREADING_LAYER == "default":
         numba.config.THREADING_LAYER = LAYERS[0]
+    threads = torch.get_num_threads()
     try:
         compile_all()
     except (ValueError, OSError, NumbaError) as failure:  # no such layer, a full disk, an unknown processor
         return f"numba cannot compute here: {failure}"
+    finally:
+        torch.set_num_threads(threads)  # Numba starts all that it may, in the OpenMP that is torch's too
     layer = numba.threading_layer()
     return "" if layer in LAYERS else f"numba spreads loops by {layer}, which may not be used by two at once"
 

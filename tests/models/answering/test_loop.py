@@ -74,12 +74,11 @@ def model(request):
 
 
 def test_greedy_answers_are_those_of_transformers_whatever_stands_beside_them(model):
-    base, rows = base_of(model), prompts(36)
+    base, rows = base_of(model), prompts(34)
     assert why_not(base, GREEDY) == ""
     expected = [alone(model, ids) for ids in rows]
-    order = random.Random(1).sample(range(len(rows)), len(rows))
     for at_once in (1, 7, 32):
-        assert [answer.tokens for answer in together(base, rows, at_once)] == expected
+        order = random.Random(at_once).sample(range(len(rows)), len(rows))
         shuffled = together(base, [rows[place] for place in order], at_once)
         assert [answer.tokens for answer in shuffled] == [expected[place] for place in order]
 
@@ -87,7 +86,7 @@ def test_greedy_answers_are_those_of_transformers_whatever_stands_beside_them(mo
 def test_what_prompts_begin_with_is_read_once_and_changes_nothing(model):
     begun, other = prompts(2, 30, seed=3)
     begun, other = (begun * 30)[:20], (other * 30)[:12]
-    rows = [[*(begun if n % 3 else other), *ids] for n, ids in enumerate(prompts(20, 12, seed=4))]
+    rows = [[*(begun if n % 3 else other), *ids] for n, ids in enumerate(prompts(12, 12, seed=4))]
     expected = [alone(model, ids) for ids in rows]
     assert [answer.tokens for answer in together(base_of(model), rows, 5)] == expected
     assert [answer.tokens for answer in together(base_of(model), [rows[0]] * 9, 4)] == [expected[0]] * 9

@@ -97,7 +97,7 @@ def test_the_new_settings_change_what_is_drawn(real_base):
     for only in ({"top_k": 1}, {"min_p": 1.0}):
         assert reply(real_base, ASK, one.model_copy(update=only)) == greedy
     assert reply(real_base, ASK, one) != greedy
-    repeated = Sampling(max_new_tokens=40, temperature=0)
+    repeated = Sampling(max_new_tokens=24, temperature=0)
     assert reply(real_base, ASK, repeated.model_copy(update={"repetition_penalty": 1.8})) != reply(
         real_base, ASK, repeated
     )
