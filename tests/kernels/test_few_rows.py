@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from rankfold.kernels import few_rows as module
-from rankfold.kernels.few_rows import few_rows, linear
+from rankfold.kernels.few_rows import few_rows, in_bfloat16, linear
 
 needs_numba = pytest.mark.skipif(find_spec("numba") is None, reason="without Numba torch computes")
 
@@ -79,3 +79,27 @@ def test_how_many_rows_it_pays_for_is_measured_once(monkeypatch, numba_cache):
     assert known[0] in (0, *module.TRIED)
     with few_rows(weights, numba_cache):
         assert module._known == [known]
+
+
+@needs_numba
+@pytest.mark.parametrize("features", [1, 5, 48])
+@pytest.mark.parametrize("columns", [1, 7, 577])
+def test_numbers_of_bfloat16_are_read_in_it_and_give_the_same(always, numba_cache, features, columns):
+    weight = torch.randn(features, columns).bfloat16().float()
+    narrow = in_bfloat16(weight)
+    assert narrow.dtype == torch.bfloat16
+    with few_rows([weight], numba_cache, lambda: {id(weight): narrow}), torch.inference_mode():
+        weight.fill_(float("nan"))  # it is the other that is read
+        for rows in (1, 4, 6):
+            x = torch.randn(rows, columns)
+            wanted = F.linear(x.double(), narrow.double())
+            assert torch.allclose(linear(x, weight).double(), wanted, atol=2e-5 * columns**0.5)
+
+
+@pytest.mark.parametrize("odd", [1 / 3, float("nan"), 1e-45])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_number_that_would_be_rounded_is_found_wherever_it_is(odd, place):
+    weight = torch.randn(100, 100).bfloat16().float()
+    assert torch.equal(in_bfloat16(weight).float(), weight)
+    weight.view(-1)[place] = odd
+    assert in_bfloat16(weight) is None

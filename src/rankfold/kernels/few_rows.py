@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 TRIED = (64, 32, 16, 8, 4, 2, 1)  # rows
 AGAIN = 3
+PART = 1 << 18  # numbers of a weight that are looked at together: they stay in the cache
 MATRICES = 8  # different ones: one alone would stay in the cache, which a model does not
 
 NOTHING: tuple[int, Any] = (0, None)
@@ -48,10 +49,22 @@ def pays(rows: int) -> bool:
     return bool(_products) and _known[0][0] >= rows
 
 
+def in_bfloat16(weight: Tensor) -> Tensor | None:
+    """The same numbers in bfloat16; None if that would round one of them."""
+    narrow = torch.empty_like(weight, dtype=torch.bfloat16)
+    for half, part in zip(narrow.view(-1).split(PART), weight.reshape(-1).split(PART), strict=True):
+        if not torch.equal(half.copy_(part).float(), part):
+            return None
+    return narrow
+
+
 @contextmanager
-def few_rows(weights: Sequence[Tensor], cache: Path) -> Iterator[None]:
+def few_rows(
+    weights: Sequence[Tensor], cache: Path, narrow: Callable[[], Mapping[int, Tensor]] = dict
+) -> Iterator[None]:
     """Within the block ``linear`` may compute the products with ``weights`` by Numba, whose compiled loop is
-    kept in the folder ``cache``."""
+    kept in the folder ``cache``.  ``narrow`` gives, by a weight's id, the same numbers in bfloat16, where
+    that rounds none of them: half as much to read."""
     fit = [w for w in weights if w.dtype == torch.float32 and w.is_cpu and w.is_contiguous()]
     if fit and not _known:
         _known.append(_measured(fit[:MATRICES], cache))
@@ -61,7 +74,10 @@ def few_rows(weights: Sequence[Tensor], cache: Path) -> Iterator[None]:
         return
     numba_forms.same_threads()
     before = dict(_products)
-    _products.update({id(w): (most * w.shape[1], numba_forms.product_with(w)) for w in fit})
+    halves = narrow()
+    for weight in fit:
+        read = numba_forms.product_with(halves.get(id(weight), weight))
+        _products[id(weight)] = (most * weight.shape[1], read)
     try:
         yield
     finally:

@@ -29,7 +29,8 @@ def start(dtype: torch.dtype, cache: Path) -> str:
 
 def prepare_products(cache: Path) -> str:
     """The same for ``product_with``."""
-    return _prepare(products, cache, lambda: product_with(torch.ones(1, 1))(torch.ones(1, 1)))
+    one = torch.ones(1, 1)
+    return _prepare(products, cache, lambda: [product_with(w)(one) for w in (one, one.bfloat16())])
 
 
 def _prepare(module: Any, cache: Path, compile_all: Callable[[], object]) -> str:
@@ -135,9 +136,9 @@ def causal_shares_gradient(grad: Tensor, shares: Tensor, scale: float) -> Tensor
 
 
 def product_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """``x weight^T`` for few rows of x (..., columns): prepared once, as calling it takes as long as the
-    product with a small matrix."""
-    numbers = weight.detach().numpy()
+    """``x weight^T`` for few rows of float32 x (..., columns), ``weight`` in float32 or bfloat16: prepared
+    once, as calling it takes as long as the product with a small matrix."""
+    numbers = _array(weight)
     features, columns = numbers.shape
     empty, loop = torch.empty, products.few_rows
 

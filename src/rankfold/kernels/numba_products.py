@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from rankfold.kernels.numba_loops import MATHS, loop
+from rankfold.kernels.numba_loops import MATHS, loop, wide
 
 ROWS, PAIR = 4, 2
 zero = np.float32(0)
@@ -18,7 +18,7 @@ def _four(x, m, u, v, out, n):
     a = b = c = d = e = f = g = h = zero
     x0, x1, x2, x3 = x[m], x[m + 1], x[m + 2], x[m + 3]
     for k in range(len(u)):
-        p, q = u[k], v[k]
+        p, q = wide(u[k]), wide(v[k])
         a += p * x0[k]
         b += p * x1[k]
         c += p * x2[k]
@@ -35,13 +35,14 @@ def _four(x, m, u, v, out, n):
 def _one(x, m, u, out, n):
     a, row = zero, x[m]
     for k in range(len(u)):
-        a += u[k] * row[k]
+        a += wide(u[k]) * row[k]
     out[m, n] = a
 
 
 @loop
 def few_rows(x, weight, out):
-    """``x weight^T``: x (rows, columns), weight (features, columns) -> out (rows, features)."""
+    """``x weight^T``: x (rows, columns), weight (features, columns), perhaps bfloat16's bits -> out (rows,
+    features)."""
     rows, features = out.shape
     fours = rows - rows % ROWS
     for pair in prange(features // PAIR):

@@ -56,7 +56,9 @@ class Journal:
             try:
                 said = json.loads(line)
             except ValueError as error:
-                raise OutputError(f"{self.path}:{number + 1} is damaged ({error}); remove the file") from error
+                raise OutputError(
+                    f"{self.path}:{number + 1} is damaged ({error}); remove the file"
+                ) from error
             if number == 0:
                 self._refuse_other(said)
             elif (place := said["row"] * self.samples + said["sample"]) < len(self.places):
