@@ -2,8 +2,8 @@
 
     python benchmarks/generation.py prompts.jsonl
 
-One process holds the base as it is, with an adapter merged, with it beside the weights, and as its file's
-blocks.  Sides answer the same prompts in turn with as many tokens, so that a slow moment of the machine meets
+One process holds the base as it is, rounded to bfloat16's numbers, with an adapter beside the weights, and as
+its file's blocks.  Sides answer the same prompts in turn with as many tokens, so that a slow moment of the machine meets
 all.  The rows of the file must have a ``question``, as GSM8K's have."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def no_end(base: Base) -> Iterator[None]:
 
 def one(base: Base, options: Any, asked: list[str]) -> list[Figure]:
     sides: dict[str, Callable[[str], None]] = {"transformers": lambda q: theirs(base, q, options.tokens)}
-    models = {"own": base, "unmerged": adapted(options.model)}
+    models = {"own": base, "unmerged": adapted(options.model), "bfloat16": rounded(options.model)}
     if base.source.gguf_file is not None:
         models["held"] = load_base(options.model, stored="gguf")
     for name, model in models.items():
@@ -84,6 +84,7 @@ def one(base: Base, options: Any, asked: list[str]) -> list[Figure]:
     compared = [
         ("one", "one prompt alone, beside transformers' generate", "own", "transformers", 2),
         ("unmerged", "the same with an adapter beside the weights", "unmerged", "transformers", 1),
+        ("bfloat16", "the same with weights that are numbers of bfloat16", "bfloat16", "transformers", 2),
         ("held", "one prompt, the base held as its file's blocks, to as float32", "held", "own", 1),
     ]
     return [figure(*each, rounds) for each in compared if each[2] in sides]
@@ -93,7 +94,7 @@ def many(base: Base, options: Any, asked: list[str]) -> list[Figure]:
     """Tokens a second of ``MANY`` prompts at once, and of fewer, to those of transformers one by one."""
     alone = [rate(lambda q=q: theirs(base, q, options.tokens), options.tokens) for q in asked[:3]]
     found = []
-    for count in (4, 8, MANY):
+    for count in (4, 8, 16, MANY):
         group = asked[:count]
         rates = [
             rate(lambda g=group: ours(base, g, options.tokens, len(g)), options.tokens * count)
@@ -185,6 +186,14 @@ def adapted(name: str) -> Base:
         if ".lora_B." in key:
             torch.nn.init.normal_(parameter, std=0.01)
     return replace(base, model=model.eval())
+
+
+def rounded(name: str) -> Base:
+    """In float32, with weights as most models come."""
+    base = load_base(name)
+    for parameter in base.model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return base
 
 
 def ours(base: Base, asked: list[str], tokens: int, at_once: int) -> None:
