@@ -3,8 +3,8 @@
     python benchmarks/generation.py prompts.jsonl
 
 One process holds the base as it is, rounded to bfloat16's numbers, with an adapter beside the weights, and as
-its file's blocks.  Sides answer the same prompts in turn with as many tokens, so that a slow moment of the machine meets
-all.  The rows of the file must have a ``question``, as GSM8K's have."""
+its file's blocks.  Sides answer the same prompts in turn with as many tokens, so that a slow moment of the
+machine meets all.  The rows of the file must have a ``question``, as GSM8K's have."""
 
 from __future__ import annotations
 
@@ -84,7 +84,13 @@ def one(base: Base, options: Any, asked: list[str]) -> list[Figure]:
     compared = [
         ("one", "one prompt alone, beside transformers' generate", "own", "transformers", 2),
         ("unmerged", "the same with an adapter beside the weights", "unmerged", "transformers", 1),
-        ("bfloat16", "the same with weights that are numbers of bfloat16", "bfloat16", "transformers", 2),
+        (
+            "bfloat16",
+            "one prompt alone, weights that are numbers of bfloat16, beside transformers' generate",
+            "bfloat16",
+            "transformers",
+            2,
+        ),
         ("held", "one prompt, the base held as its file's blocks, to as float32", "held", "own", 1),
     ]
     return [figure(*each, rounds) for each in compared if each[2] in sides]
