@@ -111,6 +111,7 @@ class Command:
 
 
 def _command(arguments: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
