@@ -14,7 +14,7 @@ from rankfold.cli.main import main
 from rankfold.digits import lesson as lessons
 from rankfold.digits.lesson import Outcome
 from rankfold.digits.rows import load_digits, write_rows
-from rankfold.train.judging.evaluate import Comparison
+from rankfold.judging.held_out import Comparison
 from rankfold.train.keeping.listener import RunResult
 
 

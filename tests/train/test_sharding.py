@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rankfold.errors import ConfigError
-from rankfold.train.processes import Processes
+from rankfold.processes import Processes
 from rankfold.train.sharding import require_several
 
 

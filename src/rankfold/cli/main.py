@@ -28,6 +28,7 @@ VERBS = {
     "chat": "talk to a model",
     "generate": "answer one prompt",
     "predict": "answer every row of a file",
+    "eval": "judge models and adapters on rows",
     "import": "turn another program's config into a recipe",
     "convert": "write an adapter in another program's layout",
     "explain": "show with an SVD why a low rank can be enough",

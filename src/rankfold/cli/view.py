@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rankfold.cli.console import print_proof
 from rankfold.data.tokens.proof import MaskProof
-from rankfold.train.judging.evaluate import Comparison
+from rankfold.judging.held_out import Comparison
 from rankfold.train.keeping.listener import Listener, RunResult
 from rankfold.train.keeping.names import REPORT_NAME
 from rankfold.train.keeping.report import setting_rows

@@ -28,13 +28,14 @@ from rankfold.digits.rows import (
 )
 from rankfold.errors import OutputError
 from rankfold.files import require_space, staged_folder, write_whole
+from rankfold.judging.held_out import Comparison, compare
+from rankfold.judging.losses import row_losses
 from rankfold.models.answering.answers import replies
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.base import Base
 from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.load import load_base, load_tuned
 from rankfold.train.asked.recipe import Recipe
-from rankfold.train.judging.evaluate import Comparison, compare, row_losses
 from rankfold.train.keeping.listener import Listener, RunResult
 from rankfold.train.run import fine_tune
 

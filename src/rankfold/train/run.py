@@ -17,6 +17,7 @@ from rankfold.files import require_space, write_whole
 from rankfold.models.base.tokenizer_marks import tokenizer_marks
 from rankfold.models.messages.template import template_of
 from rankfold.peft_surface.saving_and_loading import fingerprint_to_save
+from rankfold.processes import Processes, shared_precision
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.asked.recipe_file import changed_recipe, read_recipe, resolved_recipe
 from rankfold.train.judging.judge import Judge
@@ -31,7 +32,6 @@ from rankfold.train.planning.plan import Plan, make_plan
 from rankfold.train.planning.rows import Prepared, prepare
 from rankfold.train.planning.start import as_its_adapter
 from rankfold.train.planning.trial import Activations, recompute_activations
-from rankfold.train.processes import Processes, shared_precision
 from rankfold.train.sharding import require_several, shard_base
 from rankfold.train.step.loop import StepRecord, Trainer
 from rankfold.train.step.method import method_of

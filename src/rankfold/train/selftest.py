@@ -23,8 +23,8 @@ from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import TrainingError
 from rankfold.lora import LoraConfig, TaskType
 from rankfold.peft_surface import PeftModel, get_peft_model
+from rankfold.processes import Processes
 from rankfold.train.keeping.checkpoints import read_checkpoint, save_checkpoint
-from rankfold.train.processes import Processes
 from rankfold.train.selftest_kernels import ROUNDING as KERNEL_ROUNDING
 from rankfold.train.selftest_kernels import kernels_apart
 from rankfold.train.step.loop import Method, Trainer

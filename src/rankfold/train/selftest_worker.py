@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from rankfold.data.order.batching import Padded
-from rankfold.train.processes import Processes
+from rankfold.processes import Processes
 from rankfold.train.selftest import gradients, random_rows, small_model
 from rankfold.train.sharding import shard_base
 

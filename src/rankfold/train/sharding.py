@@ -5,8 +5,8 @@ from __future__ import annotations
 from rankfold.errors import ConfigError
 from rankfold.models.choices import Stored
 from rankfold.peft_surface import PeftModel
+from rankfold.processes import Processes
 from rankfold.train.compiling import decoder_layers
-from rankfold.train.processes import Processes
 
 
 def require_several(processes: Processes, stored: Stored | None = None) -> None:

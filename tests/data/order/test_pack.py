@@ -19,8 +19,8 @@ from rankfold.data.order.batching import Packed, Padded, blocks
 from rankfold.data.order.pack import choose_batching, operations, why_not_packed
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import ConfigError
+from rankfold.judging.losses import token_losses
 from rankfold.models.running.rows_apart import NAME, attend_rows_apart
-from rankfold.train.step.objectives import token_losses
 
 WAYS = {"packed": Packed(), "padded": Padded()}
 

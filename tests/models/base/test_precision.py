@@ -16,6 +16,7 @@ from rankfold import LoraConfig, get_peft_model, load_base
 from rankfold.data.order.batching import Padded
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError, ModelError
+from rankfold.judging.losses import token_losses
 from rankfold.models.base import precision
 from rankfold.models.base.precision import (
     CLEARLY_FASTER,
@@ -26,7 +27,6 @@ from rankfold.models.base.precision import (
     measure_speeds,
     product_speed,
 )
-from rankfold.train.step.objectives import token_losses
 
 CPU = torch.device("cpu")
 NARROW = ["bfloat16", "float16"]

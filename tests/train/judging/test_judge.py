@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from rankfold import Recipe, fine_tune
-from rankfold.train.judging.evaluate import row_losses
+from rankfold.judging.losses import row_losses
 from rankfold.train.keeping.checkpoints import latest_checkpoint
 from rankfold.train.keeping.listener import Listener
 from rankfold.train.run import resume

@@ -11,10 +11,10 @@ from rankfold.errors import ConfigError, DataError, ModelError, TargetError
 from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.meta_model import load_outline
 from rankfold.models.base.precision import Precision
+from rankfold.processes import Processes
 from rankfold.train.planning.forecast import MARGIN, ForecastRequest, forecast
 from rankfold.train.planning.plan import make_plan
 from rankfold.train.planning.rows import prepare
-from rankfold.train.processes import Processes
 
 QUICK = {"tflops": 1, "memory_gb": 24}  # nothing is timed
 

@@ -14,12 +14,12 @@ from rankfold.data.order.batching import Padded
 from rankfold.data.tokens import cache
 from rankfold.errors import DataError
 from rankfold.models.base.precision import Precision
+from rankfold.processes import Processes
 from rankfold.train.keeping.listener import Listener
 from rankfold.train.keeping.report import setting_rows
 from rankfold.train.planning.plan import make_plan
 from rankfold.train.planning.rows import prepare, read_data
 from rankfold.train.planning.trial import Cost
-from rankfold.train.processes import Processes
 from rankfold.train.run import decide
 
 

@@ -11,8 +11,9 @@ from rankfold import LoraConfig, get_peft_model
 from rankfold.data.order.batch import Batch
 from rankfold.data.order.batching import Packed, Padded
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
+from rankfold.judging.losses import token_losses
 from rankfold.models.running.rows_apart import attend_rows_apart
-from rankfold.train.step.objectives import Supervised, token_losses
+from rankfold.train.step.objectives import Supervised
 from tiny_models import tiny
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from xml.sax.saxutils import escape
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rankfold.data.check.balance import Lengths
 from rankfold.data.check.findings import explained
 from rankfold.data.check.report import Report
+from rankfold.pages import render
 
 VERSIONS_OF = ("rankfold", "transformers")
 WIDTH, HEIGHT, FOOT = 720, 170, 24  # of the histogram, in pixels
@@ -20,14 +19,13 @@ def render_page(report: Report) -> str:
     """The page as HTML text: ledger, findings with their first places, lengths, balance, mask proofs.
 
     Everything that comes from the rows is escaped, and its amount does not grow with theirs."""
-    environment = Environment(
-        loader=PackageLoader("rankfold.data.check", "."), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("doctor_page.html.j2").render(
+    return render(
+        "rankfold.data.check",
+        "doctor_page.html.j2",
+        VERSIONS_OF,
         report=report,
         explained=explained,
         histogram=histogram(report.lengths) if report.lengths else "",
-        versions={name: version(name) for name in VERSIONS_OF},
     )
 
 
@@ -55,5 +53,6 @@ def histogram(lengths: Lengths) -> Markup:
     label = escape(f"rows by length in {lengths.unit}; the tallest bar holds {most:,} rows")
     shapes.append(f'<text x="0" y="12" font-size="11" fill="#5b6b7d">{label}</text>')
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(shapes)}</svg>'
+        f'<div class="picture"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"{''.join(shapes)}</svg></div>"
     )

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from rankfold.data.shapes.example import Example
+from rankfold.judging.held_out import Comparison, compare
+from rankfold.judging.losses import row_losses
 from rankfold.models.answering.answers import replies
 from rankfold.models.answering.sampling import Sampling
 from rankfold.train.judging.best import Best
-from rankfold.train.judging.evaluate import Comparison, compare, row_losses
 from rankfold.train.keeping.listener import Sample
 from rankfold.train.planning.plan import Plan
 from rankfold.train.step.loop import Trainer

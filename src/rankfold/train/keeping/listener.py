@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rankfold.train.judging.evaluate import Comparison
+from rankfold.judging.held_out import Comparison
 from rankfold.train.planning.plan import Plan
 from rankfold.train.step.loop import StepRecord
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from importlib.metadata import version
 from itertools import accumulate
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from rankfold.data.shapes.sources import sources_of
+from rankfold.pages import picture, render
 from rankfold.train.keeping.listener import RunResult
 from rankfold.train.planning.plan import Plan
 from rankfold.train.step.loop import StepRecord
@@ -26,10 +25,10 @@ SMOOTHING = 0.8  # weight of the past in the curve's running mean
 
 def render_report(plan: Plan, result: RunResult) -> str:
     """The page as HTML text: numbers, samples, loss curve, settings and the proof of the mask."""
-    environment = Environment(
-        loader=PackageLoader("rankfold.train.keeping", "."), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "rankfold.train.keeping",
+        "report.html.j2",
+        VERSIONS_OF,
         plan=plan,
         data=", ".join(source.name for source in sources_of(plan.recipe.data)),
         result=result,
@@ -40,7 +39,6 @@ def render_report(plan: Plan, result: RunResult) -> str:
         trainable=plan.model.get_nb_trainable_parameters(),
         seconds=sum(record.seconds for record in result.steps),
         tokens=sum(record.tokens for record in result.steps),
-        versions={name: version(name) for name in VERSIONS_OF},
     )
 
 
@@ -89,7 +87,7 @@ def _listed(targets: str | list[str]) -> str:
     return targets if isinstance(targets, str) else ", ".join(targets)
 
 
-def loss_curve(records: list[StepRecord]) -> str:
+def loss_curve(records: list[StepRecord]) -> Markup:
     """The training loss as an SVG picture: each step, and the running mean over about five."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -104,7 +102,5 @@ def loss_curve(records: list[StepRecord]) -> str:
     axes.set(xlabel="step", ylabel="loss (nats per trained token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    picture = buffer.getvalue()
-    return picture[picture.index("<svg") :]
+    told = f"training loss from {smooth[0]:.3f} at step {steps[0]} to {smooth[-1]:.3f} at step {steps[-1]}"
+    return picture(figure, told)

@@ -31,6 +31,7 @@ from rankfold.models.messages.images import ImageReader
 from rankfold.models.messages.template import template_of
 from rankfold.models.running.fusing import fuse
 from rankfold.peft_surface import PeftModel
+from rankfold.processes import Processes
 from rankfold.train.asked.advise import Settings, settle, steps_of, within_time
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.compiling import compile_layers
@@ -38,7 +39,6 @@ from rankfold.train.planning.budget import fast_tokens
 from rankfold.train.planning.rows import Prepared, Rows, Text
 from rankfold.train.planning.start import adapted
 from rankfold.train.planning.trial import Activations, Cost, Trial, recompute_activations
-from rankfold.train.processes import Processes
 
 SAMPLED_ROWS = 500  # for the trial
 SHOWN_ROWS = 3  # the longest, the shortest and one by chance

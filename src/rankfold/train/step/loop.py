@@ -19,8 +19,8 @@ from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import CheckpointError, TrainingError
 from rankfold.models.base.memory import peak_memory_bytes
 from rankfold.models.base.precision import Precision
+from rankfold.processes import Processes
 from rankfold.train.keeping.checkpoints import Checkpoint
-from rankfold.train.processes import Processes
 from rankfold.train.step.average import Average, set_weights
 from rankfold.train.step.loss_scale import LossScale
 from rankfold.train.step.objectives import Objective, Supervised

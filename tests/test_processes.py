@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import children
 from rankfold.errors import ConfigError, OutputError
-from rankfold.train.processes import Processes
+from rankfold.processes import Processes
 
 WEIGHTS = "adapter_model.safetensors"
 

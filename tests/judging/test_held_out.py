@@ -5,7 +5,8 @@ import torch
 
 from conftest import tiny_llama
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
-from rankfold.train.judging.evaluate import compare, row_losses
+from rankfold.judging.held_out import compare
+from rankfold.judging.losses import row_losses
 
 
 def make_rows(count: int, trained: int = 4) -> list[EncodedRow]:

@@ -1,0 +1,328 @@
+"""``evaluate``: any number of models on the same rows, each in numbers with intervals beside the first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.errors import ConfigError, DataError
+from rankfold.judging.intervals import CONFIDENCE, FEW_ROWS, Interval, interval, resampled, sign_test, wilson
+from rankfold.judging.judged import MISSING, OnProgress, answered, judge
+from rankfold.judging.metrics import EvalRow, Judged, Metric
+from rankfold.judging.request import EvalRequest
+from rankfold.judging.rows import EvalData
+from rankfold.models.base.base import Base
+from rankfold.models.base.load import load
+from rankfold.models.base.precision import choose_precision, default_device
+from rankfold.models.choices import ModelRequest
+from rankfold.peft_surface import PeftModel
+
+REFERENCE = "base"  # the name of an adapter's base
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A metric of one model: its number, and the gap to the first model's, both with intervals; no gap for
+    the first itself.  The gap is on the same rows, drawn together.  ``chance``: of rows that are right or
+    wrong, how likely so uneven changes are by chance (see ``sign_test``)."""
+
+    metric: Metric
+    number: Interval
+    gap: Interval | None = None
+    chance: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        if self.gap is None:
+            return ""
+        if self.gap.low == self.gap.high == 0:
+            return "the same"
+        if self.gap.holds_zero or (self.chance is not None and self.chance >= 1 - CONFIDENCE):
+            return "not told apart"
+        return "better" if (self.gap.value < 0) == self.metric.lower_is_better else "worse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A row where the models differ, with what each answered and its own score by metric."""
+
+    row: EvalRow
+    prompt: str
+    answers: dict[str, str]
+    scores: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Models on the same rows, by name; the first is what the others are compared with."""
+
+    data: EvalData
+    judged: dict[str, Judged]
+    measured: dict[str, list[Measured]]
+    shown: list[Shown]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.judged)
+
+    @property
+    def main(self) -> Metric:
+        """The metric that says most about the task."""
+        return main_metric(self.data.metrics)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "rows": len(self.data.rows),
+            "kind": self.data.kind.name,
+            "reason": self.data.kind.reason,
+            "labels": list(self.data.labels) if self.data.kind.name == "labels" else [],
+            "metrics": {
+                metric.name: {"meaning": metric.meaning, "lower_is_better": metric.lower_is_better}
+                for metric in self.data.metrics
+            },
+            "models": {
+                name: {
+                    "seconds": round(self.judged[name].seconds, 3),
+                    "metrics": {each.metric.name: _numbers(each) for each in found},
+                }
+                for name, found in self.measured.items()
+            },
+            "notes": self.notes,
+        }
+
+    def row_lines(self) -> Iterator[dict[str, Any]]:
+        """Each row with what every model did on it."""
+        scores = {name: _row_scores(self.data, judged) for name, judged in self.judged.items()}
+        for place, (row, example) in enumerate(zip(self.data.rows, self.data.examples, strict=True)):
+            models = {
+                name: {
+                    **({"answer": judged.answers[place]} if judged.answers else {}),
+                    **({"finish_reason": judged.finish_reasons[place]} if judged.answers else {}),
+                    **({"choice": judged.chosen[place]} if judged.chosen else {}),
+                    "scores": {metric: _finite(found[place]) for metric, found in scores[name].items()},
+                }
+                for name, judged in self.judged.items()
+            }
+            yield {"origin": row.origin, "prompt": example.prompt, "wanted": row.wanted, "models": models}
+
+
+def main_metric(metrics: Sequence[Metric]) -> Metric:
+    return next((metric for metric in metrics if metric.needs != "losses"), metrics[0])
+
+
+def evaluate(
+    request: EvalRequest,
+    data: EvalData,
+    models: Sequence[ModelRequest],
+    on_model: Callable[[str], object] = lambda _: None,
+    on_progress: OnProgress = lambda *_: None,
+) -> Evaluation:
+    """Judge ``models`` on ``data``, one after the other; where the first has an adapter, before it its base,
+    asked in the same words.
+
+    Rows that one of them cannot read or be asked count for none.  Raises RankfoldError."""
+    notes = [*data.notes]
+    judged: dict[str, Judged] = {}
+    if request.answered:
+        judged = {column: answered(data, column) for column in request.answered}
+    for name, asked in _named(models).items():
+        on_model(name)
+        base = _loaded(name, asked)
+        notes += [note for note in base.notes if note not in notes]
+        judged[name] = judge(base, data, request, on_progress)
+        del base
+    if not judged:
+        raise ConfigError("nothing to judge: name adapters or models, or columns under --answered")
+    places, told = _common(data, judged)
+    data = data.only(places)
+    judged = {name: _only(found, places) for name, found in judged.items()}
+    notes += [*told, *_cut(judged, request)]
+    if len(data.rows) < FEW_ROWS:
+        notes.append(
+            f"{len(data.rows)} rows are few: intervals are narrower than they should be below {FEW_ROWS}"
+        )
+    return Evaluation(
+        data=data,
+        judged=judged,
+        measured=measured(data, judged, request.seed),
+        shown=_shown(data, judged, request.shown),
+        notes=notes,
+    )
+
+
+def _cut(judged: dict[str, Judged], request: EvalRequest) -> list[str]:
+    """Which models' answers were cut off, and may have been going to say more."""
+    counts = {name: found.finish_reasons.count("length") for name, found in judged.items()}
+    cut = [f"{count:,} of {name}" for name, count in counts.items() if count]
+    return [f"answers cut off at {request.max_new_tokens} tokens: {', '.join(cut)}"] if cut else []
+
+
+def _named(models: Sequence[ModelRequest]) -> dict[str, ModelRequest]:
+    """The models by the shortest names that tell them apart; an adapter's base first."""
+    found: dict[str, ModelRequest] = {}
+    if models and models[0].adapter is not None:
+        found[REFERENCE] = models[0]
+    for place, asked in enumerate(models):
+        if asked in models[:place]:
+            raise ConfigError(f"{asked.adapter or asked.model} is named twice")
+        parts = Path(asked.adapter or asked.model or "").absolute().parts[1:]
+        names = ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        found[next(name for name in names if name not in found)] = asked
+    return found
+
+
+def _loaded(name: str, asked: ModelRequest) -> Base:
+    """The model, in the number format that is fast here unless one was asked for, as in training; as
+    ``REFERENCE`` the base of an adapter, which reads as the tuned model does."""
+    if asked.precision is None and asked.stored is None:
+        asked = asked.model_copy(update={"precision": choose_precision(None, default_device()).name})
+    if name != REFERENCE or asked.adapter is None:
+        return load(asked)
+    base = load(asked, merged=False)
+    if not isinstance(base.model, PeftModel):
+        return base
+    return replace(base, model=base.model.unload())
+
+
+def _common(data: EvalData, judged: dict[str, Judged]) -> tuple[list[int], list[str]]:
+    """The places of the rows that every model could read and be asked, and what is told of the others."""
+    unread, unasked = [], []
+    for place, row in enumerate(data.rows):
+        if any(math.isnan(float(found.losses[place])) for found in judged.values()):
+            unread.append(row.origin)
+        elif any(
+            found.finish_reasons and found.finish_reasons[place] == MISSING for found in judged.values()
+        ):
+            unasked.append(row.origin)
+    left_out = {*unread, *unasked}
+    places = [place for place, row in enumerate(data.rows) if row.origin not in left_out]
+    if not places:
+        raise DataError("no row is short enough to be read by every model, or has an answer of each")
+    notes = []
+    if unread:
+        notes.append(f"{len(unread):,} rows left out, longer than a model reads: {unread[0]} ...")
+    if unasked:
+        notes.append(f"{len(unasked):,} rows left out, without an answer of every model: {unasked[0]} ...")
+    return places, notes
+
+
+def _only(judged: Judged, places: Sequence[int]) -> Judged:
+    at = torch.tensor(places)
+
+    def some(texts: list[str]) -> list[str]:
+        return [texts[place] for place in places] if texts else []
+
+    return replace(
+        judged,
+        losses=judged.losses[at],
+        tokens=judged.tokens[at],
+        text_bytes=judged.text_bytes[at],
+        answers=some(judged.answers),
+        finish_reasons=some(judged.finish_reasons),
+        chosen=some(judged.chosen),
+    )
+
+
+def measured(data: EvalData, judged: dict[str, Judged], seed: int) -> dict[str, list[Measured]]:
+    """Every metric of every model, all on the same draws of rows."""
+    found: dict[str, list[Measured]] = {}
+    first: list[Drawn] = []
+    for name, each in judged.items():
+        terms = [metric.terms(data.rows, each) for metric in data.metrics]
+        sums = resampled(torch.cat(terms, dim=1), seed).split([part.shape[1] for part in terms], dim=1)
+        own = [
+            Drawn(metric, metric.value(part.sum(0)), metric.value(over), metric.scores(data.rows, each))
+            for metric, part, over in zip(data.metrics, terms, sums, strict=True)
+        ]
+        first = first or own
+        found[name] = [mine.beside(theirs) for mine, theirs in zip(own, first, strict=True)]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A metric of one model on all rows, on each draw of them (draws), and of each row (rows)."""
+
+    metric: Metric
+    value: Tensor
+    over: Tensor
+    scores: Tensor
+
+    def beside(self, first: Drawn) -> Measured:
+        number = self._number()
+        if first is self:
+            return Measured(metric=self.metric, number=number)
+        gap = interval(float(self.value - first.value), self.over - first.over)
+        chance = sign_test(self.scores - first.scores) if self._is_counted and first._is_counted else None
+        return Measured(metric=self.metric, number=number, gap=gap, chance=chance)
+
+    @property
+    def _is_counted(self) -> bool:
+        """Whether rows are right or wrong, and the number is the share of the right ones."""
+        is_mean = torch.isclose(self.value, self.scores.mean())
+        return bool(((self.scores == 0) | (self.scores == 1)).all() and is_mean)
+
+    def _number(self) -> Interval:
+        if self.metric.is_share and self._is_counted:
+            return wilson(float(self.scores.sum()), len(self.scores))
+        return interval(float(self.value), self.over)
+
+
+def _row_scores(data: EvalData, judged: Judged) -> dict[str, list[float]]:
+    return {metric.name: metric.scores(data.rows, judged).tolist() for metric in data.metrics}
+
+
+def _shown(data: EvalData, judged: dict[str, Judged], most: int) -> list[Shown]:
+    """The rows where the models' scores differ most, by the main metric and then by the loss."""
+    main, loss = main_metric(data.metrics), data.metrics[0]
+    spreads = [
+        torch.stack([metric.scores(data.rows, each) for each in judged.values()]) for metric in (main, loss)
+    ]
+    by_main, by_loss = ((part.max(0).values - part.min(0).values).tolist() for part in spreads)
+    order = sorted(range(len(data.rows)), key=lambda place: (-by_main[place], -by_loss[place]))
+    scores = {name: _row_scores(data, each) for name, each in judged.items()}
+    return [
+        Shown(
+            row=data.rows[place],
+            prompt=_asked(data, place),
+            answers={name: _said(each, main, place) for name, each in judged.items()},
+            scores={
+                name: {m: values[place] for m, values in found.items()} for name, found in scores.items()
+            },
+        )
+        for place in order[:most]
+    ]
+
+
+def _said(judged: Judged, main: Metric, place: int) -> str:
+    said = judged.chosen if main.needs == "choices" else judged.answers
+    return said[place] if said else ""
+
+
+def _asked(data: EvalData, place: int) -> str:
+    content = data.examples[place].prompt[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(
+        part["text"] if part["type"] == "text" else f"<{Path(part['path']).name}>" for part in content
+    )
+
+
+def _numbers(each: Measured) -> dict[str, Any]:
+    gap = each.gap and {name: _finite(value) for name, value in asdict(each.gap).items()}
+    number = {name: _finite(value) for name, value in asdict(each.number).items()}
+    return {**number, "gap": gap, "chance": each.chance, "verdict": each.verdict or None}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
