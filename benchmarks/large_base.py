@@ -28,13 +28,13 @@ from rankfold import LoraConfig, get_peft_model
 from rankfold.data.order.batch import Batch
 from rankfold.data.order.batching import Padded
 from rankfold.data.tokens.encode import EncodedRow
+from rankfold.judging.losses import token_losses
 from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.heap import large_blocks_apart
 from rankfold.models.base.load import load_base
 from rankfold.storage.forms import FORMS
 from rankfold.storage.layers import can_hold, hold
 from rankfold.train.planning.trial import recompute_activations
-from rankfold.judging.losses import token_losses
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KILOBYTE, GIGABYTE = 1024, 1e9

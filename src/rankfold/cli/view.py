@@ -14,6 +14,7 @@ from rich.text import Text
 from rankfold.cli.console import print_proof
 from rankfold.data.tokens.proof import MaskProof
 from rankfold.judging.held_out import Comparison
+from rankfold.judging.learnt import Learnt
 from rankfold.train.keeping.listener import Listener, RunResult
 from rankfold.train.keeping.names import REPORT_NAME
 from rankfold.train.keeping.report import setting_rows
@@ -123,7 +124,15 @@ def print_result(console: Console, result: RunResult) -> None:
         console.print(f"\nGo on:   {command_name()} resume {result.out}", style="bold", soft_wrap=True)
         return
     else:
+        learnt = result.learnt
+        if learnt is not None and learnt.nothing:
+            told = (
+                f"\nNothing changed: the tuned model says what its base says. Likely cause: {learnt.nothing}."
+            )
+            console.print(told, style="bold yellow")
         print_comparison(console, result.comparison)
+        if learnt is not None:
+            print_learnt(console, learnt, result.comparison)
         for sample in result.samples:
             console.print(f"\n{sample.prompt}", style="bold")
             console.print(Text.assemble(("  before  ", "dim"), " ".join(sample.base.split())))
@@ -154,6 +163,19 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     )
     if comparison.caution:
         console.print(f"note: {comparison.caution}", style="yellow")
+
+
+def print_learnt(console: Console, learnt: Learnt, comparison: Comparison) -> None:
+    """What was learnt and forgotten, a sentence each."""
+    console.print(f"{_sentence(learnt.recalled(comparison))}")
+    if learnt.forgetting is not None:
+        console.print(_sentence(learnt.forgetting.sentence))
+        if learnt.forgetting.remedies:
+            console.print(_sentence(learnt.forgetting.remedies), style="yellow")
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _progress_bar(console: Console) -> Progress:

@@ -145,7 +145,7 @@ def evaluate(
     places, told = _common(data, judged)
     data = data.only(places)
     judged = {name: _only(found, places) for name, found in judged.items()}
-    notes += [*told, *_cut(judged, request)]
+    notes += [*told, *_cut(judged)]
     if len(data.rows) < FEW_ROWS:
         notes.append(
             f"{len(data.rows)} rows are few: intervals are narrower than they should be below {FEW_ROWS}"
@@ -159,11 +159,11 @@ def evaluate(
     )
 
 
-def _cut(judged: dict[str, Judged], request: EvalRequest) -> list[str]:
+def _cut(judged: dict[str, Judged]) -> list[str]:
     """Which models' answers were cut off, and may have been going to say more."""
     counts = {name: found.finish_reasons.count("length") for name, found in judged.items()}
     cut = [f"{count:,} of {name}" for name, count in counts.items() if count]
-    return [f"answers cut off at {request.max_new_tokens} tokens: {', '.join(cut)}"] if cut else []
+    return [f"answers cut off for their length (max_new_tokens): {', '.join(cut)}"] if cut else []
 
 
 def _named(models: Sequence[ModelRequest]) -> dict[str, ModelRequest]:

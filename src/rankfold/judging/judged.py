@@ -25,6 +25,7 @@ from rankfold.models.messages.images import image_reader
 
 OnProgress = Callable[[str, int, int], object]  # what is done, how many rows of how many
 AT_ONCE = 128  # rows whose loss is computed between two calls
+ANSWER_TOKENS, BESIDE_LABELS = 128, 8  # of an answer at most; of one that is a label, beside the label's
 MISSING = "error"  # the finish reason of a row that could not be answered
 
 
@@ -104,10 +105,17 @@ def _sizes(rows: Sequence[EncodedRow], base: Base) -> list[Tensor]:
 def _answer(
     base: Base, data: EvalData, request: EvalRequest, judged: Judged, on_progress: OnProgress
 ) -> None:
-    sampling = Sampling(max_new_tokens=request.max_new_tokens, temperature=0.0)
+    most = request.max_new_tokens or _longest_answer(base, data)
+    sampling = Sampling(max_new_tokens=most, temperature=0.0)
     questions = [Question(example.prompt, example.tools) for example in data.examples]
     judged.answers, judged.finish_reasons = [""] * len(questions), [MISSING] * len(questions)
     found = in_turn(base, enumerate(questions), sampling, request.at_once)
     for done, (place, answer) in enumerate(found, start=1):
         judged.answers[place], judged.finish_reasons[place] = answer.text, answer.finish_reason
         on_progress("answering", done, len(questions))
+
+
+def _longest_answer(base: Base, data: EvalData) -> int:
+    if data.kind.name != "labels":
+        return ANSWER_TOKENS
+    return max(len(base.tokenizer(label).input_ids) for label in data.labels) + BESIDE_LABELS

@@ -20,6 +20,7 @@ def render(package: str, template: str, versions_of: tuple[str, ...], **values: 
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["capitalize_first"] = lambda text: f"{text[:1].upper()}{text[1:]}"
     versions = {name: version(name) for name in versions_of}
     return environment.get_template(template).render(versions=versions, **values)
 

@@ -214,8 +214,8 @@ class Run:
             if not result.interrupted:
                 self.listener.on_stage("judging base and tuned model on held-out rows")
                 self._note(self.judge.settle())
-                comparison, samples = self.judge.compare()
-                result = replace(result, comparison=comparison, samples=samples)
+                comparison, samples, learnt = self.judge.compare()
+                result = replace(result, comparison=comparison, samples=samples, learnt=learnt)
             self.processes.first_does(partial(self._write, result))
         return result
 
@@ -347,5 +347,6 @@ def run_record(plan: Plan, result: RunResult) -> dict[str, Any]:
         "notes": plan.notes,
         "steps": len(result.steps),
         "comparison": asdict(result.comparison) if result.comparison else None,
+        "learnt": asdict(result.learnt) if result.learnt else None,
         "samples": [asdict(sample) for sample in result.samples],
     }

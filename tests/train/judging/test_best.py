@@ -29,3 +29,23 @@ def test_the_state_comes_back_through_json_to_the_bit():
     assert (other.step, other.evaluations_since) == (3, 1)
     assert torch.equal(other.losses, best.losses)
     assert torch.equal(other.weights["a"], torch.ones(1))
+
+
+def test_within_a_limit_the_lowest_loss_is_best_and_beyond_it_the_lowest_rise():
+    best, weights = Best(limit=0.1), {"a": torch.zeros(1)}
+    looks = [(5.0, 0.3), (4.0, 0.2), (3.0, 0.25), (6.0, 0.09), (2.0, 0.5), (5.5, 0.1), (5.6, 0.0)]
+    kept = []
+    for step, (loss, rise) in enumerate(looks, 1):
+        best.consider(step, losses(loss), weights, rise)
+        kept.append((best.step, best.is_within))
+    assert kept == [(1, False), (2, False), (2, False), (4, True), (4, True), (6, True), (6, True)]
+    assert best.evaluations_since == 1
+    other = Best(limit=0.1)
+    other.restore(json.loads(json.dumps(best.state())), best.weights)
+    assert (other.step, other.rise, other.is_within) == (6, 0.1, True)
+
+
+def test_a_checkpoint_from_before_there_was_a_limit_is_read():
+    best = Best()
+    best.restore({"step": 3, "losses": [1.0], "evaluations_since": 1}, {})
+    assert (best.rise, best.is_within) == (0.0, True)

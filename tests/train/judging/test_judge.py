@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from rankfold import Recipe, fine_tune
+from rankfold.errors import ConfigError
 from rankfold.judging.losses import row_losses
 from rankfold.train.keeping.checkpoints import latest_checkpoint
 from rankfold.train.keeping.listener import Listener
@@ -186,3 +187,90 @@ def test_what_is_asked_for_is_what_is_used_and_kept(recipe):
     assert "precision: bfloat16" in kept
     assert "tensorboard" in kept
     assert list((result.out / "trackers").rglob("events.out.tfevents.*"))
+
+
+def test_what_was_learnt_and_forgotten_is_in_the_record_and_on_the_page(recipe):
+    result = fine_tune(recipe())
+    learnt = json.loads((result.out / "run.json").read_text())["learnt"]
+    assert {change["domain"] for change in learnt["forgetting"]["domains"]} >= {
+        "english",
+        "code",
+        "questions",
+    }
+    assert learnt["forgetting"]["whole"]["rise"]["value"] != 0
+    assert learnt["recall"]["rows"] == result.comparison.rows  # as many as were held out
+    assert {layer["kind"] for layer in learnt["moved"]} >= {"self_attn.q_proj", "mlp.down_proj"}
+    assert all(layer["mean"] > 0 for layer in learnt["moved"])
+    assert learnt["nothing"] == ""
+    page = (result.out / "report.html").read_text()
+    assert "What it forgot" in page
+    assert "On general text the loss" in page
+    assert "Nothing changed" not in page
+
+
+def test_a_run_that_changed_nothing_says_so_first_and_why(recipe):
+    result = fine_tune(recipe(learning_rate=1e-9))
+    assert "times below the usual" in result.learnt.nothing
+    page = (result.out / "report.html").read_text()
+    assert page.index("Nothing changed") < page.index("Before and after")
+    assert fine_tune(recipe(learning_rate=0.05, out=result.out.with_name("other"))).learnt.nothing == ""
+
+
+@pytest.fixture
+def general(write_rows):
+    rows = [{"text": f"Text number {n} is about nothing at all."} for n in range(6)]
+    return str(write_rows(rows, "general.jsonl"))
+
+
+LOOKING = {"learning_rate": 0.05, "schedule": "constant", "evaluate_every_steps": 1}
+
+
+def test_the_best_weights_within_a_limit_of_forgetting_are_kept(recipe, general, tmp_path):
+    """A high rate: each look is worse on general text, and better on the rows held out."""
+    free = fine_tune(recipe(**LOOKING, general=general, max_steps=6, out=tmp_path / "free"))
+    rise = free.learnt.forgetting.whole.rise.value
+    assert rise > 0.2
+    watching = Watching()
+    limited = fine_tune(recipe(**LOOKING, general=general, max_steps=6, forget_limit=rise / 2), watching)
+    assert limited.learnt.forgetting.whole.rise.value <= rise / 2
+    assert limited.comparison.tuned_loss > free.comparison.tuned_loss
+    assert any("did best on the held-out rows" in note for note in watching.notes)
+
+
+def test_a_limit_that_no_look_keeps_is_told_and_the_least_is_kept(recipe, general):
+    watching = Watching()
+    fine_tune(recipe(**LOOKING, general=general, max_steps=4, forget_limit=1e-6), watching)
+    told = "at no look had the loss on general text risen by 1e-06 or less"
+    assert any(told in note for note in watching.notes)
+
+
+def test_a_limit_needs_general_text(recipe):
+    with pytest.raises(ConfigError, match="forget_limit"):
+        fine_tune(recipe(general="none", forget_limit=0.1))
+
+
+def test_without_general_text_nothing_is_told_of_it(recipe):
+    result = fine_tune(recipe(general="none"))
+    assert result.learnt.forgetting is None
+    assert "What it forgot" not in (result.out / "report.html").read_text()
+
+
+def test_a_run_with_a_limit_goes_on_to_the_same_bits(recipe, general, tmp_path):
+    options = {**LOOKING, "general": general, "forget_limit": 0.3, "max_steps": 6}
+    whole = fine_tune(recipe(**options, out=tmp_path / "whole"))
+
+    class Stopping(Listener):
+        steps = 0
+
+        def on_step(self, record):
+            self.steps = record.step
+
+        def wants_stop(self):
+            return self.steps >= 3
+
+    parts = tmp_path / "parts"
+    assert fine_tune(recipe(**options, out=parts), Stopping()).interrupted
+    resume(parts)
+    expected, found = load_file(whole.out / WEIGHTS), load_file(parts / WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -254,6 +254,18 @@ class Recipe(CheckedSettings):
         False, description="several processes hold a share each of the frozen base (FSDP2)"
     )
     samples: int = Field(3, ge=0, le=20, description="held-out prompts answered before and after")
+    general: str | None = Field(
+        None,
+        min_length=1,
+        description="rows of general text that tell what was forgotten, or none [a few that come along]",
+    )
+    forget_limit: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="most that the loss on general text may rise, in nats a token; the best weights within "
+        "it are kept",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the adapter's start and of the row order")
 
     @classmethod

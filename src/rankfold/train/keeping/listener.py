@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankfold.judging.held_out import Comparison
+from rankfold.judging.learnt import Learnt
 from rankfold.train.planning.plan import Plan
 from rankfold.train.step.loop import StepRecord
 
@@ -22,12 +23,13 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run left in ``out``; one that was stopped early has no comparison and no samples."""
+    """What a run left in ``out``; one that was stopped early has none of the last three."""
 
     out: Path
     steps: list[StepRecord]
     stopped_by: int = 0  # the number of the signal that ended it early, or ``stopping.CALLER``
     comparison: Comparison | None = None
+    learnt: Learnt | None = None
     samples: list[Sample] = field(default_factory=list)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rankfold.data.shapes.sources import sources_of
+from rankfold.judging.forgotten import TOP
 from rankfold.pages import picture, render
 from rankfold.train.keeping.listener import RunResult
 from rankfold.train.planning.plan import Plan
@@ -33,6 +34,8 @@ def render_report(plan: Plan, result: RunResult) -> str:
         data=", ".join(source.name for source in sources_of(plan.recipe.data)),
         result=result,
         comparison=result.comparison,
+        learnt=result.learnt,
+        top=TOP,
         settings=setting_rows(plan),
         curve=loss_curve(result.steps),
         proof=plan.proof,

@@ -5,8 +5,10 @@ In six steps, each a function whose value the next takes: how the base reads, th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,6 +22,7 @@ from rankfold.data.tokens.cache import lengths_of
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.data.tokens.proof import MaskProof, prove_mask
 from rankfold.errors import ConfigError
+from rankfold.judging.forgotten import General
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.layers.packed import numbers_not_shown
 from rankfold.models.adapters.modalities import adapter_scope
@@ -42,12 +45,14 @@ from rankfold.train.planning.trial import Activations, Cost, Trial, recompute_ac
 
 SAMPLED_ROWS = 500  # for the trial
 SHOWN_ROWS = 3  # the longest, the shortest and one by chance
+GENERAL_SHARE, GENERAL_LEAST_S = 0.05, 5.0  # of a run's time, and seconds, for general text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything decided before the first step.  ``settings.steps`` are those that fit into the time that the
-    recipe gives, ``most_steps`` those without it; ``fused`` says what is computed as one.  ``model`` is the
+    recipe gives, ``most_steps`` those without it; ``fused`` says what is computed as one; ``general`` is the
+    text by which it is told what was forgotten.  ``model`` is the
     base with its adapter on it; ``started`` are the facts of the adapter that the run starts from, the usual
     ones if from a fresh one."""
 
@@ -70,6 +75,7 @@ class Plan:
     most_steps: int
     processes: Processes
     started: AdapterMetadata
+    general: General | None
 
     @property
     def choices(self) -> dict[str, str | bool | int]:
@@ -86,6 +92,11 @@ class Plan:
         return pad_id_of(self.base.tokenizer)
 
     @property
+    def parameters(self) -> int:
+        """How many numbers the base has, with its adapter."""
+        return _size(self.model.get_base_model())
+
+    @property
     def seconds_per_step(self) -> float:
         return _seconds_per_step(self.train, self.settings, self.recipe, self.cost, self.batching)
 
@@ -100,7 +111,14 @@ class Plan:
         """A look at the held-out rows, by all processes."""
         side_by_side = padded(self.reader, self.batching.tokens)
         seconds = self.cost.seconds(side_by_side.cut(self.held_out), side_by_side)
-        return self.cost.forward * seconds / self.processes.count
+        limited = self.recipe.forget_limit is not None
+        return self.cost.forward * seconds / self.processes.count + limited * self.general_seconds
+
+    @property
+    def general_seconds(self) -> float:
+        """General text read once, by each process."""
+        tokens = 0 if self.general is None else self.general.tokens
+        return self.cost.forward * self.cost.per_token * tokens
 
     @property
     def expected_minutes(self) -> float:
@@ -108,7 +126,7 @@ class Plan:
         every = self.settings.evaluate_every_steps
         looks = (self.settings.steps - 1) // every if every else 0
         steps = self.settings.steps * self.seconds_per_step / self.processes.count
-        return (steps + (looks + 2) * self.look_seconds) / 60
+        return (steps + (looks + 2) * self.look_seconds + 2 * self.general_seconds) / 60
 
 
 def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processes: Processes) -> Plan:
@@ -132,7 +150,7 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
         per_step = _seconds_per_step(encoded.train, settings, recipe, cost, batching) / processes.count
         settings = within_time(settings, recipe, _size(base.model), per_step)
     costs = [precision.cost] if precision.cost else []
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         settings=settings,
         base=replace(base, model=model),
@@ -152,7 +170,24 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
         fused=fused,
         cost=cost,
         most_steps=steps_of(len(encoded.train), settings, recipe),
+        general=None,
     )
+    return replace(plan, general=_general(plan, prepared))
+
+
+def _general(plan: Plan, prepared: Prepared) -> General | None:
+    """General text as the model reads it; of what comes along so much as takes little beside the run, unless
+    the run hangs on it."""
+    if not prepared.general:
+        return None
+    forward = partial(plan.precision.autocast, plan.model.device)
+    most = prepared.text.longest or sys.maxsize
+    general = General.encoded(prepared.general, prepared.text.tokenizer, most, plan.pad_id, forward)
+    if plan.recipe.general is None and plan.recipe.forget_limit is None:
+        seconds = max(GENERAL_LEAST_S, GENERAL_SHARE * 60 * plan.expected_minutes)
+        per_token = 2 * plan.cost.forward * plan.cost.per_token
+        general = general.first(int(seconds / per_token) if per_token else sys.maxsize)
+    return general if general.rows else None
 
 
 def _seconds_per_step(

@@ -21,6 +21,7 @@ from rankfold.data.shapes.sources import Mixture, Source, read_examples, sources
 from rankfold.data.tokens.cache import CachedRows, encode_cached, encoding_marks, lengths_of
 from rankfold.data.tokens.encode import EncodedRow, Encoding, encode_all, too_long
 from rankfold.errors import ConfigError, bullet_list
+from rankfold.judging.general_rows import GeneralRow, general_rows
 from rankfold.models.base.processors import set_most_tiles
 from rankfold.models.base.text_side import load_text
 from rankfold.models.base.tokens import with_tokens
@@ -79,16 +80,20 @@ class Prepared:
     text: Text
     rows: Rows
     encoded: Encoded
+    general: list[GeneralRow]
 
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read the rows and make tokens of them, unless that was done before.
 
     Raises DataError, ModelError, ConfigError or AdapterError."""
+    general = general_rows(recipe.general)
+    if recipe.forget_limit is not None and not general:
+        raise ConfigError("forget_limit: it is told by general text, and general is none")
     text = read_text(recipe)
     name = kept_name(recipe, text.tokenizer) if text.processor is None else None
     if name is not None and (kept := read_kept(name)) is not None:
-        return _prepared(recipe, text, kept)
+        return _prepared(recipe, text, kept, general)
     rows = read_data(recipe, text.processor is not None)
     spelt = spelt_tokens(Joined(rows.train, rows.held_out), text.tokenizer)
     rows = replace(rows, notes=[*rows.notes, *spelt])
@@ -102,10 +107,10 @@ def prepare(recipe: Recipe) -> Prepared:
         }
         held_out = list(rows.held_out)
         keep(name, Kept(train=encoded.train, held_out=held_out, cut=encoded.cut, facts=facts))
-    return Prepared(text=text, rows=rows, encoded=encoded)
+    return Prepared(text=text, rows=rows, encoded=encoded, general=general)
 
 
-def _prepared(recipe: Recipe, text: Text, kept: Kept) -> Prepared:
+def _prepared(recipe: Recipe, text: Text, kept: Kept, general: list[GeneralRow]) -> Prepared:
     """What was prepared before, but for the training rows as they were written, which nobody needs again."""
     facts = kept.facts
     style, shape, notes = facts["style"], facts["shape"], facts["rows"]
@@ -120,7 +125,7 @@ def _prepared(recipe: Recipe, text: Text, kept: Kept) -> Prepared:
         cut=kept.cut,
         notes=facts["encoded"],
     )
-    return Prepared(text=text, rows=rows, encoded=encoded)
+    return Prepared(text=text, rows=rows, encoded=encoded, general=general)
 
 
 def spelt_tokens(examples: Iterable[Example], tokenizer: Any) -> list[str]:
