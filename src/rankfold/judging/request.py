@@ -60,7 +60,10 @@ class EvalRequest(CheckedSettings):
     )
     train_on: TrainOn = Field("assistant", description="the turns whose loss counts: assistant, last or all")
     max_new_tokens: int | None = Field(
-        None, ge=1, le=100_000, description="longest answer in tokens [128; if labels, a little more than theirs]"
+        None,
+        ge=1,
+        le=100_000,
+        description="longest answer in tokens [128; if labels, a little more than theirs]",
     )
     at_once: int = Field(AT_ONCE, ge=1, le=4096, description="rows answered together, if memory allows")
     shown: int = Field(5, ge=0, le=100, description="rows to show where models differ most")

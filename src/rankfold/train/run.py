@@ -22,6 +22,7 @@ from rankfold.train.asked.recipe import Recipe
 from rankfold.train.asked.recipe_file import changed_recipe, read_recipe, resolved_recipe
 from rankfold.train.judging.judge import Judge
 from rankfold.train.keeping.checkpoints import clear_partial, latest_checkpoint, save_checkpoint
+from rankfold.train.keeping.energy import Energy
 from rankfold.train.keeping.folder import RunFolder
 from rankfold.train.keeping.identity import identity_of, refuse_other_identity
 from rankfold.train.keeping.listener import Listener, RunResult
@@ -187,6 +188,7 @@ class Run:
         pace = Pace(plan.settings.steps, minutes and 60 * minutes, per_step, plan.most_steps)
         self.trainer = Trainer(plan.model, plan.pad_id, pace, method, plan.processes)
         self.judge = Judge(plan, self.trainer)
+        self.energy = Energy()
 
     def go(self, reset_optimizer: bool = False) -> RunResult:
         self._restore(reset_optimizer)
@@ -268,6 +270,7 @@ class Run:
 
     def _on_step(self, record: StepRecord) -> None:
         recipe, step = self.plan.recipe, record.step
+        record = replace(record, energy_joules=self.energy.joules())
         if _due(step, self.plan.settings.evaluate_every_steps) and self._has_time_to_look():
             record = replace(record, held_out_loss=self.judge.evaluate(step))
         if _due(step, recipe.sample_every_steps):

@@ -33,7 +33,8 @@ ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One optimiser step: mean loss in nats per trained token, gradient norm before clipping, and, where
-    the step was followed by that, the mean loss on the held-out rows and the answers to sampled prompts."""
+    the step was followed by that, the mean loss on the held-out rows and the answers to sampled prompts;
+    ``energy_joules`` are the processor's, where they can be read."""
 
     step: int
     steps: int
@@ -45,6 +46,7 @@ class StepRecord:
     seconds: float
     memory_bytes: int = 0
     held_out_loss: float | None = None
+    energy_joules: float | None = None
     answers: dict[str, str] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
