@@ -19,6 +19,7 @@ from rankfold.train.keeping.listener import Listener, RunResult
 from rankfold.train.keeping.names import REPORT_NAME
 from rankfold.train.keeping.report import setting_rows
 from rankfold.train.planning.plan import Plan
+from rankfold.train.planning.rates import Probe
 from rankfold.train.step.loop import StepRecord
 
 PLAIN_LINES = 10  # about so many progress lines where the output is no terminal
@@ -105,9 +106,28 @@ def print_plan(console: Console, plan: Plan) -> None:
     measured = f"at {plan.tokens_per_second:,.0f} tokens/s, as batches like the run's just took"
     table.add_row("expected", f"about {plan.expected_minutes:.1f} minutes", measured)
     console.print(table)
+    if plan.probe is not None:
+        print_probe(console, plan.probe)
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow")
     print_proof(console, proof)
+
+
+def print_probe(console: Console, probe: Probe) -> None:
+    """Each rate that was tried with its loss, and the gap to the usual one."""
+    console.print(f"\nLearning rates tried, {probe.steps} steps each", style="bold")
+    table = Table(box=None, pad_edge=False)
+    for name in ("rate", "loss", "gap", "95 % interval", ""):
+        table.add_column(name, justify="right" if name else "left")
+    for each in probe.tried:
+        told = "best" if each.rate == probe.best else each.problem
+        gap = (
+            (f"{each.gap.value:+.4f}", f"{each.gap.low:+.4f} to {each.gap.high:+.4f}")
+            if each.gap
+            else ("", "")
+        )
+        table.add_row(f"{each.rate:g}", f"{each.loss:.4f}", *gap, told)
+    console.print(table)
 
 
 def _stops(proof: MaskProof) -> str:

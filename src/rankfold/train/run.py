@@ -30,6 +30,8 @@ from rankfold.train.keeping.names import REPORT_NAME, refuse_used_folder
 from rankfold.train.keeping.report import render_report
 from rankfold.train.keeping.trackers import Trackers, require_trackers
 from rankfold.train.planning.plan import Plan, make_plan
+from rankfold.train.planning.probe import probed
+from rankfold.train.planning.rates import Probe
 from rankfold.train.planning.rows import Prepared, prepare
 from rankfold.train.planning.start import as_its_adapter
 from rankfold.train.planning.trial import Activations, recompute_activations
@@ -63,6 +65,7 @@ def fine_tune(
     identity = _shared_identity(plan)
     choices = resolved_recipe(plan.recipe, plan.settings) | plan.choices
     record = {"status": "running", "identity": identity, "steps_planned": plan.settings.steps}
+    record["probe"] = asdict(plan.probe) if plan.probe else None
     processes.first_does(lambda: RunFolder.create(recipe.out, choices, record) and None)
     with ExitStack() as stack:
         folder = _hold(RunFolder(recipe.out), processes, stack)
@@ -93,6 +96,8 @@ def resume(
         _hold(folder, processes, stack)
         plan = decide(recipe, listener, processes)
         plan = planned_as(plan, record.get("steps_planned"))
+        if record.get("probe"):
+            plan = replace(plan, probe=Probe.read(record["probe"]))
         identity = _shared_identity(plan)
         for note in refuse_other_identity(record.get("identity"), identity, path):
             listener.on_note(note)
@@ -146,6 +151,8 @@ def decide(
     precision = shared_precision(recipe.precision, processes)
     plan = processes.together(lambda: make_plan(recipe, rows, precision, processes))
     plan = recomputed_in_all(plan)
+    if recipe.probe and recipe.learning_rate is None:
+        plan = probed(plan, lambda rate: listener.on_stage(f"trying the learning rate {rate:g}"))
     listener.on_plan(plan)
     return plan
 

@@ -55,11 +55,11 @@ def test_what_is_counted_does_not_stay(trial):
 
     class Watched(Trial):
         def _forward(self, rows, batching):
-            losses = super()._forward(rows, batching)
+            losses, weight = super()._forward(rows, batching)
             assert losses.requires_grad
             assert hidden
             assert all(storage.expired() for storage in hidden)
-            return losses
+            return losses, weight
 
     for layer in trial.model.get_base_model().model.layers:
         layer.register_forward_pre_hook(

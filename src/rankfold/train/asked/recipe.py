@@ -151,6 +151,7 @@ class Recipe(CheckedSettings):
         allow_inf_nan=False,
         description="peak learning rate of what is trained whole [the same]",
     )
+    probe: bool = Field(False, description="try several learning rates for some steps, and take the best")
     schedule: Schedule = Field(
         "cosine", description="how the learning rate falls: cosine, linear, constant, wsd"
     )
@@ -258,6 +259,14 @@ class Recipe(CheckedSettings):
         None,
         min_length=1,
         description="rows of general text that tell what was forgotten, or none [a few that come along]",
+    )
+    rehearse: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="rows of general that are trained on too, as a share of the rows; the others tell what "
+        "was forgotten",
     )
     forget_limit: float | None = Field(
         None,

@@ -11,7 +11,9 @@ from rankfold.data.shapes.sources import sources_of
 from rankfold.judging.forgotten import TOP
 from rankfold.pages import picture, render
 from rankfold.train.keeping.listener import RunResult
+from rankfold.train.planning.capacity import MEGA
 from rankfold.train.planning.plan import Plan
+from rankfold.train.planning.rates import Probe
 from rankfold.train.step.loop import StepRecord
 
 VERSIONS_OF = ("rankfold", "torch", "transformers")
@@ -35,6 +37,7 @@ def render_report(plan: Plan, result: RunResult) -> str:
         result=result,
         comparison=result.comparison,
         learnt=result.learnt,
+        probe=probe_picture(plan.probe) if plan.probe else "",
         top=TOP,
         settings=setting_rows(plan),
         curve=loss_curve(result.steps),
@@ -59,6 +62,7 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows = [(name.replace("_", " "), str(value), settings.reasons[name]) for name, value in values.items()]
     if recipe.whole_learning_rate is not None:
         rows.insert(3, ("whole learning rate", f"{recipe.whole_learning_rate:g}", "of what is trained whole"))
+    rows.insert(1, ("content", f"{plan.capacity.told / MEGA:.2f} Mbit", plan.capacity.sentence))
     warm_up = f"{settings.warmup_steps} warm-up, then {FALLS[recipe.schedule]}"
     rows.append(("steps", str(settings.steps), warm_up))
     rows.append(("max length", f"{plan.lengths.cut:,}", plan.lengths.reason))
@@ -84,6 +88,29 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
             ("processes", str(plan.processes.count), f"each takes its share of a step's rows and {base}")
         )
     return rows
+
+
+def probe_picture(probe: Probe) -> Markup:
+    """The loss after a few steps by learning rate, with the interval of the gap to the usual one."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    done = [each for each in probe.tried if not each.problem]
+    below = [each.gap.value - each.gap.low if each.gap else 0.0 for each in done]
+    above = [each.gap.high - each.gap.value if each.gap else 0.0 for each in done]
+    figure = Figure(figsize=(7.2, 2.8), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    rates, losses = [each.rate for each in done], [each.loss for each in done]
+    axes.errorbar(rates, losses, yerr=[below, above], marker="o", color="#1f5fa8", capsize=4)
+    axes.axvline(probe.chosen, color="#c2571a", linestyle="--", label="chosen")
+    axes.legend(frameon=False)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss (nats per trained token)")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.set_xticks([], minor=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    told = ", ".join(f"{each.loss:.3f} at {each.rate:g}" for each in done)
+    return picture(figure, f"loss by learning rate: {told}; {probe.chosen:g} was chosen")
 
 
 def _listed(targets: str | list[str]) -> str:

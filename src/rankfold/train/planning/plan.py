@@ -39,6 +39,8 @@ from rankfold.train.asked.advise import Settings, settle, steps_of, within_time
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.compiling import compile_layers
 from rankfold.train.planning.budget import fast_tokens
+from rankfold.train.planning.capacity import Capacity
+from rankfold.train.planning.rates import Probe
 from rankfold.train.planning.rows import Prepared, Rows, Text
 from rankfold.train.planning.start import adapted
 from rankfold.train.planning.trial import Activations, Cost, Trial, recompute_activations
@@ -52,7 +54,7 @@ GENERAL_SHARE, GENERAL_LEAST_S = 0.05, 5.0  # of a run's time, and seconds, for 
 class Plan:
     """Everything decided before the first step.  ``settings.steps`` are those that fit into the time that the
     recipe gives, ``most_steps`` those without it; ``fused`` says what is computed as one; ``general`` is the
-    text by which it is told what was forgotten.  ``model`` is the
+    text by which it is told what was forgotten, ``probe`` the rates that were tried.  ``model`` is the
     base with its adapter on it; ``started`` are the facts of the adapter that the run starts from, the usual
     ones if from a fresh one."""
 
@@ -76,6 +78,7 @@ class Plan:
     processes: Processes
     started: AdapterMetadata
     general: General | None
+    probe: Probe | None = None
 
     @property
     def choices(self) -> dict[str, str | bool | int]:
@@ -95,6 +98,12 @@ class Plan:
     def parameters(self) -> int:
         """How many numbers the base has, with its adapter."""
         return _size(self.model.get_base_model())
+
+    @property
+    def capacity(self) -> Capacity:
+        trained, _ = self.model.get_nb_trainable_parameters()
+        tokens, loss = self.proof.trained_tokens, self.cost.loss
+        return Capacity(rank=self.settings.rank, numbers=trained, tokens=tokens, loss=loss)
 
     @property
     def seconds_per_step(self) -> float:
@@ -172,7 +181,8 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
         most_steps=steps_of(len(encoded.train), settings, recipe),
         general=None,
     )
-    return replace(plan, general=_general(plan, prepared))
+    advice = [plan.capacity.advice] if plan.capacity.advice else []
+    return replace(plan, general=_general(plan, prepared), notes=[*plan.notes, *advice])
 
 
 def _general(plan: Plan, prepared: Prepared) -> General | None:

@@ -88,13 +88,14 @@ def prepare(recipe: Recipe) -> Prepared:
 
     Raises DataError, ModelError, ConfigError or AdapterError."""
     general = general_rows(recipe.general)
-    if recipe.forget_limit is not None and not general:
-        raise ConfigError("forget_limit: it is told by general text, and general is none")
+    _refuse_without_general(recipe, general)
     text = read_text(recipe)
-    name = kept_name(recipe, text.tokenizer) if text.processor is None else None
+    may_keep = text.processor is None and not recipe.rehearse
+    name = kept_name(recipe, text.tokenizer) if may_keep else None
     if name is not None and (kept := read_kept(name)) is not None:
         return _prepared(recipe, text, kept, general)
     rows = read_data(recipe, text.processor is not None)
+    rows, general = rehearsing(recipe, rows, general)
     spelt = spelt_tokens(Joined(rows.train, rows.held_out), text.tokenizer)
     rows = replace(rows, notes=[*rows.notes, *spelt])
     encoded = encode_rows(recipe, rows, text)
@@ -108,6 +109,35 @@ def prepare(recipe: Recipe) -> Prepared:
         held_out = list(rows.held_out)
         keep(name, Kept(train=encoded.train, held_out=held_out, cut=encoded.cut, facts=facts))
     return Prepared(text=text, rows=rows, encoded=encoded, general=general)
+
+
+def _refuse_without_general(recipe: Recipe, general: Sequence[GeneralRow]) -> None:
+    if recipe.forget_limit is not None and not general:
+        raise ConfigError("forget_limit: it is told by general text, and general is none")
+    if recipe.rehearse and (recipe.general is None or not general):
+        raise ConfigError(
+            "rehearse: name the rows with general, a file; those that come along are few, and tell what was "
+            "forgotten"
+        )
+
+
+def rehearsing(recipe: Recipe, rows: Rows, general: Sequence[GeneralRow]) -> tuple[Rows, list[GeneralRow]]:
+    """``rows`` with some of ``general`` among those to train on, as ``recipe`` asks, and the others, which
+    tell what was forgotten: half of them at least.  Raises ConfigError if none are of the rows' kind."""
+    if not recipe.rehearse:
+        return rows, list(general)
+    fitting = [row for row in general if (not row.example.messages) == (rows.prompt_style == "plain")]
+    wanted = round(recipe.rehearse * len(rows.train))
+    count = min(wanted, len(fitting) // 2)
+    if not count:
+        raise ConfigError(f"rehearse: {recipe.general} has no two {rows.prompt_style} rows, as the data has")
+    drawn = fitting[:: len(fitting) // count][:count]
+    taken = {row.example.origin for row in drawn}
+    fewer = f", not {wanted:,}: half of its rows tell what was forgotten" if count < wanted else ""
+    told = f"{count:,} rows of {recipe.general} are trained on too{fewer}"
+    train = Joined(rows.train, [row.example for row in drawn])
+    left = [row for row in general if row.example.origin not in taken]
+    return replace(rows, train=train, notes=[*rows.notes, told]), left
 
 
 def _prepared(recipe: Recipe, text: Text, kept: Kept, general: list[GeneralRow]) -> Prepared:

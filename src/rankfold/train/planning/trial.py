@@ -38,11 +38,13 @@ class Activations:
 @dataclass(frozen=True)
 class Cost:
     """Seconds that a micro-batch takes, forward and backward: some for the call and some for each token, the
-    padding too; ``forward`` is the share of the forward in them."""
+    padding too; ``forward`` is the share of the forward in them.  ``loss`` is that of the rows that were
+    tried, in nats a trained token."""
 
     per_call: float
     per_token: float
     forward: float
+    loss: float = 0.0
 
     def seconds(self, groups: Iterable[MicroBatch], batching: Batching) -> float:
         return sum(self.per_call + self.per_token * batching.size(group) for group in groups)
@@ -112,33 +114,34 @@ class Trial:
         small, large = (_up_to(middle, share * batching.tokens) for share in (SMALL, LARGE))
         if isinstance(batching, PaddedImages):
             small = large
-        forward, seconds = self.seconds(small, batching)
+        forward, seconds, loss = self.seconds(small, batching)
         if len(large) == len(small):
-            return Cost(0.0, seconds / batching.size(large), forward / seconds)
-        forward, more = self.seconds(large, batching)
+            return Cost(0.0, seconds / batching.size(large), forward / seconds, loss)
+        forward, more, loss = self.seconds(large, batching)
         per_token = max(more - seconds, 0.0) / (batching.size(large) - batching.size(small))
         per_token = min(per_token, more / batching.size(large))
-        return Cost(more - per_token * batching.size(large), per_token, forward / more)
+        return Cost(more - per_token * batching.size(large), per_token, forward / more, loss)
 
-    def seconds(self, rows: MicroBatch, batching: Batching) -> tuple[float, float]:
-        """Seconds of the forward, and of forward and backward."""
+    def seconds(self, rows: MicroBatch, batching: Batching) -> tuple[float, float, float]:
+        """Seconds of the forward, and of forward and backward; and the loss in nats a trained token."""
         started = time.perf_counter()
-        losses = self._forward(rows, batching)
-        losses.item()  # a GPU works on after the call
+        losses, weight = self._forward(rows, batching)
+        loss = losses.item() / weight  # a GPU works on after the call
         forward = time.perf_counter() - started
         losses.backward()
         self.model.zero_grad()
         if losses.is_cuda:
             torch.cuda.synchronize()
-        return forward, time.perf_counter() - started
+        return forward, time.perf_counter() - started, loss
 
-    def _forward(self, rows: MicroBatch, batching: Batching) -> Tensor:
+    def _forward(self, rows: MicroBatch, batching: Batching) -> tuple[Tensor, float]:
         was_training = self.model.training
         self.model.train()
         with torch.random.fork_rng(), self.precision.autocast(self.model.device):
-            losses, _ = Supervised().sum(self.model, batching.collate(rows, self.pad_id, self.model.device))
+            batch = batching.collate(rows, self.pad_id, self.model.device)
+            found = Supervised().sum(self.model, batch)
         self.model.train(was_training)
-        return losses
+        return found
 
 
 def can_recompute(model: Any) -> bool:
