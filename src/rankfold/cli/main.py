@@ -30,6 +30,7 @@ VERBS = {
     "predict": "answer every row of a file",
     "eval": "judge models and adapters on rows",
     "report": "put runs beside each other",
+    "audit": "tell which training rows a model gives back word for word",
     "import": "turn another program's config into a recipe",
     "convert": "write an adapter in another program's layout",
     "explain": "show with an SVD why a low rank can be enough",

@@ -14,14 +14,11 @@ from torch import Tensor
 from rankfold.errors import ConfigError, DataError
 from rankfold.judging.intervals import CONFIDENCE, FEW_ROWS, Interval, interval, resampled, sign_test, wilson
 from rankfold.judging.judged import MISSING, OnProgress, answered, judge
+from rankfold.judging.loading import base_of, tuned_of
 from rankfold.judging.metrics import EvalRow, Judged, Metric
 from rankfold.judging.request import EvalRequest
 from rankfold.judging.rows import EvalData
-from rankfold.models.base.base import Base
-from rankfold.models.base.load import load
-from rankfold.models.base.precision import choose_precision, default_device
 from rankfold.models.choices import ModelRequest
-from rankfold.peft_surface import PeftModel
 
 REFERENCE = "base"  # the name of an adapter's base
 SCHEMA_VERSION = 1
@@ -136,7 +133,7 @@ def evaluate(
         judged = {column: answered(data, column) for column in request.answered}
     for name, asked in _named(models).items():
         on_model(name)
-        base = _loaded(name, asked)
+        base = base_of(asked) if name == REFERENCE and asked.adapter else tuned_of(asked)
         notes += [note for note in base.notes if note not in notes]
         judged[name] = judge(base, data, request, on_progress)
         del base
@@ -178,19 +175,6 @@ def _named(models: Sequence[ModelRequest]) -> dict[str, ModelRequest]:
         names = ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]
         found[next(name for name in names if name not in found)] = asked
     return found
-
-
-def _loaded(name: str, asked: ModelRequest) -> Base:
-    """The model, in the number format that is fast here unless one was asked for, as in training; as
-    ``REFERENCE`` the base of an adapter, which reads as the tuned model does."""
-    if asked.precision is None and asked.stored is None:
-        asked = asked.model_copy(update={"precision": choose_precision(None, default_device()).name})
-    if name != REFERENCE or asked.adapter is None:
-        return load(asked)
-    base = load(asked, merged=False)
-    if not isinstance(base.model, PeftModel):
-        return base
-    return replace(base, model=base.model.unload())
 
 
 def _common(data: EvalData, judged: dict[str, Judged]) -> tuple[list[int], list[str]]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rankfold.data.shapes.example import Example
 from rankfold.data.tokens.encode import IGNORE, EncodedRow, encode_all
+from rankfold.data.tokens.mask import TrainOn
 from rankfold.errors import ConfigError, bullet_list
 from rankfold.judging.choices import likeliest
 from rankfold.judging.losses import row_losses
@@ -33,13 +35,13 @@ def judge(base: Base, data: EvalData, request: EvalRequest, on_progress: OnProgr
     """A row that ``base`` cannot read whole has a loss of NaN; one that it cannot be asked, the finish reason
     "error".  Raises RankfoldError."""
     started = time.perf_counter()
-    judged = _losses(base, data, request, on_progress)
+    judged = read_rows(base, data.examples, request.train_on, on_progress)
     count = len(data.rows)
     if data.chooses:
         done = iter(range(1, count + 1))
         choices = [row.choices for row in data.rows]
         judged.chosen = likeliest(
-            base, data.examples, choices, _longest(base), lambda: on_progress("choosing", next(done), count)
+            base, data.examples, choices, longest_of(base), lambda: on_progress("choosing", next(done), count)
         )
     if data.generates:
         _answer(base, data, request, judged, on_progress)
@@ -67,18 +69,20 @@ def answered(data: EvalData, column: str) -> Judged:
     )
 
 
-def _longest(base: Base) -> int:
+def longest_of(base: Base) -> int:
     return int(min(context_of(base.model), sys.maxsize))
 
 
-def _losses(base: Base, data: EvalData, request: EvalRequest, on_progress: OnProgress) -> Judged:
-    """Losses, tokens and bytes of each row, which may have become several rows of tokens."""
-    sees = any(message.images for example in data.examples for message in example.messages)
+def read_rows(
+    base: Base, examples: Sequence[Example], train_on: TrainOn, on_progress: OnProgress = lambda *_: None
+) -> Judged:
+    """Losses, tokens and bytes of each of ``examples``, which may have become several rows of tokens."""
+    sees = any(message.images for example in examples for message in example.messages)
     reader = image_reader(base.processor) if sees and base.processor is not None else None
-    encoded, _ = encode_all(data.examples, base.tokenizer, _longest(base), request.train_on, reader)
+    encoded, _ = encode_all(examples, base.tokenizer, longest_of(base), train_on, reader)
     encoded.sort(key=len)
-    places = {row.origin: place for place, row in enumerate(data.rows)}
-    sums = torch.zeros(3, len(data.rows), dtype=torch.float64)
+    places = {example.origin: place for place, example in enumerate(examples)}
+    sums = torch.zeros(3, len(examples), dtype=torch.float64)
     pad_id = base.tokenizer.pad_token_id or base.tokenizer.eos_token_id or 0
     for start in range(0, len(encoded), AT_ONCE):
         part = encoded[start : start + AT_ONCE]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from rankfold.judging.metrics import (
 from rankfold.judging.request import NO_METRIC, EvalRequest
 from rankfold.judging.scores import found_by, normal
 
+T = TypeVar("T")
 MOST_CHOICES = 500
 
 
@@ -91,9 +92,8 @@ def data_of(
     if len(once) < len(examples):
         told.append(f"{len(examples) - len(once):,} rows come more than once, and count once")
     if request.rows is not None and request.rows < len(once):
-        step = len(once) / request.rows
         told.append(f"{request.rows:,} of {len(once):,} rows are taken, spread over them")
-        once = [once[int((place + 0.5) * step)] for place in range(request.rows)]
+        once = spread(once, request.rows)
     rows = [_row(example, (values or {}).get(example.origin, {}), request.choices) for example in once]
     kind = _kind(request, once, rows)
     labels = tuple(request.labels) or kind.labels or labels_of([row.wanted for row in rows])
@@ -102,6 +102,12 @@ def data_of(
         rows = [replace(row, choices=labels) for row in rows]
         _refuse_other_labels(rows, labels)
     return EvalData(examples=once, rows=rows, kind=kind, metrics=metrics, labels=labels, notes=told)
+
+
+def spread(rows: Sequence[T], count: int) -> list[T]:
+    """``count`` of ``rows``, or all, spread evenly over them."""
+    count = min(count, len(rows))
+    return [rows[(2 * place + 1) * len(rows) // (2 * count)] for place in range(count)]
 
 
 def _row(example: Example, values: Mapping[str, Any], choices: str | None) -> EvalRow:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from rankfold.judging.forgotten import Forgetting, Reading
 from rankfold.judging.held_out import Comparison, compare
 from rankfold.judging.learnt import Answered, Learnt, cause, no_change
 from rankfold.judging.losses import row_losses
+from rankfold.judging.rows import spread
 from rankfold.models.answering.answers import replies
 from rankfold.models.answering.sampling import Sampling
 from rankfold.train.asked.advise import settle
@@ -25,7 +26,6 @@ from rankfold.train.keeping.listener import Sample
 from rankfold.train.planning.plan import Plan
 from rankfold.train.step.loop import Trainer
 
-T = TypeVar("T")
 SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
 GENERAL_SAMPLING = Sampling(max_new_tokens=32, temperature=0.0)
 GENERAL_ANSWERS_A_MINUTE = 2  # general questions that are answered for each minute that the run takes
@@ -196,9 +196,3 @@ class Judge:
         plan = self.plan
         with plan.precision.autocast(plan.model.device):
             return row_losses(plan.model, rows, plan.pad_id, plan.processes, plan.reader)
-
-
-def spread(rows: Sequence[T], count: int) -> list[T]:
-    """``count`` of ``rows``, or all, spread evenly over them."""
-    count = min(count, len(rows))
-    return [rows[(2 * place + 1) * len(rows) // (2 * count)] for place in range(count)]

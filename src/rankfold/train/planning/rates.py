@@ -26,8 +26,8 @@ class Tried:
 
 @dataclass(frozen=True)
 class Probe:
-    """Rates that were tried from one start on the same rows for so many ``steps``: the ``best`` there, and the
-    one that is ``chosen`` for the whole run, with the reason."""
+    """Rates that were tried from one start on the same rows for so many ``steps``: the ``best`` there, and
+    the one that is ``chosen`` for the whole run, with the reason."""
 
     tried: list[Tried]
     steps: int
