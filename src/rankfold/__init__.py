@@ -2,7 +2,7 @@
 
 ``from rankfold import LoraConfig, get_peft_model`` is all a library user needs; ``Recipe`` and
 ``fine_tune`` are the command line's ``rankfold train`` in Python, and ``check``, ``forecast``, ``resume``,
-``load_tuned`` and ``reply`` its other verbs.  Every name is imported on first use."""
+``evaluate``, ``load_tuned`` and ``reply`` its other verbs.  Every name is imported on first use."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ _NAMES = {
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
     ),
     "peft_surface.tuner": "LoraModel",
+    "judging.request": "EvalRequest",
     "train.asked.recipe": "Recipe",
+    "train.judging.evaluate": "evaluate",
     "train.planning.forecast": "ForecastRequest forecast",
     "train.run": "fine_tune resume",
 }

@@ -146,6 +146,15 @@ def test_several_adapters_are_compared_with_the_base(evaluated, run, tiny_folder
     assert "other is " in printed
 
 
+def test_an_adapter_without_effect_is_told(evaluated, tiny_folder, write_rows, tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = str(tiny_folder)
+    model.save_pretrained(tmp_path / "fresh")
+    _, printed, numbers = evaluated(tmp_path / "fresh", "--data", write_rows(NUMBERS))
+    assert "fresh is base to the bit on every row: its adapter has no effect" in printed
+    assert numbers["models"]["fresh"]["metrics"]["loss"]["verdict"] == "the same"
+
+
 def test_a_function_of_the_users_own_judges(evaluated, tiny_folder, write_rows, tmp_path):
     (tmp_path / "own.py").write_text(
         "def length(answer, wanted, row):\n    return len(row['question']) if wanted else 1 / 0\n"

@@ -54,10 +54,10 @@ class _Lines:
             self.console.print(f"{self.name}: {what} row {done:,}/{count:,}", soft_wrap=True)
 
 
-def print_evaluation(console: Console, evaluation: Evaluation, source: str) -> None:
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """The numbers, where the models differ most, and what a reader should know."""
     data = evaluation.data
-    console.print(f"\nOn {len(data.rows):,} rows of {source}", style="bold", soft_wrap=True)
+    console.print(f"\nOn {len(data.rows):,} rows of {evaluation.source}", style="bold", soft_wrap=True)
     console.print(f"{data.kind.reason}", style="dim", soft_wrap=True)
     shown = Table(box=None, pad_edge=False)
     shown.add_column("")

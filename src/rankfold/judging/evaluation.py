@@ -1,4 +1,4 @@
-"""``evaluate``: any number of models on the same rows, each in numbers with intervals beside the first."""
+"""``Evaluation``: any number of models on the same rows, each in numbers with intervals beside the first."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ class Evaluation:
     judged: dict[str, Judged]
     measured: dict[str, list[Measured]]
     shown: list[Shown]
+    source: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -78,6 +79,7 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
+            "data": self.source,
             "rows": len(self.data.rows),
             "kind": self.data.kind.name,
             "reason": self.data.kind.reason,
@@ -116,7 +118,7 @@ def main_metric(metrics: Sequence[Metric]) -> Metric:
     return next((metric for metric in metrics if metric.needs != "losses"), metrics[0])
 
 
-def evaluate(
+def compare_models(
     request: EvalRequest,
     data: EvalData,
     models: Sequence[ModelRequest],
@@ -143,6 +145,7 @@ def evaluate(
     data = data.only(places)
     judged = {name: _only(found, places) for name, found in judged.items()}
     notes += [*told, *_cut(judged)]
+    notes += _without_effect(judged)
     if len(data.rows) < FEW_ROWS:
         notes.append(
             f"{len(data.rows)} rows are few: intervals are narrower than they should be below {FEW_ROWS}"
@@ -154,6 +157,19 @@ def evaluate(
         shown=_shown(data, judged, request.shown),
         notes=notes,
     )
+
+
+def _without_effect(judged: dict[str, Judged]) -> list[str]:
+    """Which models say what the first says, to the last bit of every row's loss."""
+    (first, before), *others = judged.items()
+    alike = [
+        name
+        for name, found in others
+        if before.tokens.any()
+        and torch.equal(found.losses, before.losses)
+        and found.answers == before.answers
+    ]
+    return [f"{name} is {first} to the bit on every row: its adapter has no effect" for name in alike]
 
 
 def _cut(judged: dict[str, Judged]) -> list[str]:

@@ -113,29 +113,26 @@ def _interval(metric: Metric, each: Interval, signed: bool = False) -> str:
     return f"{factor * each.low:{form}} to {factor * each.high:{form}}"
 
 
-def render_evaluation(evaluation: Evaluation, source: str, told: str = "") -> str:
-    shown_metrics = {"loss", *(m.name for m in evaluation.data.metrics if m.needs != "losses")}
+def render_evaluation(evaluation: Evaluation) -> str:
+    scored = {metric.name for metric in evaluation.data.metrics if metric.needs != "losses"}
     return render(
         "rankfold.judging",
         "page.html.j2",
         VERSIONS_OF,
         evaluation=evaluation,
         names=evaluation.names,
-        source=source,
-        told=told,
         table=table(evaluation),
         verdicts=verdicts(evaluation),
-        shown_metrics={name for name in shown_metrics if "macro" not in name},
+        shown_metrics={"loss", *(name for name in scored if not name.endswith("macro_f1"))},
     )
 
 
-def write_evaluation(evaluation: Evaluation, out: Path, source: str, told: str = "") -> None:
+def write_evaluation(evaluation: Evaluation, out: Path) -> None:
     """``out`` with the page, the numbers and the rows, whole or not at all.  Raises OutputError."""
     with staged_folder(out) as staging:
-        numbers = json.dumps({"data": source, **evaluation.as_json()}, indent=2, ensure_ascii=False)
+        numbers = json.dumps(evaluation.as_json(), indent=2, ensure_ascii=False)
         (staging / NUMBERS_NAME).write_text(f"{numbers}\n", encoding="utf-8")
         with (staging / ROWS_NAME).open("w", encoding="utf-8") as file:
             for line in evaluation.row_lines():
                 file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
-        page = render_evaluation(evaluation, source, told)
-        (staging / PAGE_NAME).write_text(page, encoding="utf-8")
+        (staging / PAGE_NAME).write_text(render_evaluation(evaluation), encoding="utf-8")
