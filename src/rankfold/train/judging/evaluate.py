@@ -28,8 +28,8 @@ def evaluate(
     on_progress: OnProgress = lambda *_: None,
 ) -> Evaluation:
     """Judge the models of ``names`` (adapters' folders, runs, bases) on the rows that ``request`` names;
-    where it names none, on those that the first, a run, held out.  ``asked`` says how each is held, and the base of
-    adapters.  ``request.out`` is written if it is given.
+    where it names none, on those that the first, a run, held out.  ``asked`` says how each is held, and the
+    base of adapters.  ``request.out`` is written if it is given.
 
     Raises RankfoldError."""
     if request.out is not None:
