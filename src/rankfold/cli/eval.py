@@ -27,11 +27,16 @@ def command(names: tuple[str, ...], **options: Any) -> None:
     words; --metrics, --pattern or --function say it instead.
     """
     from rankfold.cli.console import make_console
-    from rankfold.cli.eval_view import print_evaluation, watched
-    from rankfold.train.judging.evaluate import evaluate
+    from rankfold.cli.eval_view import print_evaluation, print_tasks, watched
+    from rankfold.train.judging.evaluate import evaluate, evaluate_tasks
 
     request, asked = asked_of(options, EvalRequest), asked_of(options, ModelRequest)
     console = make_console(sys.stdout)
+    if request.tasks:
+        with watched(console) as (on_model, _):
+            print_tasks(console, evaluate_tasks(request, names, asked, on_model))
+        if request.data is None:
+            return
     with watched(console) as (on_model, on_progress):
         evaluation = evaluate(request, names, asked, on_model, on_progress)
     print_evaluation(console, evaluation)

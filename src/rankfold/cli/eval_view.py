@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankfold.judging.evaluation import Evaluation
+from rankfold.judging.harness import TaskScore
 from rankfold.judging.judged import OnProgress
 from rankfold.judging.page import table, verdicts
 
@@ -81,6 +82,19 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     _print_rows(console, evaluation)
     for note in evaluation.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
+
+
+def print_tasks(console: Console, scores: dict[str, list[TaskScore]]) -> None:
+    """What lm-evaluation-harness told of each model: a number, and its standard error."""
+    console.print("\nTasks of lm-evaluation-harness, with standard errors", style="bold")
+    shown = Table("task", "metric", box=None, pad_edge=False)
+    for name in scores:
+        shown.add_column(name, justify="right", overflow="fold")
+    for lines in zip(*scores.values(), strict=True):
+        error = ("" if line.error is None else f" ± {line.error:.4f}" for line in lines)
+        cells = [f"{line.value:.4f}{around}" for line, around in zip(lines, error, strict=True)]
+        shown.add_row(lines[0].task, lines[0].metric, *cells)
+    console.print(shown)
 
 
 def _print_rows(console: Console, evaluation: Evaluation) -> None:

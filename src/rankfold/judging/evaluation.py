@@ -18,6 +18,7 @@ from rankfold.judging.loading import base_of, tuned_of
 from rankfold.judging.metrics import EvalRow, Judged, Metric
 from rankfold.judging.request import EvalRequest
 from rankfold.judging.rows import EvalData
+from rankfold.models.base.base import Base
 from rankfold.models.choices import ModelRequest
 
 REFERENCE = "base"  # the name of an adapter's base
@@ -133,12 +134,10 @@ def compare_models(
     judged: dict[str, Judged] = {}
     if request.answered:
         judged = {column: answered(data, column) for column in request.answered}
-    for name, asked in _named(models).items():
+    for name, base in models_in_turn(models):
         on_model(name)
-        base = base_of(asked) if name == REFERENCE and asked.adapter else tuned_of(asked)
         notes += [note for note in base.notes if note not in notes]
         judged[name] = judge(base, data, request, on_progress)
-        del base
     if not judged:
         raise ConfigError("nothing to judge: name adapters or models, or columns under --answered")
     places, told = _common(data, judged)
@@ -177,6 +176,12 @@ def _cut(judged: dict[str, Judged]) -> list[str]:
     counts = {name: found.finish_reasons.count("length") for name, found in judged.items()}
     cut = [f"{count:,} of {name}" for name, count in counts.items() if count]
     return [f"answers cut off for their length (max_new_tokens): {', '.join(cut)}"] if cut else []
+
+
+def models_in_turn(models: Sequence[ModelRequest]) -> Iterator[tuple[str, Base]]:
+    """Each model by its name, loaded in its turn; where the first has an adapter, its base before it."""
+    for name, asked in _named(models).items():
+        yield name, base_of(asked) if name == REFERENCE and asked.adapter else tuned_of(asked)
 
 
 def _named(models: Sequence[ModelRequest]) -> dict[str, ModelRequest]:

@@ -55,6 +55,10 @@ class EvalRequest(CheckedSettings):
     function: str | None = Field(
         None, description="FILE.py:NAME, a function of answer, wanted and row that gives a number"
     )
+    tasks: Names = Field(
+        [], description="tasks of lm-evaluation-harness, where it is installed, with commas between them"
+    )
+    tasks_folder: Path | None = Field(None, description="folder with tasks of your own for the harness")
     answered: Names = Field(
         [], description="columns of the rows that hold answers to judge, with commas between them"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rankfold.errors import ConfigError
 from rankfold.files import require_space
-from rankfold.judging.evaluation import Evaluation, compare_models
+from rankfold.judging.evaluation import Evaluation, compare_models, models_in_turn
+from rankfold.judging.harness import TaskScore, task_scores
 from rankfold.judging.judged import OnProgress
 from rankfold.judging.page import write_evaluation
 from rankfold.judging.request import EvalRequest
@@ -41,6 +42,22 @@ def evaluate(
     if request.out is not None:
         write_evaluation(evaluation, request.out)
     return evaluation
+
+
+def evaluate_tasks(
+    request: EvalRequest,
+    names: Sequence[str | Path],
+    asked: ModelRequest | None = None,
+    on_model: Callable[[str], object] = lambda _: None,
+) -> dict[str, list[TaskScore]]:
+    """The scores of each model, and of the base of the first if that is an adapter, on ``request.tasks``.
+
+    Raises RankfoldError."""
+    found = {}
+    for name, base in models_in_turn([_model(str(name), asked or ModelRequest()) for name in names]):
+        on_model(name)
+        found[name] = task_scores(base, request.tasks, request.tasks_folder, request.rows)
+    return found
 
 
 def _model(name: str, asked: ModelRequest) -> ModelRequest:
