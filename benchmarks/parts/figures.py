@@ -20,6 +20,7 @@ from parts.bounds import told
 HERE = Path(__file__).parents[1]
 RESULTS = HERE / "results.json"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 and bfloat16", "avx512f": "AVX-512", "avx2": "AVX2"}
 PACKAGES = ("rankfold", "torch", "transformers", "peft", "trl")
 
 HEAD = """# Benchmarks
@@ -138,11 +139,13 @@ def command_line() -> str:
 
 
 def machine_line(device: str = "") -> str:
-    """Processor, cores, memory and versions; no host name."""
+    """Processor with its widest units, cores, memory and versions; no host name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
     processor = (names or [platform.processor() or platform.machine()])[0]
+    can = next((x.split() for x in lines if x.startswith("flags")), [])
+    processor += next((f" with {told}" for unit, told in UNITS.items() if unit in can), "")
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     hardware = [processor, f"{os.cpu_count()} cores", f"{gigabytes:.0f} GB", *([device] if device else [])]
