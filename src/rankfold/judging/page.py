@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankfold.files import staged_folder
-from rankfold.judging.evaluation import Evaluation, Measured
+from rankfold.judging.evaluation import Evaluation
 from rankfold.judging.intervals import Interval
+from rankfold.judging.measured import Measured
 from rankfold.judging.metrics import Metric
 from rankfold.pages import render
 
