@@ -109,9 +109,9 @@ class Judge:
             self.trainer.take(self.best.weights)
             within = "" if self.best.limit is None else " of those within forget_limit"
             told = (
-                f"the weights after step {self.best.step} did best on the held-out rows{within}, and are kept "
-                f"instead of the last (step {last}); chosen on these rows, they look a little better on them "
-                "than they are"
+                f"the weights after step {self.best.step} did best on the held-out rows{within}, and are "
+                f"kept instead of the last (step {last}); chosen on these rows, they look a little better on "
+                "them than they are"
             )
         if self.best.is_within:
             return told
