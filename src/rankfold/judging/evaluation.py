@@ -17,7 +17,7 @@ from rankfold.judging.loading import base_of, tuned_of
 from rankfold.judging.measured import Measured, measured
 from rankfold.judging.metrics import EvalRow, Judged, Metric
 from rankfold.judging.request import EvalRequest
-from rankfold.judging.rows import EvalData
+from rankfold.judging.rows import EvalData, question_in_words
 from rankfold.models.base.base import Base
 from rankfold.models.choices import ModelRequest
 
@@ -231,7 +231,7 @@ def _shown(data: EvalData, judged: dict[str, Judged], most: int) -> list[Shown]:
     return [
         Shown(
             row=data.rows[place],
-            prompt=_asked(data, place),
+            prompt=question_in_words(data.examples[place]),
             answers={name: _said(each, main, place) for name, each in judged.items()},
             scores={
                 name: {m: values[place] for m, values in found.items()} for name, found in scores.items()
@@ -244,15 +244,6 @@ def _shown(data: EvalData, judged: dict[str, Judged], most: int) -> list[Shown]:
 def _said(judged: Judged, main: Metric, place: int) -> str:
     said = judged.chosen if main.needs == "choices" else judged.answers
     return said[place] if said else ""
-
-
-def _asked(data: EvalData, place: int) -> str:
-    content = data.examples[place].prompt[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(
-        part["text"] if part["type"] == "text" else f"<{Path(part['path']).name}>" for part in content
-    )
 
 
 def _numbers(each: Measured) -> dict[str, Any]:

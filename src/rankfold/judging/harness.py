@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankfold.data.order.batches import micro_batch_tokens
-from rankfold.data.order.batching import padded
+from rankfold.data.order.batching import pad_id_of, padded
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.judging.judged import longest_of
@@ -137,7 +137,7 @@ def _read(base: Base, rows: Sequence[EncodedRow]) -> list[tuple[float, bool]]:
     batching = padded(None, micro_batch_tokens(base.model.device))
     places = {id(row): place for place, row in enumerate(rows)}
     sums, greedy = torch.zeros(len(rows), dtype=torch.float64), torch.ones(len(rows), dtype=torch.bool)
-    pad_id = base.tokenizer.pad_token_id or base.tokenizer.eos_token_id or 0
+    pad_id = pad_id_of(base.tokenizer)
     for group in batching.cut(rows):
         batch = batching.collate(group, pad_id, base.model.device)
         at = torch.tensor([places[id(row)] for row in group])[batch.targets.rows.cpu()]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rankfold.data.order.batching import pad_id_of
 from rankfold.data.shapes.example import Example
 from rankfold.data.tokens.encode import IGNORE, EncodedRow, encode_all
 from rankfold.data.tokens.mask import TrainOn
@@ -83,7 +84,7 @@ def read_rows(
     encoded.sort(key=len)
     places = {example.origin: place for place, example in enumerate(examples)}
     sums = torch.zeros(3, len(examples), dtype=torch.float64)
-    pad_id = base.tokenizer.pad_token_id or base.tokenizer.eos_token_id or 0
+    pad_id = pad_id_of(base.tokenizer)
     for start in range(0, len(encoded), AT_ONCE):
         part = encoded[start : start + AT_ONCE]
         losses = row_losses(base.model, part, pad_id, reader=reader)

@@ -110,6 +110,16 @@ def spread(rows: Sequence[T], count: int) -> list[T]:
     return [rows[(2 * place + 1) * len(rows) // (2 * count)] for place in range(count)]
 
 
+def question_in_words(example: Example) -> str:
+    """The last turn of the prompt in words, with the names of its images."""
+    content = example.prompt[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(
+        part["text"] if part["type"] == "text" else f"<{Path(part['path']).name}>" for part in content
+    )
+
+
 def _row(example: Example, values: Mapping[str, Any], choices: str | None) -> EvalRow:
     wanted = example.answer if example.messages else ""
     own = () if choices is None else _choices(example.origin, values, choices)

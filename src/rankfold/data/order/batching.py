@@ -125,6 +125,12 @@ class PaddedImages(Padded):
         return batch
 
 
+def pad_id_of(tokenizer: Any) -> int:
+    """The token that fills a batch up; what it is does not matter, as it is masked."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in found if token is not None))
+
+
 def padded(reader: ImageReader | None, tokens: int) -> Padded:
     """Padded rows, with images where there is a ``reader`` for them."""
     return Padded(tokens=tokens) if reader is None else PaddedImages(reader=reader, tokens=tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +16,7 @@ from rankfold.judging.forgotten import Forgetting, Reading
 from rankfold.judging.held_out import Comparison, compare
 from rankfold.judging.learnt import Answered, Learnt, cause, no_change
 from rankfold.judging.losses import row_losses
-from rankfold.judging.rows import spread
+from rankfold.judging.rows import question_in_words, spread
 from rankfold.models.answering.answers import replies
 from rankfold.models.answering.sampling import Sampling
 from rankfold.train.asked.advise import settle
@@ -30,16 +29,6 @@ SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
 GENERAL_SAMPLING = Sampling(max_new_tokens=32, temperature=0.0)
 GENERAL_ANSWERS_A_MINUTE = 2  # general questions that are answered for each minute that the run takes
 MOST_RECALLED = 100  # rows that were trained on, looked at again
-
-
-def asked(example: Example) -> str:
-    """The last turn of the prompt in words, with the names of its images."""
-    content = example.prompt[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(
-        part["text"] if part["type"] == "text" else f"<{Path(part['path']).name}>" for part in content
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +82,7 @@ class Judge:
             return {}
         with self.plan.precision.autocast(self.plan.model.device):
             found = replies(self.plan.base, [example.prompt for example in examples], sampling)
-        return {asked(example): answer for example, answer in zip(examples, found, strict=True)}
+        return {question_in_words(example): answer for example, answer in zip(examples, found, strict=True)}
 
     def sampled(self) -> list[Example]:
         """``recipe.samples`` held-out rows, spread evenly over the file."""
@@ -142,7 +131,7 @@ class Judge:
             ],
             nothing=self._why(layers) if no_change(comparison, forgetting) else "",
         )
-        written = {asked(example): example.answer for example in self.sampled()}
+        written = {question_in_words(example): example.answer for example in self.sampled()}
         samples = [
             Sample(prompt=prompt, written=written[prompt], base=before, tuned=tuned.answers[prompt])
             for prompt, before in base.answers.items()

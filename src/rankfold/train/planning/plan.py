@@ -16,7 +16,7 @@ import torch
 
 from rankfold.data.check.balance import Lengths
 from rankfold.data.order.batches import epoch_steps
-from rankfold.data.order.batching import Batching, padded
+from rankfold.data.order.batching import Batching, pad_id_of, padded
 from rankfold.data.order.pack import SAMPLED_STEPS, batching_of_images, choose_batching
 from rankfold.data.tokens.cache import lengths_of
 from rankfold.data.tokens.encode import EncodedRow
@@ -213,12 +213,6 @@ def _sample(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
     lengths = lengths_of(rows)
     by_length = sorted(range(len(rows)), key=lengths.__getitem__)
     return [rows[place] for place in by_length[:: -max(1, len(rows) // SAMPLED_ROWS)]]
-
-
-def pad_id_of(tokenizer: Any) -> int:
-    """The token that fills a batch up; what it is does not matter, as it is masked."""
-    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in found if token is not None))
 
 
 def load_weights(recipe: Recipe, text: Text, precision: Precision, rows: Rows) -> Base:
