@@ -17,6 +17,7 @@ from torch import nn
 from children import Command
 from compatibility import Writer
 from rankfold.data.tokens.encode import EncodedRow
+from rankfold.kernels import forms
 from rankfold.models.base.base import Base
 from rankfold.models.base.find import DEFAULT_MODEL
 from rankfold.models.base.load import load_base
@@ -40,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--write-compatibility"):
         items[:] = [item for item in items if item.get_closest_marker("peft")]
+
+
+@pytest.fixture(autouse=True)
+def torch_computes_until_a_test_says_otherwise() -> None:
+    """A run of an earlier test may have let Numba compute in this process."""
+    forms._table.clear()
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,6 @@ numba = pytest.importorskip("numba", reason="the extra named fast is not install
 HALF = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def the_table_as_it_was(monkeypatch):
-    monkeypatch.setattr(forms, "_table", dict(forms._table))
-
-
 def gated(rows=8, width=40):
     gate, up = (torch.linspace(-3, 3, rows * width).view(rows, width).to(HALF) for _ in range(2))
     return form_of(gate, up).gated(gate, up)
