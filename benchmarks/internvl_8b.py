@@ -30,7 +30,7 @@ from rankfold.models.base.heap import large_blocks_apart
 from rankfold.models.internvl.config import native_config
 from rankfold.storage.forms import INT8, ROUNDED_Q4_0, Form
 from rankfold.storage.layers import hold
-from rankfold.train.planning.trial import recompute_activations
+from rankfold.train.planning.recomputing import recompute_activations
 
 IMAGE_TOKEN, TILE, TILE_TOKENS = 92546, 448, 256
 PROMPT_TOKENS, JOKE_TOKENS = 64, 48  # system prompt, question and marks; the answer, which is trained

@@ -34,7 +34,7 @@ from rankfold.models.base.heap import large_blocks_apart
 from rankfold.models.base.load import load_base
 from rankfold.storage.forms import FORMS
 from rankfold.storage.layers import can_hold, hold
-from rankfold.train.planning.trial import recompute_activations
+from rankfold.train.planning.recomputing import recompute_activations
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KILOBYTE, GIGABYTE = 1024, 1e9

@@ -102,7 +102,7 @@ class Meter:
         self.tokens.append(tokens)
         self.trained_tokens.append(trained_tokens)
         self.ends.append(time.perf_counter())
-        self.training_bytes = _peak_bytes()  # here, as a run may go on to judge what it trained
+        self.training_bytes = peak_bytes()  # here, as a run may go on to judge what it trained
         if len(self.ends) == 1:
             _forget_peak()
 
@@ -152,7 +152,7 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Since ``_forget_peak``: what ru_maxrss says of the whole life of a process."""
     import torch
 

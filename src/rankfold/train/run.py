@@ -30,11 +30,12 @@ from rankfold.train.keeping.names import REPORT_NAME, refuse_used_folder
 from rankfold.train.keeping.report import render_report
 from rankfold.train.keeping.trackers import Trackers, require_trackers
 from rankfold.train.planning.plan import Plan, make_plan
+from rankfold.train.planning.preflight import preflight
 from rankfold.train.planning.probe import probed
 from rankfold.train.planning.rates import Probe
+from rankfold.train.planning.recomputing import Activations, recompute_activations
 from rankfold.train.planning.rows import Prepared, prepare
 from rankfold.train.planning.start import as_its_adapter
-from rankfold.train.planning.trial import Activations, recompute_activations
 from rankfold.train.sharding import require_several, shard_base
 from rankfold.train.step.loop import StepRecord, Trainer
 from rankfold.train.step.method import method_of
@@ -151,6 +152,9 @@ def decide(
     precision = shared_precision(recipe.precision, processes)
     plan = processes.together(lambda: make_plan(recipe, rows, precision, processes))
     plan = recomputed_in_all(plan)
+    if not recipe.shard_base:
+        listener.on_stage("carrying out the largest step")
+        plan = processes.together(lambda: preflight(plan))
     if recipe.probe and recipe.learning_rate is None:
         plan = probed(plan, lambda rate: listener.on_stage(f"trying the learning rate {rate:g}"))
     listener.on_plan(plan)

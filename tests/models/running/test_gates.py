@@ -13,7 +13,7 @@ from conftest import tiny_llama
 from rankfold.lora import LoraConfig
 from rankfold.models.running.gates import fuse_gates
 from rankfold.peft_surface import get_peft_model
-from rankfold.train.planning.trial import recompute_activations
+from rankfold.train.planning.recomputing import recompute_activations
 
 IDS = torch.arange(3, 60).repeat(2, 20)[:, :1024]
 

@@ -20,9 +20,9 @@ from rankfold.models.running.gates import fuse_gates
 from rankfold.models.running.norms import fuse_norms
 from rankfold.peft_surface import get_peft_model
 from rankfold.train.planning.activations import Shape, kept_by_forward
-from rankfold.train.planning.footprint import BEST_BYTES, FORMS_TO_PLAN, AdapterSize, weights_of
+from rankfold.train.planning.footprint import BEST_BYTES, FORMS_TO_PLAN, weights_of
 from rankfold.train.planning.forecast import ForecastRequest, forecast
-from rankfold.train.planning.peak import Peak, Tower
+from rankfold.train.planning.peak import Peak, Tower, step_memory
 from rankfold.train.planning.trial import Trial
 
 ROOT = Path(__file__).parents[3]
@@ -48,14 +48,10 @@ def peak_of(base, tokens: int, dtype: torch.dtype) -> Peak:
         model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
     fuse_gates(model)
     fuse_norms(model)
-    trained, _ = model.get_nb_trainable_parameters()
-    config = base.config
     return Peak(
         weights=weights,
-        adapter=AdapterSize(rank=16, alpha=16, trained=trained, told=[]),
+        step=step_memory(model),
         tokens=tokens,
-        hidden=config.hidden_size,
-        widest=config.intermediate_size,
         kept=kept_by_forward(model, Shape(1, tokens), [dtype]),
         tower=Tower(numbers=0, pixels=0),
         program_bytes=PROGRAM,
@@ -85,7 +81,7 @@ def test_the_peak_of_a_large_base_is_within_the_margin(tmp_path):
     )
     config.save_pretrained(tmp_path)
     peak = peak_of(load_outline(str(tmp_path)).model, 256, torch.float32)
-    told = peak.of(FORMS["q4_0"], torch.float32, recomputed=True) - peak.adapter.trained * BEST_BYTES
+    told = peak.of(FORMS["q4_0"], torch.float32, recomputed=True) - peak.step.trained * BEST_BYTES
     measured = figure["large_base_memory"]["ours"] * 1e9
     assert measured / WITHIN < told < measured * WITHIN
 

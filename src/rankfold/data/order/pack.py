@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankfold.data.order.batches import MICRO_BATCH_TOKENS, MicroBatch, epoch_steps, micro_batches
+from rankfold.data.order.batches import (
+    MICRO_BATCH_TOKENS,
+    MicroBatch,
+    epoch_order,
+    epoch_steps,
+    micro_batches,
+)
 from rankfold.data.order.batching import Batching, Kind, Packed, Padded, PaddedImages, blocks
+from rankfold.data.tokens.cache import lengths_of
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.models.messages.images import ImageReader
 from rankfold.models.running.rows_apart import attend_rows_apart
 
 SAMPLED_STEPS = 64  # of the first epoch, to count what either way would cost
+LARGEST_STEPS = 16  # that are looked into for the largest micro-batch, by either measure
 PROBE_TOKENS = 8  # of each of the two rows with which a model is tried
 SAME = 1e-3  # of the largest logit: far above rounding in float32, far below what another row changes
 ROUNDINGS = 8  # or so many times the rounding of the model's number format
@@ -67,6 +76,28 @@ def choose_batching(
         f"{waste:.1%} of padded batches is padding, and packed blocks take {costs[1] / costs[0]:.2f} times"
     )
     return (Packed if costs[1] <= costs[0] else Padded)(f"{ratio} their arithmetic", most)
+
+
+def largest_step(
+    rows: Sequence[EncodedRow], batching: Batching, rows_per_step: int, seed: int
+) -> list[EncodedRow]:
+    """The rows of the step of the first epoch with the largest micro-batch, padding and all.
+
+    Only those steps are looked into that have the longest rows or the most tokens."""
+    lengths = lengths_of(rows)
+
+    def longest(step: list[int]) -> int:
+        return max(lengths[place] for place in step)
+
+    steps = epoch_order(lengths, rows_per_step, seed, 0)
+    likely = sorted(steps, key=lambda step: len(step) * longest(step))[-LARGEST_STEPS:]
+    likely += sorted(steps, key=longest)[-LARGEST_STEPS:]
+    return max(([rows[place] for place in step] for step in likely), key=partial(largest_size, batching))
+
+
+def largest_size(batching: Batching, step: Sequence[EncodedRow]) -> int:
+    """The tokens of the largest micro-batch of a step."""
+    return max(map(batching.size, batching.cut(step)))
 
 
 def operations(model: Any, shapes: list[tuple[int, int]]) -> float:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 OWN_MAP_BYTES = 1 << 20
 USUAL_MAP_BYTES = 32 << 20  # where glibc's own adjustment ends; it trims the heap at twice as much
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_now = {"apart": False}
 
 
 @contextmanager
@@ -21,6 +22,13 @@ def large_blocks_apart() -> Iterator[None]:
         yield
     finally:
         keep_large_blocks_apart(False)
+
+
+def give_back_freed() -> None:
+    """Let other programs have the memory that was freed among small things that stay, where large blocks are
+    kept apart: a tenth of a second, in which a gigabyte may come free (malloc_trim(3))."""
+    if _now["apart"]:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_large_blocks_apart(apart: bool) -> None:
@@ -35,6 +43,7 @@ def keep_large_blocks_apart(apart: bool) -> None:
     if asked or platform.libc_ver()[0] != "glibc":
         return
     limit = OWN_MAP_BYTES if apart else USUAL_MAP_BYTES
+    _now["apart"] = apart
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(M_MMAP_THRESHOLD, limit)
     mallopt(M_TRIM_THRESHOLD, 2 * limit)

@@ -22,13 +22,12 @@ from rankfold.models.answering.sampling import Sampling
 from rankfold.train.asked.advise import settle
 from rankfold.train.judging.best import Best
 from rankfold.train.keeping.listener import Sample
-from rankfold.train.planning.plan import Plan
+from rankfold.train.planning.plan import ANSWER_TOKENS, GENERAL_ANSWER_TOKENS, MOST_RECALLED, Plan
 from rankfold.train.step.loop import Trainer
 
-SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
-GENERAL_SAMPLING = Sampling(max_new_tokens=32, temperature=0.0)
+SAMPLING = Sampling(max_new_tokens=ANSWER_TOKENS, temperature=0.0)
+GENERAL_SAMPLING = Sampling(max_new_tokens=GENERAL_ANSWER_TOKENS, temperature=0.0)
 GENERAL_ANSWERS_A_MINUTE = 2  # general questions that are answered for each minute that the run takes
-MOST_RECALLED = 100  # rows that were trained on, looked at again
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rankfold.errors import CheckpointError, OutputError, TrainingError, bullet_list
@@ -60,22 +61,20 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     is then still there."""
     _require_finite(checkpoint)
     folder = root / _folder_name(checkpoint.step)
-    groups = {name: dict(getattr(checkpoint, name)) for name in TENSOR_FILES}
-    files = {f"{name}.safetensors": tensors_to_bytes(group) for name, group in groups.items() if group}
-    files[STATE_NAME] = json.dumps(checkpoint.state, sort_keys=True).encode()
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "step": checkpoint.step,
-        "files": {name: _mark(content) for name, content in files.items()},
-    }
-    files[MANIFEST_NAME] = json.dumps(manifest, indent=2, sort_keys=True).encode()
     if folder.exists():
         shutil.rmtree(folder)  # only a damaged one can stand in the way: a good one would have been resumed
     with staged_folder(folder) as staging:
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
+        for name in TENSOR_FILES:
+            if group := getattr(checkpoint, name):
+                _write(group, staging / f"{name}.safetensors")
+        state = json.dumps(checkpoint.state, sort_keys=True)
+        (staging / STATE_NAME).write_text(state, encoding="utf-8")
+        marks = {path.name: _mark(path.read_bytes()) for path in staging.iterdir()}
+        manifest = {"schema_version": SCHEMA_VERSION, "step": checkpoint.step, "files": marks}
+        (staging / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2, sort_keys=True), encoding="utf-8")
     try:
-        _verified_files(folder)
+        for name, mark in _manifest(folder)["files"].items():
+            _content(folder / name, mark)
     except CheckpointError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise OutputError(f"the checkpoint was written but does not read back: {error}") from error
@@ -112,21 +111,35 @@ def clear_partial(root: Path) -> None:
 def read_checkpoint(folder: Path, may_lack: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint whose every byte is what was written, but for files named in ``may_lack`` that are
     gone or damaged: their tensors are left out.  Raises CheckpointError otherwise."""
-    manifest, files = _verified_files(folder, may_lack)
+    manifest, files = _manifest(folder), dict.fromkeys(TENSOR_FILES, NONE)
+    for name, mark in sorted(manifest["files"].items()):
+        stem = name.removesuffix(".safetensors")
+        try:
+            files[stem] = _content(folder / name, mark)
+        except CheckpointError:
+            if stem not in may_lack:
+                raise
     try:
-        tensors = {name: tensors_from_bytes(files.get(f"{name}.safetensors", NONE)) for name in TENSOR_FILES}
         return Checkpoint(
             step=manifest["step"],
             state=json.loads(files[STATE_NAME]),
             version=manifest["schema_version"],
-            **tensors,
+            **{name: tensors_from_bytes(files[name]) for name in TENSOR_FILES},
         )
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _verified_files(folder: Path, may_lack: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the content of every other file, all of them as the manifest says."""
+def _write(tensors: Tensors, path: Path) -> None:
+    """From where the tensors lie, without a copy of them all in memory."""
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {path.name}: {error}") from error
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What was written into ``folder``: the step, and each file's size and hash."""
     manifest = _read_json(folder / MANIFEST_NAME)
     version = manifest.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -144,17 +157,15 @@ def _verified_files(folder: Path, may_lack: Collection[str] = ()) -> tuple[dict[
         raise CheckpointError(f"{folder}: its {MANIFEST_NAME} is not one of rankfold's")
     if folder.name != _folder_name(step):
         raise CheckpointError(f"{folder} is not the checkpoint of that step: its {MANIFEST_NAME} says {step}")
-    files = {}
-    for name in sorted(marks):
-        try:
-            files[name] = _read(folder / name)
-            if _mark(files[name]) != marks[name]:
-                raise CheckpointError(f"{folder}: {name} is damaged: it is not what was written")
-        except CheckpointError:
-            if name.removesuffix(".safetensors") not in may_lack:
-                raise
-            files.pop(name, None)
-    return manifest, files
+    return manifest
+
+
+def _content(path: Path, mark: Mapping[str, Any]) -> bytes:
+    """The content of a file as it was written, or CheckpointError."""
+    content = _read(path)
+    if _mark(content) != mark:
+        raise CheckpointError(f"{path.parent}: {path.name} is damaged: it is not what was written")
+    return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:

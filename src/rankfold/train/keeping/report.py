@@ -74,6 +74,8 @@ def setting_rows(plan: Plan) -> list[tuple[str, str, str]]:
     rows.append(
         ("activations", "recomputed" if plan.activations.recomputed else "kept", plan.activations.reason)
     )
+    if plan.preflight is not None:
+        rows.append(("memory", f"{plan.preflight.peak_bytes / 1e9:.1f} GB", plan.preflight.sentence))
     rows.append(("fused", plan.fused, "computed as one, and kept in less memory"))
     rows.append(
         (

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rankfold.compat import attention_of, fused_cpu_attention, storage_place
-from rankfold.train.planning.trial import can_recompute, recompute_activations
+from rankfold.train.planning.recomputing import can_recompute, recompute_activations
 
 NAME = "rankfold_counted"
 TYPICAL_NUMBERS = 18  # kept for each token, layer and feature of a Llama, where a model cannot be counted

@@ -36,7 +36,7 @@ from rankfold.train.planning.footprint import (
 )
 from rankfold.train.planning.lengths import RowLengths, TileSize, row_lengths, tile_size
 from rankfold.train.planning.machine import Machine, planned_machine
-from rankfold.train.planning.peak import MARGIN, WASTE, Peak, Tower
+from rankfold.train.planning.peak import MARGIN, WASTE, Peak, Tower, step_memory
 from rankfold.train.planning.rows import read_data, spelt_tokens
 from rankfold.train.planning.start import as_its_adapter
 
@@ -127,10 +127,8 @@ def forecast(request: ForecastRequest) -> Forecast:
     machine = planned_machine(request.precision, request.tflops, request.memory_gb)
     peak = Peak(
         weights=weights,
-        adapter=adapter,
+        step=step_memory(model),
         tokens=shape.rows * shape.length,
-        hidden=model.config.get_text_config().hidden_size,
-        widest=max(w.numbers // w.columns for w in weights if w.part == "language"),
         kept=kept_by_forward(model, shape, machine.operations_per_s),
         tower=tower,
         program_bytes=machine.program_bytes,

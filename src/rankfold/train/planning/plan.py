@@ -17,7 +17,13 @@ import torch
 from rankfold.data.check.balance import Lengths
 from rankfold.data.order.batches import epoch_steps
 from rankfold.data.order.batching import Batching, pad_id_of, padded
-from rankfold.data.order.pack import SAMPLED_STEPS, batching_of_images, choose_batching
+from rankfold.data.order.pack import (
+    SAMPLED_STEPS,
+    batching_of_images,
+    choose_batching,
+    largest_size,
+    largest_step,
+)
 from rankfold.data.tokens.cache import lengths_of
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.data.tokens.proof import MaskProof, prove_mask
@@ -29,6 +35,7 @@ from rankfold.models.adapters.modalities import adapter_scope
 from rankfold.models.base.base import Base
 from rankfold.models.base.fitting import grow_vocabulary
 from rankfold.models.base.load import load_base
+from rankfold.models.base.memory import used_memory_bytes
 from rankfold.models.base.precision import Precision
 from rankfold.models.messages.images import ImageReader
 from rankfold.models.messages.template import template_of
@@ -40,13 +47,20 @@ from rankfold.train.asked.recipe import Recipe
 from rankfold.train.compiling import compile_layers
 from rankfold.train.planning.budget import fast_tokens
 from rankfold.train.planning.capacity import Capacity
+from rankfold.train.planning.peak import Preflight
 from rankfold.train.planning.rates import Probe
+from rankfold.train.planning.recomputing import Activations
 from rankfold.train.planning.rows import Prepared, Rows, Text
 from rankfold.train.planning.start import adapted
-from rankfold.train.planning.trial import Activations, Cost, Trial, recompute_activations
+from rankfold.train.planning.trial import Cost, Trial
 
 SAMPLED_ROWS = 500  # for the trial
 SHOWN_ROWS = 3  # the longest, the shortest and one by chance
+MOST_RECALLED = 100  # rows that were trained on, looked at again at the end
+ANSWER_TOKENS, GENERAL_ANSWER_TOKENS = 64, 32  # of an answer to a sampled and to a general question, at most
+# A forward for a new token of some answers, and for a token of general text with all its logits twice, beside
+# that of a token in a micro-batch; of the runs of benchmarks/predicted.py.
+ANSWER_WORK, GENERAL_WORK = 16, 1.5
 GENERAL_SHARE, GENERAL_LEAST_S = 0.05, 5.0  # of a run's time, and seconds, for general text
 
 
@@ -54,7 +68,8 @@ GENERAL_SHARE, GENERAL_LEAST_S = 0.05, 5.0  # of a run's time, and seconds, for 
 class Plan:
     """Everything decided before the first step.  ``settings.steps`` are those that fit into the time that the
     recipe gives, ``most_steps`` those without it; ``fused`` says what is computed as one; ``general`` is the
-    text by which it is told what was forgotten, ``probe`` the rates that were tried.  ``model`` is the
+    text by which it is told what was forgotten, ``probe`` the rates that were tried, ``preflight`` what its
+    largest step took, ``resting_bytes`` what the process used before that.  ``model`` is the
     base with its adapter on it; ``started`` are the facts of the adapter that the run starts from, the usual
     ones if from a fresh one."""
 
@@ -79,6 +94,8 @@ class Plan:
     started: AdapterMetadata
     general: General | None
     probe: Probe | None = None
+    resting_bytes: int = 0
+    preflight: Preflight | None = None
 
     @property
     def choices(self) -> dict[str, str | bool | int]:
@@ -127,15 +144,24 @@ class Plan:
     def general_seconds(self) -> float:
         """General text read once, by each process."""
         tokens = 0 if self.general is None else self.general.tokens
-        return self.cost.forward * self.cost.per_token * tokens
+        return GENERAL_WORK * self.cost.forward * self.cost.per_token * tokens
 
     @property
     def expected_minutes(self) -> float:
-        """The steps and the looks between them, and the base and the tuned model judged at the end."""
+        """The steps and the looks between them, and the base and the tuned model judged at the end: on rows
+        held out and as many that were trained on, on general text, and in a few answers."""
         every = self.settings.evaluate_every_steps
         looks = (self.settings.steps - 1) // every if every else 0
+        recalled = min(1.0, MOST_RECALLED / len(self.held_out))
         steps = self.settings.steps * self.seconds_per_step / self.processes.count
-        return (steps + (looks + 2) * self.look_seconds + 2 * self.general_seconds) / 60
+        judging = self.look_seconds * (1 + recalled) + self.general_seconds + self._answering_seconds
+        return (steps + looks * self.look_seconds + 2 * judging) / 60
+
+    @property
+    def _answering_seconds(self) -> float:
+        tokens = ANSWER_TOKENS * (self.recipe.samples > 0)
+        tokens += GENERAL_ANSWER_TOKENS * (self.general is not None)
+        return tokens * ANSWER_WORK * self.cost.forward * self.cost.per_token
 
 
 def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processes: Processes) -> Plan:
@@ -147,11 +173,13 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
     settings = settle(recipe, len(encoded.train), _size(base.model))
     batching = _batching(recipe, prepared, base, settings, precision)
     model, fused, told = _adapt(recipe, base, settings, precision)
+    resting_bytes = used_memory_bytes(model.device)
     trial = Trial(model, _sample(encoded.train), pad_id_of(text.tokenizer), precision)
-    fixed = recipe.micro_batch_tokens is not None
-    batching, activations = trial.room(batching, recipe.activation_checkpointing, fixed=fixed)
-    if activations.recomputed:
-        recompute_activations(model)
+    largest = largest_size(
+        batching, largest_step(encoded.train, batching, settings.rows_per_step, recipe.seed)
+    )
+    fixed, recompute = recipe.micro_batch_tokens is not None, recipe.activation_checkpointing
+    batching, activations = trial.room(batching, largest, recompute, fixed=fixed)
     if recipe.compile:
         compile_layers(model)
     cost = trial.cost(batching)
@@ -180,9 +208,15 @@ def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processe
         cost=cost,
         most_steps=steps_of(len(encoded.train), settings, recipe),
         general=None,
+        resting_bytes=resting_bytes,
     )
     advice = [plan.capacity.advice] if plan.capacity.advice else []
     return replace(plan, general=_general(plan, prepared), notes=[*plan.notes, *advice])
+
+
+def cost_of(plan: Plan) -> Cost:
+    """What a micro-batch takes as the plan's model is now."""
+    return Trial(plan.model, _sample(plan.train), plan.pad_id, plan.precision).cost(plan.batching)
 
 
 def _general(plan: Plan, prepared: Prepared) -> General | None:
@@ -195,7 +229,7 @@ def _general(plan: Plan, prepared: Prepared) -> General | None:
     general = General.encoded(prepared.general, prepared.text.tokenizer, most, plan.pad_id, forward)
     if plan.recipe.general is None and plan.recipe.forget_limit is None:
         seconds = max(GENERAL_LEAST_S, GENERAL_SHARE * 60 * plan.expected_minutes)
-        per_token = 2 * plan.cost.forward * plan.cost.per_token
+        per_token = 2 * GENERAL_WORK * plan.cost.forward * plan.cost.per_token
         general = general.first(int(seconds / per_token) if per_token else sys.maxsize)
     return general if general.rows else None
 

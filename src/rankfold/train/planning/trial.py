@@ -18,21 +18,18 @@ from rankfold.data.order.batching import Batching, Padded, PaddedImages
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.models.base.heap import keep_large_blocks_apart
-from rankfold.models.base.memory import free_memory_bytes
+from rankfold.models.base.memory import free_memory_bytes, free_swap_bytes
 from rankfold.models.base.precision import Precision
+from rankfold.train.planning.peak import step_memory
+from rankfold.train.planning.recomputing import Activations, can_recompute, recompute_activations
 from rankfold.train.step.objectives import Supervised
 
 SMALL, LARGE = 1 / 8, 3 / 8  # of a full micro-batch: enough to tell what a call and what a token takes
 PROBE_TOKENS = 256
-MEMORY_SHARE = 0.6  # of the free memory; the rest is for the backward, the optimiser and other programs
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Whether what a layer computes is computed again in the backward instead of being kept, and why."""
-
-    recomputed: bool
-    reason: str
+SMALLER = (
+    "leave out long rows (max_length), hold the weights in fewer bytes (stored), take a lower rank, or close "
+    "other programs"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,9 @@ class Cost:
     per_token: float
     forward: float
     loss: float = 0.0
+
+    def times(self, factor: float) -> Cost:
+        return replace(self, per_call=factor * self.per_call, per_token=factor * self.per_token)
 
     def seconds(self, groups: Iterable[MicroBatch], batching: Batching) -> float:
         return sum(self.per_call + self.per_token * batching.size(group) for group in groups)
@@ -71,22 +71,45 @@ class Trial:
     precision: Precision
 
     def room(
-        self, batching: Batching, recompute: bool | None = None, *, fixed: bool = False
+        self, batching: Batching, largest: int, recompute: bool | None = None, *, fixed: bool = False
     ) -> tuple[Batching, Activations]:
         """``batching`` with as many tokens as fit into the free memory, or as it is if ``fixed``, and whether
-        activations are recomputed: only if those of one small micro-batch do not fit, or as given by
-        ``recompute``."""
-        per_token, free = self.kept_bytes_per_token(batching), free_memory_bytes(self.model.device)
-        fits = int(MEMORY_SHARE * free / per_token)
-        least = max(MICRO_BATCH_TOKENS, *map(len, self.rows))
-        reason = f"keeping them takes {per_token * least / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        activations are recomputed, as the model does from then on: only if those of the longest row do not
+        fit, or as given by ``recompute``.  ``largest`` are the tokens of the run's largest micro-batch; if
+        that does not fit by itself, the process holds on to less of what it frees.
+
+        Raises ConfigError where not even that row fits."""
+        free, longest = free_memory_bytes(self.model.device), max(map(len, self.rows))
+        kept, fits = self._fitting(batching, free)
+        reason = f"keeping them takes {kept * largest / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        if fits < largest:
+            keep_large_blocks_apart(True)
+            kept, fits = self._fitting(batching, free, apart=True)
         if recompute is None:
-            recompute = fits < least and can_recompute(self.model)
+            recompute = fits < (largest if fixed else longest) and can_recompute(self.model)
+        if recompute:
+            recompute_activations(self.model)
+            kept, fits = self._fitting(batching, free, apart=True)
+        self._refuse_too_long(longest, kept * longest, free)
         if fixed:
             return batching, Activations(recompute, reason)
-        most = MICRO_BATCH_TOKENS if recompute else max(MICRO_BATCH_TOKENS, fits)
-        fitting: Any = replace(cast(Any, batching), tokens=min(batching.tokens, most))
+        most = MICRO_BATCH_TOKENS if recompute else batching.tokens
+        fitting: Any = replace(cast(Any, batching), tokens=min(most, batching.tokens, max(fits, longest)))
         return fitting, Activations(recompute, reason)
+
+    def _fitting(self, batching: Batching, free: int, *, apart: bool = False) -> tuple[float, int]:
+        """The bytes that a token keeps, and how many tokens fit into ``free`` bytes."""
+        kept, dtype = self.kept_bytes_per_token(batching), self.precision.compute
+        return kept, step_memory(self.model).most_tokens(free, kept, dtype, apart=apart)
+
+    def _refuse_too_long(self, longest: int, kept: float, free: int) -> None:
+        needed = step_memory(self.model).used(longest, kept, self.precision.compute)
+        room = free + free_swap_bytes(self.model.device)
+        if needed > room:
+            raise ConfigError(
+                f"the longest row, of {longest:,} tokens, does not fit: beside the weights it takes "
+                f"{needed / 1e9:.2f} GB, and {room / 1e9:.2f} GB are free; {SMALLER}"
+            )
 
     def kept_bytes_per_token(self, batching: Batching) -> float:
         """What a forward keeps for the backward, beside parameters and buffers.  Counted, and not kept."""
@@ -142,22 +165,6 @@ class Trial:
             found = Supervised().sum(self.model, batch)
         self.model.train(was_training)
         return found
-
-
-def can_recompute(model: Any) -> bool:
-    return bool(getattr(model.get_base_model(), "supports_gradient_checkpointing", False))
-
-
-def recompute_activations(model: Any) -> None:
-    """Let each decoder layer of ``model`` keep its input only, and compute the rest again in the backward
-    (Chen et al. 2016, arXiv 1604.06174), and large tensors no pages that others could not use.  Raises
-    ConfigError if the model cannot."""
-    base = model.get_base_model()
-    if not can_recompute(model):
-        raise ConfigError(f"activation_checkpointing: {type(base).__name__} has no layers that can do it")
-    base.activation_checkpointing_enable({"use_reentrant": False})
-    keep_large_blocks_apart(True)
-    base.disable_input_require_grads()  # which only the reentrant kind needs, and a backward pays for
 
 
 def _is_plain(tensor: Tensor) -> bool:

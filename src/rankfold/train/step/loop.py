@@ -17,6 +17,7 @@ from rankfold.data.order.batches import MicroBatch, share
 from rankfold.data.order.batching import Batching, Padded
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import CheckpointError, TrainingError
+from rankfold.models.base.heap import give_back_freed
 from rankfold.models.base.memory import peak_memory_bytes
 from rankfold.models.base.precision import Precision
 from rankfold.processes import Processes
@@ -126,6 +127,7 @@ class Trainer:
                     break
                 self.pace.begin_step(left)
                 record = replace(self.step(self.step_done + 1, rows), steps=self.step_done + left)
+                give_back_freed()
                 self.pace.end_step()
                 self.step_done = record.step
                 on_step(record)
