@@ -13,7 +13,7 @@ from rankfold.lora import LoraConfig
 from rankfold.models.base import heap
 from rankfold.models.base.load import load_base
 from rankfold.peft_surface import get_peft_model
-from rankfold.train.planning import trial
+from rankfold.train.planning import recomputing
 
 # Large blocks that go, each beside a small one that stays, as in loading; then how much is held in vain.
 PROGRAM = """
@@ -28,12 +28,25 @@ with large_blocks_apart() if sys.argv[1] == "apart" else contextlib.nullcontext(
 del passing
 print(megabytes() - before - sum(t.nbytes for t in kept) / 2**20)
 """
+# Blocks that are too small for pages of their own, freed among smaller ones that stay.
+FREED = """
+import sys, psutil
+from rankfold.models.base.heap import give_back_freed, keep_large_blocks_apart
+def megabytes():
+    return psutil.Process().memory_info().rss / 2**20
+keep_large_blocks_apart(sys.argv[1] == "apart")
+before = megabytes()
+passing, kept = zip(*[(bytearray(1 << 19), bytearray(1 << 12)) for _ in range(128)])
+del passing
+give_back_freed()
+print(megabytes() - before)
+"""
 FEW = 4  # megabytes
 glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
 
-def held_in_vain(how: str) -> float:
-    command = [sys.executable, "-c", PROGRAM, how]
+def held_in_vain(how: str, program: str = PROGRAM) -> float:
+    command = [sys.executable, "-c", program, how]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -41,6 +54,11 @@ def held_in_vain(how: str) -> float:
 @glibc_only
 def test_the_pages_of_large_tensors_go_back_when_they_are_freed():
     assert held_in_vain("apart") < FEW < held_in_vain("as it is")
+
+
+@glibc_only
+def test_what_was_freed_among_small_things_goes_back_where_large_blocks_are_apart():
+    assert held_in_vain("apart", FREED) < FEW < held_in_vain("as it is", FREED)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +82,6 @@ def test_a_base_is_loaded_with_large_blocks_apart(tiny_folder, monkeypatch):
 
 def test_large_blocks_stay_apart_where_activations_are_recomputed(monkeypatch):
     kept: list[bool] = []
-    monkeypatch.setattr(trial, "keep_large_blocks_apart", kept.append)
-    trial.recompute_activations(get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")))
+    monkeypatch.setattr(recomputing, "keep_large_blocks_apart", kept.append)
+    recomputing.recompute_activations(get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")))
     assert kept == [True]

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import time
+
 import psutil
 import pytest
 
 from rankfold.models.base import memory
-from rankfold.models.base.memory import container_bytes, free_memory_bytes
+from rankfold.models.base.memory import (
+    container_bytes,
+    free_memory_bytes,
+    free_swap_bytes,
+    peak_bytes_of,
+    used_memory_bytes,
+)
 
-GB = 10**9
+GB, MB = 10**9, 10**6
 
 
 def group(folder, names, limit, used, kept) -> None:
@@ -27,6 +35,27 @@ def test_the_limits_of_a_container_and_of_what_holds_it_count(tmp_path, version)
     told = tmp_path / "self"
     told.write_text("7:cpu:/other\n6:memory:/outer/inner\n" if version == 1 else "0::/outer/inner\n")
     assert [*container_bytes(tmp_path / "cgroup", told)] == ([GB, 4 * GB] if version == 1 else [4 * GB])
+
+
+def test_the_peak_of_a_block_is_seen_when_it_is_gone_again():
+    before = used_memory_bytes("cpu")
+    with peak_bytes_of("cpu") as peak:
+        block = bytearray(300 * MB)
+        block[:: 1 << 12] = b"1" * len(block[:: 1 << 12])
+        time.sleep(0.05)
+        del block
+        time.sleep(0.05)
+        assert used_memory_bytes("cpu") < before + 100 * MB
+        assert before + 250 * MB < peak() < before + 700 * MB
+
+
+def test_swap_counts_only_where_no_container_limits_memory(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 4 * GB}))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: type("Swap", (), {"free": GB}))
+    monkeypatch.setattr(memory, "container_bytes", lambda: iter([3 * GB]))
+    assert free_swap_bytes("cpu") == 0
+    monkeypatch.setattr(memory, "container_bytes", lambda: iter([5 * GB]))
+    assert (free_swap_bytes("cpu"), free_swap_bytes("cuda")) == (GB, 0)
 
 
 def test_without_control_groups_the_machine_counts(tmp_path):

@@ -78,8 +78,11 @@ def test_the_expected_time_is_that_of_the_batches_that_the_run_will_have(recipe,
     held_out = Padded(tokens=plan.batching.tokens).cut(plan.held_out)
     look = 0.25 * sum(0.5 + 0.01 * len(group) * max(map(len, group)) for group in held_out)
     training = 3 * (0.5 * len(groups) + 0.01 * tokens)
-    general = 0.25 * 0.01 * plan.general.tokens
-    assert plan.expected_minutes == pytest.approx((training + 4 * look + 2 * general) / 60)
+    general = 1.5 * 0.25 * 0.01 * plan.general.tokens
+    answers = (64 + 32) * 16 * 0.25 * 0.01
+    recall = look  # as many trained rows as held-out ones
+    judging = 2 * (look + recall + general + answers)
+    assert plan.expected_minutes == pytest.approx((training + 2 * look + judging) / 60)
 
 
 def test_minutes_are_the_length_of_the_run(recipe):
