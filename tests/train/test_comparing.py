@@ -92,7 +92,7 @@ def test_what_is_written_is_as_its_schema_says(command, runs, tmp_path):
 def test_mistakes_are_told(command, runs, tmp_path):
     for arguments, message in (
         ([tmp_path], "holds no run"),
-        ([runs["learnt"], runs["learnt"]], "a run is named twice"),
+        ([runs["learnt"], runs["learnt"]], "is named twice"),
         ([runs["learnt"], "--out", runs["learnt"]], "holds a run already"),
         ([], "Missing argument"),
     ):

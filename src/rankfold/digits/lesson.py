@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rankfold.data.order.batching import pad_id_of
 from rankfold.data.shapes.sources import read_examples, sources_of
 from rankfold.data.tokens.encode import EncodedRow, encode_all
 from rankfold.digits.assemble import Tower, assemble
@@ -168,7 +169,7 @@ class _Examined:
 def _examine(base: Base, rows: list[DigitRow]) -> _Examined:
     answers = replies(base, [row.asked for row in rows], SAMPLING)
     chats = _chats(base)
-    return _Examined(answers, chats, row_losses(base.model, chats, int(base.tokenizer.pad_token_id or 0)))
+    return _Examined(answers, chats, row_losses(base.model, chats, pad_id_of(base.tokenizer)))
 
 
 def _chats(base: Base) -> list[EncodedRow]:

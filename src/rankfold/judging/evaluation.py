@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from rankfold.judging.judged import MISSING, OnProgress, answered, judge
 from rankfold.judging.loading import base_of, tuned_of
 from rankfold.judging.measured import Measured, measured
 from rankfold.judging.metrics import EvalRow, Judged, Metric
+from rankfold.judging.names import short_names
 from rankfold.judging.request import EvalRequest
 from rankfold.judging.rows import EvalData, question_in_words
 from rankfold.models.base.base import Base
@@ -164,16 +164,9 @@ def models_in_turn(models: Sequence[ModelRequest]) -> Iterator[tuple[str, Base]]
 
 def _named(models: Sequence[ModelRequest]) -> dict[str, ModelRequest]:
     """The models by the shortest names that tell them apart; an adapter's base first."""
-    found: dict[str, ModelRequest] = {}
-    if models and models[0].adapter is not None:
-        found[REFERENCE] = models[0]
-    for place, asked in enumerate(models):
-        if asked in models[:place]:
-            raise ConfigError(f"{asked.adapter or asked.model} is named twice")
-        parts = Path(asked.adapter or asked.model or "").absolute().parts[1:]
-        names = ["/".join(parts[-length:]) for length in range(1, len(parts) + 1)]
-        found[next(name for name in names if name not in found)] = asked
-    return found
+    found = {REFERENCE: models[0]} if models and models[0].adapter is not None else {}
+    names = short_names([asked.adapter or asked.model or "" for asked in models], found)
+    return found | dict(zip(names, models, strict=True))
 
 
 def _common(data: EvalData, judged: dict[str, Judged]) -> tuple[list[int], list[str]]:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from rankfold.errors import CheckpointError
 from rankfold.judging.intervals import interval, resampled, sign_test
+from rankfold.judging.names import short_names
 from rankfold.train.asked.recipe_file import read_recipe
 from rankfold.train.keeping.folder import RunFolder
 from rankfold.train.step.loop import StepRecord
@@ -98,27 +98,13 @@ class RunsReport(_Part):
 
 
 def report_on(folders: Sequence[Path]) -> RunsReport:
-    """The runs in ``folders``.  Raises CheckpointError for a folder that holds none."""
+    """The runs in ``folders``.  Raises CheckpointError for a folder that holds none, ConfigError
+    for one that is named twice."""
     records = [RunFolder(folder).record() for folder in folders]
-    names = _names(folders)
+    names = short_names(folders)
     runs = [_run(*each) for each in zip(names, folders, records, strict=True)]
     pairs, notes = _pairs(names, records)
     return RunsReport(runs=runs, differing=_differing(runs), pairs=pairs, notes=notes)
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Of each folder the shortest end of its path that tells it from the others."""
-    parts = [folder.absolute().parts[1:] for folder in folders]
-    if len({*parts}) < len(parts):
-        raise CheckpointError("a run is named twice")
-    return [
-        next(
-            "/".join(own[-length:])
-            for length in range(1, len(own) + 1)
-            if sum(other[-length:] == own[-length:] for other in parts) == 1
-        )
-        for own in parts
-    ]
 
 
 def _run(name: str, folder: Path, record: dict[str, Any]) -> RunPart:
