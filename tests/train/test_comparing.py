@@ -10,7 +10,7 @@ import torch
 from jsonschema import validate
 
 from conftest import rankfold_command
-from rankfold.errors import CheckpointError
+from rankfold.errors import ConfigError
 from rankfold.train.comparing.run_report import CURVE_POINTS, RunsReport, _curve, report_on
 from rankfold.train.keeping.energy import Energy
 from rankfold.train.step.loop import StepRecord
@@ -105,7 +105,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(runs, tmp_path):
     shutil.copytree(runs["learnt"], tmp_path / "learnt")
     names = [run.name for run in report_on([runs["learnt"], tmp_path / "learnt"]).runs]
     assert names == [f"{runs['learnt'].parent.name}/learnt", f"{tmp_path.name}/learnt"]
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ConfigError):
         report_on([runs["learnt"], runs["learnt"]])
 
 
