@@ -6,8 +6,11 @@ and size of every one of them: ``MANIFEST.json``.  Nothing in it is pickled, and
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -131,11 +134,13 @@ def read_checkpoint(folder: Path, may_lack: Collection[str] = ()) -> Checkpoint:
 
 
 def _write(tensors: Tensors, path: Path) -> None:
-    """From where the tensors lie, without a copy of them all in memory."""
+    """From where the tensors lie, without a copy of them all in memory.  Raises OSError."""
     try:
         save_file(dict(tensors), path)
-    except SafetensorError as error:
-        raise OutputError(f"cannot write {path.name}: {error}") from error
+    except SafetensorError as error:  # which gives the system's error as text
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code)) from error
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,13 @@ from typing import Any
 from rankfold.data.order.pack import operations
 from rankfold.models.adapters.modalities import model_parts
 
+GENERAL_SHARE, GENERAL_LEAST_S = 0.05, 5.0  # of a run's time, and seconds, for general text
 ATTENTION_BACKWARD = 2.5  # times its forward: five products for two (Dao 2023, arXiv 2307.08691, section 3.1)
+
+
+def general_seconds(seconds: float) -> float:
+    """That a run of so many seconds spends on general text, twice read, where nothing else is asked for."""
+    return max(GENERAL_LEAST_S, GENERAL_SHARE * seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from rankfold.peft_surface import get_peft_model
 from rankfold.train.asked.advise import Settings, settle
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.planning.activations import Kept, Shape, kept_by_forward
-from rankfold.train.planning.arithmetic import Work, patches, work_of
+from rankfold.train.planning.arithmetic import Work, general_seconds, patches, work_of
 from rankfold.train.planning.footprint import (
     FORMS_TO_PLAN,
     AdapterSize,
@@ -166,6 +166,7 @@ class _Run:
         keeping, recomputing = (self.peak.of(form, dtype, recomputed=again) for again in (False, True))
         fits = self._fits(keeping, recomputing)
         seconds = self.operations[fits != "yes"] / self.machine.operations_per_s[dtype]
+        seconds += general_seconds(seconds)
         return FormForecast(
             name=form.name,
             computed_in=str(dtype).removeprefix("torch."),
@@ -214,13 +215,14 @@ def _adapt(request: Recipe, base: Base, settings: Settings) -> tuple[AdapterSize
 
 
 def _operations(work: Work, settings: Settings, lengths: RowLengths, *, recomputed: bool) -> float:
-    """Of the whole run: its steps, and a forward of the held-out rows before, after and at each look."""
+    """Of the whole run: its steps, and a forward of the held-out rows before, after and at each look, with as
+    many that were trained on before and after."""
     rows = len(lengths.train)
     trained, tiles = lengths.trained / rows, lengths.tiles / rows
     epoch = sum(work.step(length, trained, tiles, recomputed=recomputed) for length in lengths.train)
     steps = epoch * settings.steps * settings.rows_per_step / rows
     looks = settings.steps // settings.evaluate_every_steps if settings.evaluate_every_steps else 0
-    return steps + (2 + looks) * work.forward(1) * lengths.held_out
+    return steps + (4 + looks) * work.forward(1) * lengths.held_out
 
 
 def _micro_batch(model: Any, lengths: RowLengths, settings: Settings, request: Recipe) -> Shape:

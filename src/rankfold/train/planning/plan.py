@@ -45,6 +45,7 @@ from rankfold.processes import Processes
 from rankfold.train.asked.advise import Settings, settle, steps_of, within_time
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.compiling import compile_layers
+from rankfold.train.planning.arithmetic import general_seconds
 from rankfold.train.planning.budget import fast_tokens
 from rankfold.train.planning.capacity import Capacity
 from rankfold.train.planning.peak import Preflight
@@ -61,7 +62,6 @@ ANSWER_TOKENS, GENERAL_ANSWER_TOKENS = 64, 32  # of an answer to a sampled and t
 # A forward for a new token of some answers, and for a token of general text with all its logits twice, beside
 # that of a token in a micro-batch; of the runs of benchmarks/predicted.py.
 ANSWER_WORK, GENERAL_WORK = 16, 1.5
-GENERAL_SHARE, GENERAL_LEAST_S = 0.05, 5.0  # of a run's time, and seconds, for general text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,7 @@ def _general(plan: Plan, prepared: Prepared) -> General | None:
     most = prepared.text.longest or sys.maxsize
     general = General.encoded(prepared.general, prepared.text.tokenizer, most, plan.pad_id, forward)
     if plan.recipe.general is None and plan.recipe.forget_limit is None:
-        seconds = max(GENERAL_LEAST_S, GENERAL_SHARE * 60 * plan.expected_minutes)
+        seconds = general_seconds(60 * plan.expected_minutes)
         per_token = 2 * GENERAL_WORK * plan.cost.forward * plan.cost.per_token
         general = general.first(int(seconds / per_token) if per_token else sys.maxsize)
     return general if general.rows else None
