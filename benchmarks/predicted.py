@@ -62,31 +62,23 @@ def joined(sums: Path, folder: Path) -> Path:
 def figures(name: str, said: Result, ran: Result) -> list[Figure]:
     """Used to what was said, by the plan and by the config alone."""
     key = name.replace(",", "").replace(" ", "_")
-    before = {"from the config": said["bytes"], "from the pre-flight": ran["said_bytes"]}
-    memory = [
+    said_before = {
+        ("forecast_memory", "that from the config"): (ran["bytes"] / GB, said["bytes"] / GB, "GB"),
+        ("preflight_memory", "that from the pre-flight"): (ran["bytes"] / GB, ran["said_bytes"] / GB, "GB"),
+        ("forecast_time", "that from the config"): (ran["seconds"], said["seconds"], "s"),
+        ("plan_time", "that timed before it"): (ran["seconds"], ran["said_seconds"], "s"),
+    }
+    return [
         Figure(
-            name=f"{'forecast' if how == 'from the config' else 'preflight'}_memory_{key}",
-            what=f"{name}: the run's peak to that {how}",
-            unit="GB",
-            ratios=[ran["bytes"] / value],
-            ours=ran["bytes"] / GB,
-            theirs=value / GB,
+            name=f"{kind}_{key}",
+            what=f"{name}: the run's {'peak' if unit == 'GB' else 'time'} to {how}",
+            unit=unit,
+            ratios=[used / told],
+            ours=used,
+            theirs=told,
         )
-        for how, value in before.items()
+        for (kind, how), (used, told, unit) in said_before.items()
     ]
-    times = {"from the config": said["seconds"], "timed before it": ran["said_seconds"]}
-    time = [
-        Figure(
-            name=f"{'forecast' if how == 'from the config' else 'plan'}_time_{key}",
-            what=f"{name}: the run's time to that {how}",
-            unit="s",
-            ratios=[ran["seconds"] / value],
-            ours=ran["seconds"],
-            theirs=value,
-        )
-        for how, value in times.items()
-    ]
-    return memory + time
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def large_blocks_apart() -> Iterator[None]:
 
 def give_back_freed() -> None:
     """Let other programs have the memory that was freed among small things that stay, where large blocks are
-    kept apart: a tenth of a second, in which a gigabyte may come free (malloc_trim(3))."""
+    kept apart (malloc_trim(3))."""
     if _now["apart"]:
         ctypes.CDLL(None).malloc_trim(0)
 
