@@ -83,9 +83,10 @@ def test_it_says_what_was_carried_out_and_leaves_the_model_as_it_was(plan):
 
 
 def test_a_run_computes_the_same_bits_with_it_and_without(recipe, monkeypatch, tmp_path):
-    with_it = fine_tune(recipe(dropout=0.1, max_steps=3, out=tmp_path / "with"))
+    options = {"dropout": 0.1, "max_steps": 3, "precision": "float32"}
+    with_it = fine_tune(recipe(**options, out=tmp_path / "with"))
     monkeypatch.setattr("rankfold.train.run.preflight", lambda plan: plan)
-    without = fine_tune(recipe(dropout=0.1, max_steps=3, out=tmp_path / "without"))
+    without = fine_tune(recipe(**options, out=tmp_path / "without"))
     assert [r.loss for r in with_it.steps] == [r.loss for r in without.steps]
     assert with_it.comparison == without.comparison
 
@@ -181,6 +182,15 @@ def test_too_little_for_the_end_of_a_run_is_refused_and_little_is_said(plan, mon
     monkeypatch.setattr(module, "_carried_out", lambda *a: replace(carried_out(*a), left_bytes=101_000_000))
     used = replace(before, resting_bytes=0)
     assert preflight(used).notes[-1].startswith("memory is tight: 0.1 GB stay free; ")
+
+
+def test_half_precision_needs_room_for_the_programs_of_its_products(plan, monkeypatch):
+    in_float32 = plan(activation_checkpointing=False, micro_batch_tokens=1)
+    before = replace(in_float32, precision=Precision.of("bfloat16"))
+    carried_out = module._carried_out
+    monkeypatch.setattr(module, "_carried_out", lambda *a: replace(carried_out(*a), left_bytes=299_000_000))
+    with pytest.raises(ConfigError, match=r"0.30 GB are left beside .* needs 0.3 GB more; .*max_length"):
+        preflight(before)
 
 
 def test_a_step_that_took_longer_than_promised_lengthens_the_run(plan):

@@ -58,7 +58,10 @@ def split_held_out(
     if len(groups) == 1 and len(groups[0]) == len(examples):
         groups = exact_groups(keys)
     if len(groups) == 1 and len(groups[0]) == len(examples):
-        raise DataError("all rows are the same; one to train on and another to judge on are the least")
+        raise DataError(
+            "all rows are the same; one to train on and another to judge on are the least: name a file of "
+            "others as held_out"
+        )
     judged_of = {min(group, key=lambda row: (keys[row], row)): group for group in groups}
     grouped = np.zeros(len(examples), dtype=np.bool_)
     for group in groups:

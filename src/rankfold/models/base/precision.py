@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.errors import ConfigError, ModelError, bullet_list
+from rankfold.models.base.programs import keep_few_programs
 from rankfold.models.choices import PrecisionName
 
 CLEARLY_FASTER = 1.5  # a step is more than products: 2 to 3 times faster ones made a step 1.6 times faster
@@ -154,6 +155,7 @@ def product_speed(
 @torch.no_grad()
 def _seconds(x: Tensor, weight: Tensor) -> float:
     """The time that x W^T takes; x (rows, in), weight (out, in)."""
+    keep_few_programs()
     _wait_for(x.device)
     started = time.perf_counter()
     F.linear(x, weight)

@@ -105,7 +105,8 @@ class Preflight:
     def sentence(self) -> str:
         return (
             f"at the peak of its largest step, just carried out in {self.seconds:.1f} s ({self.tokens:,} "
-            f"tokens, up to {self.largest:,} at once); {self.left_bytes / 1e9:.1f} GB stayed free"
+            f"tokens, up to {self.largest:,} at once), and held-out rows judged in "
+            f"{self.judging_seconds:.1f} s; {self.left_bytes / 1e9:.1f} GB stayed free"
         )
 
 

@@ -30,8 +30,7 @@ from rankfold.train.step.method import method_of
 from rankfold.train.step.pace import Pace
 
 LATER_BYTES = 100_000_000  # what a run needs beside its steps, to draw its report for example
-# In half precision oneDNN makes a program for every product of another width, and keeps up to 1,024.
-GROWTH_BYTES = 500_000_000
+PROGRAMS_BYTES = 200_000_000  # and what products in half precision leave (models.base.programs)
 ALLOCATION_FAILED = ("allocate memory", "out of memory", "bad_alloc")  # in torch's errors, on a CPU or not
 
 
@@ -56,9 +55,9 @@ def preflight(plan: Plan) -> Plan:
                 longest = max(map(len, step))
                 raise ConfigError(f"a row of {longest:,} tokens does not fit: {failure}; {SMALLER}") from None
         else:
-            if found.left_bytes < LATER_BYTES and ends:
+            if found.left_bytes < _later_bytes(plan) and ends:
                 left, peak = found.left_bytes / 1e9, found.peak_bytes / 1e9
-                more = f"and at its end a run needs {LATER_BYTES / 1e9:g} GB more"
+                more = f"and at its end a run needs {_later_bytes(plan) / 1e9:g} GB more"
                 raise ConfigError(f"{left:.2f} GB are left beside {peak:.2f} GB in use, {more}; {SMALLER}")
             if ends or _has_room(found, plan):
                 notes = [*plan.notes, *_told(found, asked, plan)]
@@ -74,15 +73,8 @@ def _told(found: Preflight, asked: int, plan: Plan) -> list[str]:
             f"micro-batches have {plan.batching.tokens:,} tokens at most, not {asked:,}, which did not fit "
             "with room to spare; what is computed is the same"
         )
-    left = f"memory is tight: {found.left_bytes / 1e9:.1f} GB stay free"
-    grows = plan.model.device.type == "cpu" and plan.precision.compute != torch.float32
-    if grows and found.left_bytes < LATER_BYTES + GROWTH_BYTES:
-        told.append(
-            f"{left}, and a long run in {plan.precision.name} may take up to {GROWTH_BYTES / 1e9:g} GB more, "
-            "unless ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 is in the environment, which makes it slower"
-        )
-    elif not _has_room(found, plan):
-        told.append(f"{left}; {SMALLER}")
+    if not _has_room(found, plan):
+        told.append(f"memory is tight: {found.left_bytes / 1e9:.1f} GB stay free; {SMALLER}")
     return told
 
 
@@ -168,7 +160,12 @@ def _memory_may_run_out(model: Any) -> Iterator[None]:
 def _has_room(found: Preflight, plan: Plan) -> bool:
     """Whether a run that takes somewhat more than the largest micro-batch did still fits."""
     of_step = max(0, found.peak_bytes - plan.resting_bytes)
-    return found.left_bytes >= LATER_BYTES + (MARGIN - 1) * of_step
+    return found.left_bytes >= _later_bytes(plan) + (MARGIN - 1) * of_step
+
+
+def _later_bytes(plan: Plan) -> int:
+    makes_programs = plan.model.device.type == "cpu" and plan.precision.compute != torch.float32
+    return LATER_BYTES + (PROGRAMS_BYTES if makes_programs else 0)
 
 
 def _can_be_smaller(plan: Plan, step: list[EncodedRow]) -> bool:

@@ -130,7 +130,8 @@ def rehearsing(recipe: Recipe, rows: Rows, general: Sequence[GeneralRow]) -> tup
     wanted = round(recipe.rehearse * len(rows.train))
     count = min(wanted, len(fitting) // 2)
     if not count:
-        raise ConfigError(f"rehearse: {recipe.general} has no two {rows.prompt_style} rows, as the data has")
+        few = f"{recipe.general} has no two {rows.prompt_style} rows, as the data has"
+        raise ConfigError(f"rehearse: {few}; name a file of such rows as general")
     drawn = fitting[:: len(fitting) // count][:count]
     taken = {row.example.origin for row in drawn}
     fewer = f", not {wanted:,}: half of its rows tell what was forgotten" if count < wanted else ""
