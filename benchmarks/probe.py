@@ -4,7 +4,8 @@
 
 Of each file two runs of as many steps are made, one at the usual rate and one with ``probe``, which takes
 training rows alone to judge rates by.  Told is the difference of their held-out losses with its interval, a
-paired bootstrap over the rows; the jokes that come along are always among the files."""
+paired bootstrap over the rows; the jokes that come along (``train``) are always among the files.  The intents
+of docs/benchmarks.md are 2,000 rows of PolyAI's banking77, the text as prompt and the category as completion."""
 
 from __future__ import annotations
 
