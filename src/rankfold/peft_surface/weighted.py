@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import ConfigError
-from rankfold.lora.combining import METHODS, Combining
-from rankfold.lora.factor_svd import FactorSVD, svd_of_product
+from rankfold.lora.algebra.combining import METHODS, Combining
+from rankfold.lora.algebra.factor_svd import FactorSVD, svd_of_product
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.parameters import ParameterAdapters
 from rankfold.lora.layers.registry import adapter_layers

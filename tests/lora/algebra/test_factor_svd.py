@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankfold.lora.factor_svd import svd_of_product
+from rankfold.lora.algebra.factor_svd import svd_of_product
 
 sizes = st.integers(1, 24)
 

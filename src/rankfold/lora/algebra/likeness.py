@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rankfold.lora.factor_svd import FactorSVD
+from rankfold.lora.algebra.factor_svd import FactorSVD
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold.lora.factor_svd import FactorSVD
+from rankfold.lora.algebra.factor_svd import FactorSVD
 
 METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
