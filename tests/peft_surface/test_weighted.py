@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankfold import LoraConfig, get_peft_model
+from rankfold.errors import ConfigError
 from rankfold.lora.layers.factors import LoraLayer
 
 WEIGHTS = 0.7, -0.4
@@ -86,3 +87,11 @@ def test_svd_clamps_its_factors_at_the_quantile(model):
     for layer in layers_of(model).values():
         values = torch.cat([factor.flatten() for factor in layer.factors("sum")])
         assert (values == values.max()).sum() > 1
+
+
+def test_a_name_that_is_taken_is_an_error_and_changes_nothing(model):
+    before = {path: update(layer, "two") for path, layer in layers_of(model).items()}
+    with pytest.raises(ConfigError, match="there is an adapter 'two' already"):
+        model.add_weighted_adapter(["one"], [2.0], "two")
+    for path, layer in layers_of(model).items():
+        assert torch.equal(update(layer, "two"), before[path])

@@ -55,6 +55,8 @@ def add_weighted_adapter(
     others.
 
     Raises ConfigError for adapters that cannot be combined so; nothing is changed then."""
+    if name in tuner.peft_config:
+        raise ConfigError(f"there is an adapter {name!r} already; delete_adapter it, or choose another name")
     kind, rank = _checked(tuner, adapters, weights, how)
     first = tuner.peft_config[adapters[0]]
     config = replace(
