@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import AdapterError
+from rankfold.lora.algebra.factor_svd import svd_of_product
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.config.names import PREFIX
-from rankfold.lora.algebra.factor_svd import svd_of_product
 from rankfold.lora.placing.targets import alpha_of
 
 FACTOR = re.compile(r"(?P<path>.+?)\.(?P<key>lora_[A-Za-z_]+(?:\.weight|\.bias)?)")

@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from rankfold.errors import AdapterError, ConfigError, OutputError, bullet_list
 from rankfold.lora import LoraConfig
 from rankfold.lora.algebra.combining import Combining
+from rankfold.lora.algebra.factor_svd import FactorSVD, svd_of_product
+from rankfold.lora.algebra.likeness import Likeness, likeness
 from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.config.names import PREFIX
-from rankfold.lora.algebra.factor_svd import FactorSVD, svd_of_product
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import read_weights
 from rankfold.lora.files.checkpoint import save_adapter
 from rankfold.lora.files.fingerprint import compare
 from rankfold.lora.files.lora_weights import A_KEYS, B_KEYS, Pair, pair_of, sorted_out
-from rankfold.lora.algebra.likeness import Likeness, likeness
 from rankfold.settings import CheckedSettings, split_at_commas
 
 BIAS = "lora_B.bias"
