@@ -32,6 +32,7 @@ VERBS = {
     "report": "put runs beside each other",
     "audit": "tell which training rows a model gives back word for word",
     "import": "turn another program's config into a recipe",
+    "combine": "make one adapter of several",
     "convert": "write an adapter in another program's layout",
     "explain": "show with an SVD why a low rank can be enough",
 }

@@ -334,10 +334,7 @@ class LoraModel(nn.Module):
     ) -> None:
         """Make a new adapter of a weighted sum of others; see ``weighted.add_weighted_adapter``."""
         self.check_known(adapters)
-        if adapter_name not in self.peft_config:
-            add_weighted_adapter(
-                self, adapters, weights, adapter_name, Combination(combination_type, **options)
-            )
+        add_weighted_adapter(self, adapters, weights, adapter_name, Combination(combination_type, **options))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,9 +1,9 @@
 """One adapter made of several: PEFT's ``add_weighted_adapter``.
 
-"svd" and "cat" are the weighted sum of the updates, the first cut to a rank, the second exact.  "linear"
-and the others without "svd" combine A with A and B with B, so that products of one adapter's A with
-another's B come into it: PEFT's results, which equal the weighted sum for a single adapter only.
-TIES: Yadav et al. 2023, arXiv 2306.01708; DARE: Yu et al. 2023, arXiv 2311.03099."""
+"svd" and "cat" are the weighted sum of the updates, the first cut to a rank, the second exact; neither
+makes the updates themselves, as the others with "svd" do.  "linear" and the others without "svd" combine A
+with A and B with B, so that products of one adapter's A with another's B come into it: PEFT's results, which
+equal the weighted sum for a single adapter only."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import ConfigError
+from rankfold.lora.algebra.combining import METHODS, Combining
+from rankfold.lora.algebra.factor_svd import FactorSVD, svd_of_product
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.parameters import ParameterAdapters
 from rankfold.lora.layers.registry import adapter_layers
@@ -24,7 +26,6 @@ from rankfold.lora.layers.saved import SavedModule
 if TYPE_CHECKING:
     from rankfold.peft_surface.tuner import LoraModel
 
-METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 KINDS = ("svd", "cat", *METHODS, *(f"{method}_svd" for method in METHODS if method != "linear"))
 
 
@@ -43,6 +44,9 @@ class Combination:
     density: float | None = None
     majority_sign_method: str = "total"
 
+    def by(self, method: str) -> Combining:
+        return Combining(method, self.density, self.majority_sign_method)
+
 
 def add_weighted_adapter(
     tuner: LoraModel, adapters: Sequence[str], weights: Sequence[float], name: str, how: Combination
@@ -51,6 +55,8 @@ def add_weighted_adapter(
     others.
 
     Raises ConfigError for adapters that cannot be combined so; nothing is changed then."""
+    if name in tuner.peft_config:
+        raise ConfigError(f"there is an adapter {name!r} already; delete_adapter it, or choose another name")
     kind, rank = _checked(tuner, adapters, weights, how)
     first = tuner.peft_config[adapters[0]]
     config = replace(
@@ -118,68 +124,48 @@ def _all_targets(tuner: LoraModel, adapters: Sequence[str]) -> set[str] | str:
 
 def _fill(layer: LoraLayer, name: str, parts: list[tuple[str, float]], kind: str, how: Combination) -> None:
     """Give the factors of ``name`` their values from those of ``parts``, names with weights."""
-    lora_a, lora_b = layer.factors(name)
-    lora_a.zero_()
-    lora_b.zero_()
     if not parts:
         raise ConfigError(f"No matching LoRAs found for {layer.specs[name].target}")
     if kind == "cat":
-        rows = torch.cat([layer.factors(n)[0] * (w * layer.scaling[n]) for n, w in parts])
-        columns = torch.cat([layer.factors(n)[1] for n, _ in parts], dim=1)
-        lora_a[: rows.shape[0]].copy_(rows)
-        lora_b[:, : columns.shape[1]].copy_(columns)
+        found = _side_by_side(layer, parts)
     elif kind.endswith("svd"):
-        method = kind.removesuffix("svd").removesuffix("_") or "linear"
-        deltas = [layer.delta(n) for n, _ in parts]
-        total = combined(method, deltas, [w for _, w in parts], how)
-        factors = _cut(total.movedim(layer.row_dim or 0, 0).flatten(1), layer.r[name], how)
-        for place, value in zip((lora_a, lora_b), factors, strict=True):
-            place.copy_(value.reshape(place.shape))
+        found = _nearest(_svd(layer, parts, kind, how), layer.r[name], how)
     else:
         shares = [w * layer.scaling[n] for n, w in parts]
         signed = [math.copysign(math.sqrt(abs(share)), share) for share in shares]
-        lora_a.copy_(combined(kind, [layer.factors(n)[0] for n, _ in parts], signed, how))
-        lora_b.copy_(combined(kind, [layer.factors(n)[1] for n, _ in parts], [abs(s) for s in signed], how))
+        found = (
+            how.by(kind).of([layer.factors(n)[0] for n, _ in parts], signed),
+            how.by(kind).of([layer.factors(n)[1] for n, _ in parts], [abs(s) for s in signed]),
+        )
+    lora_a, lora_b = layer.factors(name)
+    rank = found[0].shape[0]
+    lora_a[rank:], lora_b[:, rank:] = 0, 0
+    lora_a[:rank] = found[0].reshape(-1, *lora_a.shape[1:])
+    lora_b[:, :rank] = found[1].reshape(-1, rank, *lora_b.shape[2:])
 
 
-def _cut(matrix: Tensor, rank: int, how: Combination) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank), whose product is the best approximation of ``matrix`` (out, in)."""
+def _side_by_side(layer: LoraLayer, parts: list[tuple[str, float]]) -> tuple[Tensor, Tensor]:
+    """Factors of the weighted sum, of the ranks' sum."""
+    rows = torch.cat([layer.factors(n)[0] * (w * layer.scaling[n]) for n, w in parts])
+    return rows, torch.cat([layer.factors(n)[1] for n, _ in parts], dim=1)
+
+
+def _svd(layer: LoraLayer, parts: list[tuple[str, float]], kind: str, how: Combination) -> FactorSVD:
+    """That of the combined updates."""
+    if kind == "svd":
+        rows, columns = _side_by_side(layer, parts)
+        return svd_of_product(columns.flatten(1), rows.flatten(1))
+    total = how.by(kind.removesuffix("_svd")).of([layer.delta(n) for n, _ in parts], [w for _, w in parts])
     options: dict[str, Any] = {"driver": how.svd_driver} if how.svd_driver else {}
+    matrix = total.movedim(layer.row_dim or 0, 0).flatten(1)
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False, **options)
-    found = min(rank, len(s))
-    lora_a, lora_b = matrix.new_zeros(rank, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], rank)
-    lora_a[:found], lora_b[:, :found] = vh[:found], u[:, :found] * s[:found]
-    if how.svd_clamp is not None:
-        limit = torch.quantile(torch.cat([lora_b.flatten(), lora_a.flatten()]), how.svd_clamp)
-        lora_a, lora_b = lora_a.clamp(-limit, limit), lora_b.clamp(-limit, limit)
-    return lora_a, lora_b
+    return FactorSVD(u, s, vh.T)
 
 
-def combined(method: str, tensors: Sequence[Tensor], weights: Sequence[float], how: Combination) -> Tensor:
-    """The tensors, all of one shape, as one."""
-    density = how.density or 0.0
-    if method in ("ties", "magnitude_prune"):
-        tensors = [_pruned(tensor, density) for tensor in tensors]
-    elif method.startswith("dare"):
-        tensors = [_dropped(tensor, density) for tensor in tensors]
-    stack = torch.stack([tensor * weight for tensor, weight in zip(tensors, weights, strict=True)])
-    if not method.endswith("ties"):
-        return stack.sum(0)
-    plain = torch.stack(list(tensors))
-    signs = plain.sign() if how.majority_sign_method == "frequency" else plain
-    agreed = plain.sign() == torch.where(signs.sum(0) >= 0, 1, -1)
-    return (stack * agreed).sum(0) / agreed.sum(0).clamp(min=1)
-
-
-def _pruned(tensor: Tensor, density: float) -> Tensor:
-    """``tensor`` with all but its largest values zero."""
-    kept = tensor.flatten().abs().topk(int(density * tensor.numel())).indices
-    mask = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    mask[kept] = 1
-    return tensor * mask.view(tensor.shape)
-
-
-def _dropped(tensor: Tensor, density: float) -> Tensor:
-    """``tensor`` with values left out at random, the others scaled so that the mean stays."""
-    mask = torch.bernoulli(torch.full_like(tensor, density))
-    return tensor * mask / density
+def _nearest(svd: FactorSVD, rank: int, how: Combination) -> tuple[Tensor, Tensor]:
+    """A (up to rank, in) and B (out, up to rank), whose product is the nearest of that rank."""
+    lora_a, lora_b = svd.V[:, :rank].T, svd.U[:, :rank] * svd.S[:rank]
+    if how.svd_clamp is None:
+        return lora_a, lora_b
+    limit = torch.quantile(torch.cat([lora_b.flatten(), lora_a.flatten()]), how.svd_clamp)
+    return lora_a.clamp(-limit, limit), lora_b.clamp(-limit, limit)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import AdapterError
+from rankfold.lora.algebra.factor_svd import svd_of_product
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.config.names import PREFIX
 from rankfold.lora.placing.targets import alpha_of
@@ -89,14 +90,13 @@ def padded(pair: Pair, rank: int) -> Pair:
 def of_rank(pair: Pair, rank: int) -> tuple[Pair, float]:
     """The nearest pair of ``rank``, and its error: what is lost of ``B @ A`` by Frobenius norm, relative.
 
-    By the singular values of the core between the factors' QR forms, in float64 (Eckart & Young 1936)."""
+    By the singular values of the product, in float64 (Eckart & Young 1936)."""
     if rank >= pair.rank:
         return pair, 0.0
-    left, right = torch.linalg.qr(pair.B.double()), torch.linalg.qr(pair.A.double().T)
-    u, s, vt = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    u, s, v = svd_of_product(pair.B, pair.A)
     whole = float(s.square().sum())
     error = (float(s[rank:].square().sum()) / whole) ** 0.5 if whole else 0.0
     root = s[:rank].sqrt()
-    b = (left.Q @ (u[:, :rank] * root)).to(pair.B.dtype)
-    a = ((root[:, None] * vt[:rank]) @ right.Q.T).to(pair.A.dtype)
+    b = (u[:, :rank] * root).to(pair.B.dtype)
+    a = (v[:, :rank] * root).T.to(pair.A.dtype)
     return replace(pair, A=a.contiguous(), B=b.contiguous()), error

@@ -1,0 +1,97 @@
+"""Adapters made of several, beside the same in dense float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rankfold import LoraConfig, get_peft_model
+from rankfold.errors import ConfigError
+from rankfold.lora.layers.factors import LoraLayer
+
+WEIGHTS = 0.7, -0.4
+
+
+class Several(nn.Module):
+    """One layer of each kind that an update of low rank is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.linear, self.turned = nn.Embedding(11, 8), nn.Linear(8, 9), Conv1D(7, 9)
+        self.image = nn.Conv2d(6, 10, 3)
+
+    def forward(self, ids):
+        return self.turned(self.linear(self.words(ids)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    targets = ["words", "linear", "turned", "image"]
+    one = LoraConfig(r=3, lora_alpha=5, target_modules=targets)
+    two = LoraConfig(r=2, lora_alpha=8, target_modules=targets, use_rslora=True)
+    made = get_peft_model(Several(), one, "one")
+    made.add_adapter("two", two)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return made
+
+
+def layers_of(model):
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def dense(layer):
+    """The weighted sum of the updates (out, in)."""
+    total = sum(w * layer.delta(name).double() for name, w in zip(("one", "two"), WEIGHTS, strict=True))
+    return total.movedim(layer.row_dim, 0).flatten(1)
+
+
+def update(layer, name):
+    return layer.delta(name).double().movedim(layer.row_dim, 0).flatten(1)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 5, 7])
+def test_svd_is_the_nearest_of_its_rank_in_every_kind_of_layer(model, rank):
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="svd", svd_rank=rank)
+    assert len(layers_of(model)) == 4
+    for layer in layers_of(model).values():
+        u, s, vh = torch.linalg.svd(dense(layer), full_matrices=False)
+        nearest = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        torch.testing.assert_close(update(layer, "sum"), nearest, rtol=1e-5, atol=1e-5)
+        if rank >= 5:
+            torch.testing.assert_close(update(layer, "sum"), dense(layer), rtol=1e-5, atol=1e-5)
+
+
+def test_cat_is_the_weighted_sum_in_every_kind_of_layer(model):
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    for layer in layers_of(model).values():
+        torch.testing.assert_close(update(layer, "sum"), dense(layer), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["cat", "svd", "linear"])
+def test_one_adapter_at_weight_1_gives_itself_back(model, how):
+    for name in ("one", "two"):
+        model.add_weighted_adapter([name], [1.0], f"{name}_again", combination_type=how)
+        for layer in layers_of(model).values():
+            torch.testing.assert_close(
+                update(layer, f"{name}_again"), update(layer, name), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_svd_clamps_its_factors_at_the_quantile(model):
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="svd", svd_clamp=0.9)
+    for layer in layers_of(model).values():
+        values = torch.cat([factor.flatten() for factor in layer.factors("sum")])
+        assert (values == values.max()).sum() > 1
+
+
+def test_a_name_that_is_taken_is_an_error_and_changes_nothing(model):
+    before = {path: update(layer, "two") for path, layer in layers_of(model).items()}
+    with pytest.raises(ConfigError, match="there is an adapter 'two' already"):
+        model.add_weighted_adapter(["one"], [2.0], "two")
+    for path, layer in layers_of(model).items():
+        assert torch.equal(update(layer, "two"), before[path])
