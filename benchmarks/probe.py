@@ -4,8 +4,8 @@
 
 Of each file two runs of as many steps are made, one at the usual rate and one with ``probe``, which takes
 training rows alone to judge rates by.  Told is the difference of their held-out losses with its interval, a
-paired bootstrap over the rows; the jokes that come along (``train``) are always among the files.  The intents
-of docs/benchmarks.md are 2,000 rows of PolyAI's banking77, the text as prompt and the category as completion."""
+paired bootstrap over the rows; the jokes that come along are always among the files.  The intents of
+docs/benchmarks.md are 2,000 rows of PolyAI's banking77, the text as prompt and the category as completion."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=32)
     options = made.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        record([figure(data, options.steps, Path(work) / data.stem) for data in [JOKES, *options.data]])
+        files = {"jokes": JOKES} | {data.stem: data for data in options.data}
+        record([figure(name, data, options.steps, Path(work) / name) for name, data in files.items()])
 
 
-def figure(data: Path, steps: int, out: Path) -> Figure:
+def figure(name: str, data: Path, steps: int, out: Path) -> Figure:
     usual, usual_rate = run(data, steps, out.with_name(f"{out.name}-usual"), probe=False)
     probed, rate = run(data, steps, out.with_name(f"{out.name}-probed"), probe=True)
     gap = compare_runs(usual, probed)
     told = f"{gap.value:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})"
     return Figure(
-        name=f"probe_{data.stem}",
-        what=f"{data.name}, {steps} steps: held-out loss at the probed rate {rate:g} to that at the usual "
+        name=f"probe_{name}",
+        what=f"{name}, {steps} steps: held-out loss at the probed rate {rate:g} to that at the usual "
         f"{usual_rate:g}, {told} nats a token on {usual.rows} rows",
         unit="nats a trained token",
         ratios=[probed.tuned_loss / usual.tuned_loss],
