@@ -99,16 +99,17 @@ def without_leaks(
     """``train`` without the rows that are in ``held_out`` too, and the places of those rows.
 
     Raises DataError if nothing is left."""
-    seen = {fingerprint(example) for example in held_out}
-    kept, leaked = array("I"), []
-    for place, example in enumerate(train):
-        if fingerprint(example) in seen:
-            leaked.append(example.origin)
-        else:
-            kept.append(place)
-    if not kept:
+    leaked = shared_rows(train, held_out)
+    if len(leaked) == len(train):
         raise DataError("every training row is in the held-out rows too; nothing is left to train on")
-    return pick(train, kept) if leaked else train, leaked
+    kept = np.delete(np.arange(len(train)), leaked).tolist()
+    return pick(train, kept) if leaked else train, [train[place].origin for place in leaked]
+
+
+def shared_rows(rows: Sequence[Example], others: Sequence[Example]) -> list[int]:
+    """The places in ``rows`` of those that are among ``others`` too."""
+    seen = {fingerprint(example) for example in others}
+    return [place for place, example in enumerate(rows) if fingerprint(example) in seen]
 
 
 def near_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankfold.data.order.split import without_leaks
+from rankfold.data.order.split import shared_rows
 from rankfold.data.shapes.example import Example
 from rankfold.errors import ConfigError, RankfoldError
 from rankfold.train.asked.recipe import Recipe
@@ -36,10 +36,10 @@ def told_of_leaks(folder: Path, examples: Sequence[Example]) -> list[str]:
     except RankfoldError as error:
         told = str(error).splitlines()[0]
         return [f"whether {folder} was trained on some of these rows cannot be told: {told}"]
-    _, leaked = without_leaks(examples, train)
+    leaked = shared_rows(examples, train)
     if not leaked:
         return []
     return [
         f"{len(leaked):,} of the {len(examples):,} rows are among those that {folder} was trained on "
-        f"({leaked[0]} ...): its numbers say how well it remembers them"
+        f"({examples[leaked[0]].origin} ...): its numbers say how well it remembers them"
     ]
