@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import randomise, rankfold_command, tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
@@ -209,3 +210,23 @@ def test_the_command_tells_the_likeness_and_writes_the_adapter(adapter, tmp_path
     wrong = rankfold_command("combine", one, tmp_path / "none", "--out", tmp_path / "no")
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_damaged_factors_are_named(adapter, tmp_path):
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
+    plain = adapter("plain")
+    changes = {
+        "NaN": lambda tensors: tensors[key.format("A")].fill_(float("nan")),
+        "ranks of A and B differ": lambda tensors: tensors.update({key.format("B"): torch.ones(64, 2)}),
+        "not both factors": lambda tensors: tensors.pop(key.format("B")),
+        "no low-rank factors": lambda tensors: tensors.clear(),
+    }
+    for told, change in changes.items():
+        damaged = adapter("damaged")
+        tensors = load_file(damaged / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, damaged / "adapter_model.safetensors")
+        (damaged / "rankfold.json").unlink()
+        with pytest.raises(AdapterError, match=told):
+            combined([plain, damaged], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from rankfold.lora.algebra.likeness import Likeness, likeness
 from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.config.names import PREFIX
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
-from rankfold.lora.files.adapter_reader import read_weights
+from rankfold.lora.files.adapter_reader import bad_values, read_weights
 from rankfold.lora.files.checkpoint import save_adapter
 from rankfold.lora.files.fingerprint import compare
 from rankfold.lora.files.lora_weights import A_KEYS, B_KEYS, Pair, pair_of, sorted_out
@@ -131,24 +131,25 @@ def _read(place: Path, weight: float) -> _Stored:
     config = LoraConfig.from_pretrained(place)
     tensors, facts, faults = read_weights(place)
     found = sorted_out(tensors)
-    odd = {key for each in found.pairs.values() for key in each} - {*A_KEYS, *B_KEYS, BIAS}
+    pairs = {path: pair_of(path, own, config) for path, own in found.pairs.items()}
+    odd = {key for pair in pairs.values() for key in pair.rows} - {BIAS}
+    apart = sorted(path for path, pair in pairs.items() if pair.B.shape[1] != pair.rank)
     problems = {
-        f"{faults[0][1] if faults else ''}": bool(faults),
         f"{', '.join(sorted(odd))}: an adapter that is more than a product of factors is no sum": bool(odd),
+        f"{', '.join(apart)}: the ranks of A and B differ": bool(apart),
         "its start changed the base weights; save it with path_initial_model_for_weight_conversion first": (
             changes_base(config.init_lora_weights)
         ),
-        "target_parameters have factors of several matrices; add_weighted_adapter has them": bool(
-            config.target_parameters
-        ),
+        "factors of parameters (target_parameters) cannot be combined": bool(config.target_parameters),
+        "it has no low-rank factors": not pairs,
     }
-    if told := [text for text, holds in problems.items() if holds]:
+    told = [text for _, text in (*faults, *bad_values(tensors))]
+    if told := told + [text for text, holds in problems.items() if holds]:
         raise AdapterError(bullet_list(f"{place} cannot be combined:", told))
     keys = {
         path: tuple(next(key for key in side if key in own) for side in (A_KEYS, B_KEYS))
         for path, own in found.pairs.items()
     }
-    pairs = {path: pair_of(path, own, config) for path, own in found.pairs.items()}
     return _Stored(place, weight, config, facts, pairs, keys, found.saved)  # type: ignore[arg-type]
 
 
