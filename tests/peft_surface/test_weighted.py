@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from rankfold import LoraConfig, get_peft_model
 from rankfold.errors import ConfigError
 from rankfold.lora.layers.factors import LoraLayer
+from rankfold.models.adapters.combine import CombineRequest, combine_adapters
 
 WEIGHTS = 0.7, -0.4
 
@@ -20,7 +21,7 @@ class Several(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.words, self.linear, self.turned = nn.Embedding(11, 8), nn.Linear(8, 9), Conv1D(7, 9)
-        self.image = nn.Conv2d(6, 10, 3)
+        self.image, self.sound, self.body = nn.Conv2d(6, 10, 3), nn.Conv1d(6, 10, 3), nn.Conv3d(6, 10, 2)
 
     def forward(self, ids):
         return self.turned(self.linear(self.words(ids)))
@@ -29,7 +30,7 @@ class Several(nn.Module):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    targets = ["words", "linear", "turned", "image"]
+    targets = ["words", "linear", "turned", "image", "sound", "body"]
     one = LoraConfig(r=3, lora_alpha=5, target_modules=targets)
     two = LoraConfig(r=2, lora_alpha=8, target_modules=targets, use_rslora=True)
     made = get_peft_model(Several(), one, "one")
@@ -57,7 +58,7 @@ def update(layer, name):
 @pytest.mark.parametrize("rank", [1, 2, 4, 5, 7])
 def test_svd_is_the_nearest_of_its_rank_in_every_kind_of_layer(model, rank):
     model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="svd", svd_rank=rank)
-    assert len(layers_of(model)) == 4
+    assert len(layers_of(model)) == 6
     for layer in layers_of(model).values():
         u, s, vh = torch.linalg.svd(dense(layer), full_matrices=False)
         nearest = (u[:, :rank] * s[:rank]) @ vh[:rank]
@@ -95,3 +96,14 @@ def test_a_name_that_is_taken_is_an_error_and_changes_nothing(model):
         model.add_weighted_adapter(["one"], [2.0], "two")
     for path, layer in layers_of(model).items():
         assert torch.equal(update(layer, "two"), before[path])
+
+
+def test_files_of_every_kind_of_layer_are_combined_alike(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    done = combine_adapters(
+        [tmp_path / "one", tmp_path / "two"], tmp_path / "both", CombineRequest(weights=list(WEIGHTS))
+    )
+    model.load_adapter(tmp_path / "both", "both")
+    assert (done.modules, done.rank) == (6, 5)
+    for layer in layers_of(model).values():
+        torch.testing.assert_close(update(layer, "both"), dense(layer), rtol=1e-5, atol=1e-5)
