@@ -192,6 +192,8 @@ def test_mistakes_of_a_call_are_told(adapter, tmp_path):
         combined([one], tmp_path / "out", weights=[1, 2])
     with pytest.raises(ConfigError, match="density is for the methods"):
         combined([one], tmp_path / "out", density=0.5)
+    with pytest.raises(ConfigError, match="weights.0: .*finite"):
+        combined([one], tmp_path / "out", weights=["nan"])
     with pytest.raises(OutputError, match="not an empty folder"):
         combined([one], one)
 
@@ -230,3 +232,24 @@ def test_damaged_factors_are_named(adapter, tmp_path):
         with pytest.raises(AdapterError, match=told):
             combined([plain, damaged], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_sum_of_half_precision_factors_is_as_exact_as_of_others(adapter, tmp_path):
+    folders = [adapter("one"), adapter("two", seed=1)]
+    for folder in folders:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        save_file({key: t.bfloat16() for key, t in tensors.items()}, folder / "adapter_model.safetensors")
+        (folder / "rankfold.json").unlink()
+    combined(folders, tmp_path / "both")
+    assert_same(deltas(tmp_path / "both"), summed(folders, [1, 1]))
+
+
+def test_any_two_of_several_are_held_against_each_other(adapter, tmp_path):
+    first, second, third = adapter("one", target_modules=["q_proj"]), adapter("two"), adapter("three", seed=1)
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
+    tensors = load_file(third / "adapter_model.safetensors")
+    tensors[key] = torch.cat([tensors[key], tensors[key]])
+    save_file(tensors, third / "adapter_model.safetensors")
+    (third / "rankfold.json").unlink()
+    with pytest.raises(AdapterError, match=r"layers.0.mlp.down_proj has updates of"):
+        combined([first, second, third], tmp_path / "out")

@@ -102,8 +102,10 @@ def without_leaks(
     leaked = shared_rows(train, held_out)
     if len(leaked) == len(train):
         raise DataError("every training row is in the held-out rows too; nothing is left to train on")
+    if not leaked:
+        return train, []
     kept = np.delete(np.arange(len(train)), leaked).tolist()
-    return pick(train, kept) if leaked else train, [train[place].origin for place in leaked]
+    return pick(train, kept), [train[place].origin for place in leaked]
 
 
 def shared_rows(rows: Sequence[Example], others: Sequence[Example]) -> list[int]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rankfold.lora.algebra.factor_svd import FactorSVD
 
-METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+Method = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.errors import AdapterError, ConfigError, OutputError, bullet_list
 from rankfold.lora import LoraConfig
-from rankfold.lora.algebra.combining import Combining
+from rankfold.lora.algebra.combining import Combining, Method
 from rankfold.lora.algebra.factor_svd import FactorSVD, svd_of_product
 from rankfold.lora.algebra.likeness import Likeness, likeness
 from rankfold.lora.config.lora_config import changes_base
@@ -32,8 +32,7 @@ BIAS = "lora_B.bias"
 DENSITY = 0.5
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 SAME = ("layer_replication", "alora_invocation_tokens", "fan_in_fan_out", "lora_bias", "use_qalora")
-Numbers = Annotated[list[float], BeforeValidator(split_at_commas)]
-Method = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+Numbers = Annotated[list[FiniteFloat], BeforeValidator(split_at_commas)]
 
 
 class CombineRequest(CheckedSettings):
@@ -156,13 +155,14 @@ def _read(place: Path, weight: float) -> _Stored:
 def _check_together(stored: Sequence[_Stored]) -> list[str]:
     """What a user should know; raises AdapterError for adapters of two bases, or two with whole modules."""
     whole = [each for each in stored if each.saved]
-    problems = [text for each in stored[1:] for text in _problems(each, stored[0])]
+    pairs = list(itertools.combinations(stored, 2))
+    problems = [text for first, each in pairs for text in _problems(each, first)]
     if len(whole) > 1:
         places = " and ".join(str(each.place) for each in whole)
         problems.append(f"{places} each save modules whole, and there is one of each")
     if problems:
         raise AdapterError(bullet_list("these adapters cannot be combined:", problems))
-    notes = [text for each in stored[1:] for text in _notes(each, stored[0])]
+    notes = [text for first, each in pairs for text in _notes(each, first)]
     return [
         *notes,
         *(f"what {each.place} saves whole is taken as it is, whatever its weight" for each in whole),
@@ -231,7 +231,7 @@ def _combined(stored: Sequence[_Stored], request: CombineRequest) -> dict[str, F
         for path in sorted({path for each in stored for path in each.pairs}):
             having = _having(path, stored)
             factors = [_factors(each.pairs[path]) for each in having]
-            found[path] = combining.of_products(factors, [each.weight for each in having])
+            found[path] = combining.of_products(factors, [each.weight for each in having]).cut()
     return found
 
 
@@ -247,7 +247,8 @@ def _tensors(path: str, svd: FactorSVD, rank: int, having: Sequence[_Stored]) ->
         parts = [(each.weight * each.pairs[path].scale, each.pairs[path].rows.get(BIAS)) for each in having]
         biases = [share * bias.double() for share, bias in parts if bias is not None]
         found[BIAS] = torch.stack(biases).sum(0)
-    return {f"{PREFIX}{path}.{key}": value.to(pair.A.dtype).contiguous() for key, value in found.items()}
+    dtype = torch.promote_types(pair.A.dtype, torch.float32)
+    return {f"{PREFIX}{path}.{key}": value.to(dtype).contiguous() for key, value in found.items()}
 
 
 def _config(like: LoraConfig, stored: Sequence[_Stored], rank: int) -> LoraConfig:
