@@ -1,19 +1,19 @@
-"""A batch whose rows belong to several adapters: each layer is run once an adapter, on that adapter's "
-"rows."""
+"""A batch whose rows belong to several adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rankfold.compat import recomputes_activations
 from rankfold.errors import ConfigError, MergeError, bullet_list
 from rankfold.lora.layers.attention import LoraMultiheadAttention
 from rankfold.lora.layers.base import AdapterLayer
+from rankfold.lora.layers.mixed import MixedForward, MixedRows, activate
 from rankfold.lora.layers.overrides import HeldParameters
 from rankfold.lora.layers.parameters import ParameterAdapters
 from rankfold.lora.layers.registry import adapter_layers
@@ -32,6 +32,11 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
     Raises MergeError if an adapter is merged, ConfigError where an adapter layer does not see rows."""
     if not isinstance(names, (list, tuple)):
         raise ConfigError(f"Got adapter names of type {type(names).__name__}, expected a list of str.")
+    if torch.is_grad_enabled() and model.training and recomputes_activations(model):
+        raise ConfigError(
+            "a batch of several adapters is not known any more when checkpointed activations are recomputed: "
+            "call gradient_checkpointing_disable() on the model first"
+        )
     layers = dict(adapter_layers(model))
     if merged := sorted({name for layer in layers.values() for name in layer.merged_adapters}):
         raise MergeError(
@@ -46,41 +51,20 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
     repeated = [name for name in names for _ in range(beams)]
     if holding := [n for n in dict.fromkeys(names) for layer in layers.values() if _holds(layer, n)]:
         raise ConfigError(f"{holding} bring biases or embeddings of their own, and a batch has one of each")
-    before = {path: layer.__dict__.get("forward") for path, layer in layers.items()}
-    active = {path: list(layer._active) for path, layer in layers.items()}
+    states = [(layer, layer.__dict__.get("forward"), list(layer._active)) for layer in layers.values()]
+    whole, in_encoder = (MixedRows([None if n == BASE else n for n in each]) for each in (repeated, names))
     try:
-        for layer in layers.values():
-            rows = list(names) if id(layer) in inside else repeated
-            layer.__dict__["forward"] = partial(run_in_parts, layer, layer.forward, rows)
+        for layer, _, _ in states:
+            activate(layer, [])
+            rows = in_encoder if id(layer) in inside else whole
+            layer.__dict__["forward"] = MixedForward(layer, rows)
         yield
     finally:
-        for path, layer in layers.items():
+        for layer, forward, active in states:
             layer.__dict__.pop("forward", None)
-            if before[path] is not None:
-                layer.__dict__["forward"] = before[path]
-            _switch(layer, active[path])
-
-
-def run_in_parts(layer: AdapterLayer, forward: Any, names: list[str], *args: Any, **kwargs: Any) -> Any:
-    """The output of ``layer`` for a batch of which row i is the adapter ``names[i]``'s."""
-    rows = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).shape[0]
-    if rows != len(names):
-        raise ConfigError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} and {rows} respectively."
-        )
-    whole: Any = None
-    for name in dict.fromkeys(names):
-        index = torch.tensor([i for i, other in enumerate(names) if other == name])
-        for part in (layer, *layer._modules.values()):  # an attention layer's output projection, too
-            if isinstance(part, AdapterLayer):
-                _switch(part, [name])
-        output = forward(
-            *(_rows_of(value, index, rows) for value in args),
-            **{key: _rows_of(value, index, rows) for key, value in kwargs.items()},
-        )
-        whole = _put(whole, output, index, rows)
-    return whole
+            if forward is not None:
+                layer.__dict__["forward"] = forward
+            activate(layer, active)
 
 
 def _cannot_tell_rows(path: str, layer: AdapterLayer) -> str | None:
@@ -101,31 +85,8 @@ def _cannot_tell_rows(path: str, layer: AdapterLayer) -> str | None:
     return None
 
 
-def _switch(layer: AdapterLayer, names: list[str]) -> None:
-    """Let ``names`` count in one layer, whatever is trained."""
-    layer.__dict__["_active"] = names
-    layer.refresh()
-
-
 def _holds(layer: AdapterLayer, name: str) -> bool:
     return isinstance(layer, HeldParameters) and name in layer.adapter_names()
-
-
-def _rows_of(value: Any, index: Tensor, rows: int) -> Any:
-    of_rows = isinstance(value, Tensor) and value.dim() and value.shape[0] == rows
-    return value[index.to(value.device)] if of_rows else value
-
-
-def _put(whole: Any, part: Any, index: Tensor, rows: int) -> Any:
-    """``whole``, made if it is None yet, with the rows of ``part`` at ``index``."""
-    if isinstance(part, tuple):
-        wholes = whole if whole is not None else [None] * len(part)
-        return tuple(_put(own, each, index, rows) for own, each in zip(wholes, part, strict=True))
-    if not isinstance(part, Tensor):
-        return part
-    if whole is None:
-        whole = part.new_zeros((rows, *part.shape[1:]))
-    return whole.index_copy(0, index.to(part.device), part)
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:

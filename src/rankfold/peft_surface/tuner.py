@@ -343,8 +343,6 @@ class LoraModel(nn.Module):
         if names is None:
             yield
             return
-        if self.training:
-            raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.")
         if missing := sorted({*names} - {BASE, *self.peft_config}):
             raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}")
         with mixed_batch(self.model, names, beams=kwargs.get("num_beams") or 1):

@@ -1,0 +1,146 @@
+"""One layer's output for a batch whose rows belong to several adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.errors import ConfigError
+from rankfold.kernels.grouped_low_rank import Groups, add_grouped_update, stacked
+from rankfold.lora.layers.base import AdapterLayer, upcast
+from rankfold.lora.layers.linear import LinearUpdates
+
+Stack = tuple[Tensor, Tensor, Tensor | None]
+
+
+class MixedRows:
+    """Which adapter each row of a batch is of, ``None`` for none; what a layer needs of that is made once
+    for all layers that carry the same adapters."""
+
+    def __init__(self, names: Sequence[str | None]) -> None:
+        self.names = list(names)
+        self._groups: dict[tuple[tuple[str, ...], torch.device], Groups] = {}
+
+    def check(self, rows: int) -> None:
+        if rows != len(self.names):
+            raise ConfigError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {rows} respectively."
+            )
+
+    def groups(self, carried: tuple[str, ...], device: torch.device) -> Groups:
+        """The rows by the adapters ``carried``; those of others are of none."""
+        if (carried, device) not in self._groups:
+            places = {name: place for place, name in enumerate(carried)}
+            index = [places.get(name, -1) if name is not None else -1 for name in self.names]
+            self._groups[carried, device] = Groups.of(index, len(carried), device)
+        return self._groups[carried, device]
+
+
+class MixedForward:
+    """The forward of ``layer``, of which no adapter is active, for the rows of ``rows``."""
+
+    def __init__(self, layer: AdapterLayer, rows: MixedRows) -> None:
+        self.layer, self.rows, self.forward = layer, rows, layer.forward
+        held = layer.adapter_names()
+        self.carried = tuple(n for n in dict.fromkeys(rows.names) if n is not None and n in held)
+        self.grouped = _can_group(layer, self.carried)
+        self._stack: Stack | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.rows.check(inputs.shape[0])
+        if not self.carried or self.layer.disable_adapters:
+            return self.forward(*args, **kwargs)
+        if self.grouped and inputs.dim() > 1:
+            return self._in_groups(inputs, self.forward(*args, **kwargs))
+        return self._in_parts(*args, **kwargs)
+
+    def _in_groups(self, x: Tensor, out: Tensor) -> Tensor:
+        layer = self.layer
+        if layer.training:
+            x = layer.dropped(self.carried[0], x)
+        lora_a, lora_b, factors = self._stacked()
+        groups = self.rows.groups(self.carried, x.device)
+        if factors is not None:
+            less_one = (factors - 1).index_select(0, groups.index)
+            if groups.is_of_one is not None:
+                less_one = less_one * groups.is_of_one[:, None]
+            bias = layer._parameters.get("bias")
+            base = upcast(out) if bias is None else upcast(out) - bias
+            shape = (out.shape[0], *[1] * (out.dim() - 2), out.shape[-1])
+            wide = torch.addcmul(upcast(out), base, less_one.view(shape))
+            return add_grouped_update(wide, x, lora_a, lora_b, groups).to(out.dtype)
+        return add_grouped_update(out, x, lora_a, lora_b, groups)
+
+    def _stacked(self) -> Stack:
+        """The factors of all adapters of the batch, and DoRA's factor of each output (adapters, out); kept
+        where there is no gradient."""
+        if self._stack is not None and not torch.is_grad_enabled():
+            return self._stack
+        layer, names = self.layer, self.carried
+        pairs, scales = [layer.factors(name) for name in names], [layer.scaling[name] for name in names]
+        lora_a, lora_b = stacked(pairs, scales)
+        factors = None
+        if any(layer.use_dora[name] for name in names):
+            ones = torch.ones(lora_b.shape[-1], device=lora_b.device)
+            factors = torch.stack([layer.row_factors(n) if layer.use_dora[n] else ones for n in names])
+            lora_b = lora_b * factors[:, None].to(lora_b.dtype)
+        stack = lora_a, lora_b, factors
+        self._stack = None if torch.is_grad_enabled() else stack
+        return stack
+
+    def _in_parts(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer run once an adapter, on that adapter's rows."""
+        names, rows, whole = self.rows.names, len(self.rows.names), None
+        try:
+            for name in dict.fromkeys(names):
+                index = torch.tensor([i for i, other in enumerate(names) if other == name])
+                activate(self.layer, [] if name is None else [name])
+                output = self.forward(
+                    *(_rows_of(value, index, rows) for value in args),
+                    **{key: _rows_of(value, index, rows) for key, value in kwargs.items()},
+                )
+                whole = _put(whole, output, index, rows)
+        finally:
+            activate(self.layer, [])
+        return whole
+
+
+def activate(layer: AdapterLayer, names: list[str]) -> None:
+    """Let ``names`` count in one layer, whatever is trained."""
+    layer.__dict__["_active"] = names
+    layer.refresh()
+
+
+def _can_group(layer: AdapterLayer, names: Sequence[str]) -> bool:
+    """Whether the updates of ``names`` are products of two factors, after one and the same dropout."""
+    if not isinstance(layer, LinearUpdates) or not names:
+        return False
+    configs = [layer.specs[name].config for name in names]
+    dropouts = {config.lora_dropout for config in configs}
+    apart = any(config.lora_bias or layer.has_variant(n) for config, n in zip(configs, names, strict=True))
+    redrawn = layer.training and dropouts != {0.0} and any(config.use_dora for config in configs)
+    splits = layer.split is not None and layer.split.name in names  # its rows see another base weight
+    return len(dropouts) == 1 and not (apart or redrawn or splits)
+
+
+def _rows_of(value: Any, index: Tensor, rows: int) -> Any:
+    of_rows = isinstance(value, Tensor) and value.dim() and value.shape[0] == rows
+    return value[index.to(value.device)] if of_rows else value
+
+
+def _put(whole: Any, part: Any, index: Tensor, rows: int) -> Any:
+    """``whole``, made if it is None yet, with the rows of ``part`` at ``index``."""
+    if isinstance(part, tuple):
+        wholes = whole if whole is not None else [None] * len(part)
+        return tuple(_put(own, each, index, rows) for own, each in zip(wholes, part, strict=True))
+    if not isinstance(part, Tensor):
+        return part
+    if whole is None:
+        whole = part.new_zeros((rows, *part.shape[1:]))
+    return whole.index_copy(0, index.to(part.device), part)
+
