@@ -13,11 +13,12 @@ __version__ = "0.1.0"
 _NAMES = {
     "data.check.doctor": "CheckRequest check",
     "errors": "RankfoldError RankfoldWarning",
-    "lora.config.data_starts": "CordaConfig EvaConfig LoftQConfig LoraGAConfig MontecloraConfig VeloraConfig",
+    "lora.config.data_starts": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
+    "lora.config.variant_configs": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
     "lora.config.lora_config": "LoraConfig LoraRuntimeConfig PeftType TaskType",
     "lora.layers.registry": "register_layer",
     "lora.layers.factors": "LoraLayer",
-    "lora.layers.variants": "MontecloraSampler",
+    "lora.variants.monteclora": "MontecloraSampler",
     "models.base.auto": (
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
@@ -28,6 +29,7 @@ _NAMES = {
     "models.answering.answer": "Answer",
     "models.answering.answers": "answer_all answers replies reply",
     "models.answering.sampling": "Sampling",
+    "peft_surface.arrow": "create_arrow_model",
     "peft_surface.functional": (
         "get_base_model_state_dict get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
         "set_base_model_state_dict set_peft_model_state_dict set_requires_grad"
@@ -71,6 +73,11 @@ _BELOW = {
         name: (f"tuners.{module}", name)
         for module, names in {
             "lora.layer": "Conv1d Conv2d Conv3d Embedding Linear MultiheadAttention ParamWrapper",
+            "lora.arrow": "_resolve_adapter_source",
+            "lora.variants": (
+                "BlockDiagonalLinear calculate_alora_offsets get_alora_offsets_for_forward "
+                "get_alora_offsets_for_generate is_alora_relevant_in_batch"
+            ),
             "lora.model": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
             "tuners_utils": (
                 "_find_minimal_target_modules _maybe_include_all_linear_layers check_target_module_exists "

@@ -84,6 +84,20 @@ def recomputes_activations(model: Any) -> bool:
     return getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing", False) is True
 
 
+def in_backward() -> bool:
+    """Whether what is computed now is part of a backward: activations that are recomputed."""
+    import torch
+
+    return torch._C._current_graph_task_id() != -1
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Let ``call`` be made when the backward that goes on now is done."""
+    import torch
+
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
 def layers_kept_whole(base: Any) -> set[str]:
     """The names of the classes that a model of transformers wants on one device: its decoder layers."""
     return {*(getattr(base, "_no_split_modules", None) or ())}

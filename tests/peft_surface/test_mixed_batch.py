@@ -87,7 +87,13 @@ def test_the_gradients_are_the_sums_of_those_of_the_rows(kind):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_batch_is_answered_by_its_adapters(beams):
     model = three("plain")
-    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": 61}
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "num_beams": beams,
+        "pad_token_id": 0,
+        "eos_token_id": 61,
+    }
     generate = lambda ids, **more: model.generate(input_ids=ids, **options, **more)  # noqa: E731
     wanted = apart(model, IDS, NAMES, generate)
     assert torch.equal(generate(IDS, adapter_names=NAMES), wanted)

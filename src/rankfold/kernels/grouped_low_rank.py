@@ -43,8 +43,10 @@ class Groups:
         )
 
 
-def stacked(factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[Tensor | float]) -> tuple[Tensor, Tensor]:
-    """A (adapters, rank, in) and the scaled B (adapters, rank, out) of factors A (rank, in) and B (out, rank).
+def stacked(
+    factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[Tensor | float]
+) -> tuple[Tensor, Tensor]:
+    """A (adapters, rank, in) and the scaled B (adapters, rank, out) of factors A (rank, in), B (out, rank).
     Their ranks may differ: what a smaller one lacks is zero."""
     rank = max(lora_a.shape[0] for lora_a, _ in factors)
     scaled = [lora_b.t() * scale for (_, lora_b), scale in zip(factors, scales, strict=True)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import AdapterError, ConfigError, bullet_list
 from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.variant_configs import not_plain
 from rankfold.lora.files.adapter_reader import AdapterSource, StoredAdapter, read_weights
 from rankfold.lora.files.checkpoint import file_tensors, fill_adapter
 from rankfold.lora.layers.base import upcast
@@ -66,7 +67,9 @@ def check_convertible(name: str, config: LoraConfig, layers: list[tuple[str, Lor
             f"{name!r} uses DoRA, whose change of the weight has no low rank: it cannot become a plain "
             "adapter; save it without path_initial_model_for_weight_conversion, or merge it"
         )
-    whole = [path for path, layer in layers if layer.split is None or layer.split.name != name]
+    if wrong := not_plain(config):
+        raise ConfigError(f"{name!r} cannot become a plain adapter: {'; '.join(wrong)}")
+    whole = [path for path, layer in layers if layer.split is None or name not in layer.split.names]
     if whole:
         headline = (
             f"path_initial_model_for_weight_conversion is for adapters whose start changed the base weights "

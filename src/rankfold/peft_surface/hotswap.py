@@ -14,13 +14,20 @@ from rankfold.compat import is_compiled
 from rankfold.errors import AdapterError, ConfigError, MergeError, RankfoldWarning
 from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.config.names import PREFIX
+from rankfold.lora.config.variant_configs import VARIANTS
 from rankfold.lora.files.checkpoint import file_tensors
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.placing.targets import alpha_of, rank_of
 from rankfold.peft_surface.functional import load_peft_weights, tuner_of, unwrapped
 
-ALIKE = ("peft_type", "use_rslora", "lora_dropout", "use_dora")  # a compiled model has these built in
+ALIKE = (
+    "peft_type",
+    "use_rslora",
+    "lora_dropout",
+    "use_dora",
+    *VARIANTS,
+)  # a compiled model has these built in
 
 
 def hotswap_adapter(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,25 +31,11 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
     Raises MergeError if an adapter is merged, ConfigError where an adapter layer does not see rows."""
     if not isinstance(names, (list, tuple)):
         raise ConfigError(f"Got adapter names of type {type(names).__name__}, expected a list of str.")
-    if torch.is_grad_enabled() and model.training and recomputes_activations(model):
-        raise ConfigError(
-            "a batch of several adapters is not known any more when checkpointed activations are recomputed: "
-            "call gradient_checkpointing_disable() on the model first"
-        )
     layers = dict(adapter_layers(model))
-    if merged := sorted({name for layer in layers.values() for name in layer.merged_adapters}):
-        raise MergeError(
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` "
-            f"first. Merged: {', '.join(merged)}"
-        )
-    wrong = [text for path, layer in layers.items() if (text := _cannot_tell_rows(path, layer))]
-    if wrong:
-        raise ConfigError(bullet_list("a batch cannot be shared among adapters here:", wrong))
+    _check(model, layers, names)
     encoder = encoder_of(model) if beams > 1 else None
     inside = {id(module) for module in encoder.modules()} if encoder is not None else set()
     repeated = [name for name in names for _ in range(beams)]
-    if holding := [n for n in dict.fromkeys(names) for layer in layers.values() if _holds(layer, n)]:
-        raise ConfigError(f"{holding} bring biases or embeddings of their own, and a batch has one of each")
     states = [(layer, layer.__dict__.get("forward"), list(layer._active)) for layer in layers.values()]
     whole, in_encoder = (MixedRows([None if n == BASE else n for n in each]) for each in (repeated, names))
     try:
@@ -65,6 +50,24 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
             if forward is not None:
                 layer.__dict__["forward"] = forward
             activate(layer, active)
+
+
+def _check(model: nn.Module, layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> None:
+    if torch.is_grad_enabled() and model.training and recomputes_activations(model):
+        raise ConfigError(
+            "a batch of several adapters is not known any more when checkpointed activations are recomputed: "
+            "call gradient_checkpointing_disable() on the model first"
+        )
+    if merged := sorted({name for layer in layers.values() for name in layer.merged_adapters}):
+        raise MergeError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` "
+            f"first. Merged: {', '.join(merged)}"
+        )
+    wrong = [text for path, layer in layers.items() if (text := _cannot_tell_rows(path, layer))]
+    if wrong:
+        raise ConfigError(bullet_list("a batch cannot be shared among adapters here:", wrong))
+    if holding := [n for n in dict.fromkeys(names) for layer in layers.values() if _holds(layer, n)]:
+        raise ConfigError(f"{holding} bring biases or embeddings of their own, and a batch has one of each")
 
 
 def _cannot_tell_rows(path: str, layer: AdapterLayer) -> str | None:

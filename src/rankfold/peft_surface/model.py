@@ -17,6 +17,7 @@ from rankfold.errors import ConfigError, nearest
 from rankfold.lora.config.lora_config import LoraConfig, PeftType
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, LoadOptions, LoadResult
+from rankfold.peft_surface.activated import get_alora_offsets_for_forward, get_alora_offsets_for_generate
 from rankfold.peft_surface.card import push_to_hub, write_card
 from rankfold.peft_surface.findings import (
     count_parameters,
@@ -40,7 +41,7 @@ class PeftModel(nn.Module):
     _hf_peft_config_loaded = True
     _is_prompt_learning = False
     peft_type = PeftType.LORA
-    special_peft_forward_args = frozenset({"adapter_names"})
+    special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})
 
     def __init__(
         self,
@@ -99,6 +100,7 @@ class PeftModel(nn.Module):
             ) from error
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs |= get_alora_offsets_for_forward(self, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.get_base_model()(*args, **without_names(kwargs))
 
@@ -113,6 +115,7 @@ class PeftModel(nn.Module):
         own = self.__dict__.get("generation_config")
         if own is not None:
             kwargs.setdefault("generation_config", own)
+        kwargs = get_alora_offsets_for_generate(self, *args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.get_base_model().generate(*args, **without_names(kwargs))  # type: ignore[operator]
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import ConfigError, MergeError
 from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.variant_configs import KasaConfig
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, LoadResult
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.registry import adapter_layers
-from rankfold.lora.layers.variants import MontecloraSampler
 from rankfold.lora.placing import merging
 from rankfold.lora.placing.non_lora_params import check_together
 from rankfold.lora.placing.parameter_targets import parameter_targets
@@ -34,6 +34,9 @@ from rankfold.lora.placing.placement import (
 from rankfold.lora.placing.replication import end_replication, replicated
 from rankfold.lora.placing.targets import USUAL_TARGETS, is_target
 from rankfold.lora.placing.transformer_encoder import pack_without_grad
+from rankfold.lora.variants.kasa import regularisation
+from rankfold.lora.variants.monteclora import MontecloraSampler
+from rankfold.peft_surface.activated import activated
 from rankfold.peft_surface.findings import (
     PREFIX_OF_TENSORS,
     buffer_versions,
@@ -338,20 +341,41 @@ class LoraModel(nn.Module):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Within the block each row of a batch goes through the adapter named for it in ``adapter_names``."""
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
+        """Within the block each row of a batch goes through the adapter named for it in ``adapter_names``, an
+        activated one for its last ``alora_offsets`` tokens."""
+        names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+        with activated(self.model, offsets, kwargs.get("num_beams")):
+            if names is None:
+                yield
+                return
+            with self._mixed(names, kwargs.get("num_beams") or 1):
+                yield
+
+    @contextmanager
+    def _mixed(self, names: Sequence[str], beams: int) -> Iterator[None]:
         if missing := sorted({*names} - {BASE, *self.peft_config}):
             raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}")
-        with mixed_batch(self.model, names, beams=kwargs.get("num_beams") or 1):
+        with mixed_batch(self.model, names, beams=beams):
             yield
 
     def _get_monteclora_loss(self) -> Tensor:
         """What MonteCLoRA adds to the loss, summed over all layers; zero in eval mode."""
         samplers = [module for module in self.model.modules() if isinstance(module, MontecloraSampler)]
         return sum((sampler.variational_loss() for sampler in samplers), torch.zeros(()))
+
+    def _get_kasa_loss(self, adapter_names: str | Collection[str] | None = None) -> Tensor | float:
+        """What KaSA adds to the loss, summed over the layers of the named, or the active, adapters; 0.0
+        without any."""
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        held = [
+            regularisation(layer, name, config.beta, config.gamma)
+            for _, layer in adapter_layers(self.model)
+            for name in names
+            if isinstance(layer, LoraLayer) and name in layer.lora_diag
+            for config in [cast(KasaConfig, layer.specs[name].config.kasa_config)]
+        ]
+        return sum(held, torch.zeros(())) if held else 0.0
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapters can become LoRA: they are LoRA."""

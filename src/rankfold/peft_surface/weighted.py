@@ -18,6 +18,7 @@ from torch import Tensor
 from rankfold.errors import ConfigError
 from rankfold.lora.algebra.combining import METHODS, Combining
 from rankfold.lora.algebra.factor_svd import FactorSVD, svd_of_product
+from rankfold.lora.config.variant_configs import not_plain
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.lora.layers.parameters import ParameterAdapters
 from rankfold.lora.layers.registry import adapter_layers
@@ -88,7 +89,7 @@ def _checked(
 ) -> tuple[str, int]:
     """The kind of combination, and the rank of its result."""
     configs = [tuner.peft_config[name] for name in adapters]
-    kind = "linear" if len(adapters) == 1 else how.kind
+    kind, invocation = "linear" if len(adapters) == 1 else how.kind, configs[0].alora_invocation_tokens
     ranks = [max([config.r, *config.rank_pattern.values()]) for config in configs]
     kinds = {isinstance(config.target_modules, str) for config in configs}
     saved = [layer for _, layer in adapter_layers(tuner.model) if isinstance(layer, SavedModule)]
@@ -105,6 +106,8 @@ def _checked(
         ),
         "all adapters should follow the same target modules type, either str or list/set": len(kinds) > 1,
         "an adapter with DoRA is no sum, and cannot be combined": any(c.use_dora for c in configs),
+        "; ".join(text for config in configs for text in not_plain(config)): any(map(not_plain, configs))
+        and not all(invocation and config.alora_invocation_tokens == invocation for config in configs),
         f"{kind} needs density, the share of values to keep": how.density is None
         and kind not in ("linear", "cat", "svd"),
     }

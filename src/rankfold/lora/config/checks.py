@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rankfold.errors import ConfigError, bullet_list, nearest
-from rankfold.lora.config.data_starts import DATA_STARTS, VARIANTS
+from rankfold.lora.config.data_starts import DATA_STARTS
+from rankfold.lora.config.variant_configs import VARIANTS
 
 BIASES = ("none", "all", "lora_only")
 STARTS = ("gaussian", "orthogonal", "pissa", "olora", "mica")
@@ -16,11 +17,7 @@ START = re.compile("|".join((*STARTS, *DATA_STARTS, r"pissa_niter_[0-9]{1,3}")))
 MAX_LAYERS = 1000  # of a model with layer_replication
 # PEFT options that are carried in the file while unset, and refused by name while rankfold lacks
 # them: loading such an adapter as plain LoRA would be silently wrong.
-UNSET = {
-    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config")),
-    "use_bdlora": None,
-    "use_qalora": False,
-}
+UNSET = {"megatron_config": None, "use_qalora": False}
 # Fields of an adapter's config that nothing here acts on: no class or module that they name is imported.
 CARRIED_TYPES: dict[str, type] = {
     **dict.fromkeys(("base_model_name_or_path", "megatron_core", "peft_version", "revision"), str),
@@ -74,7 +71,7 @@ def _together(config: Any) -> list[str]:
     if config.init_lora_weights == "loftq" and not config.loftq_config:
         found.append("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
     if sum(getattr(config, name) not in (None, False) for name in ("use_dora", *VARIANTS)) > 1:
-        found.append("use_dora, velora_config and monteclora_config are variants of which one may be used")
+        found.append(f"{', '.join(('use_dora', *VARIANTS))} are variants, of which one may be used")
     ranges = config.layer_replication or ()
     if _is_ranges(ranges) and (layers := sum(end - start for start, end in ranges)) > MAX_LAYERS:
         found.append(f"layer_replication makes {layers:,} layers; no model has that many")
@@ -176,6 +173,10 @@ FIELDS: dict[str, Check] = {
     ),
     "target_parameters": (_is_names, "names: `target_parameters` must be a list of strings or None."),
     "modules_to_save": (_is_names, "a list of names"),
+    "alora_invocation_tokens": (
+        lambda value: isinstance(value, list) and bool(value) and all(map(_is_count, value)),
+        "a list of token ids",
+    ),
     "layers_to_transform": (_is_layers, "layer numbers from 0"),
     "layer_replication": (_is_ranges, "ranges of layers [[start, end], ...]"),
     "trainable_token_indices": (

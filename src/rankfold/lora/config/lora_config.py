@@ -16,16 +16,16 @@ from typing import Any, ClassVar, Self, TypeVar
 from rankfold.errors import AdapterError, ConfigError, bullet_list, nearest
 from rankfold.files import write_whole
 from rankfold.lora.config.checks import check_carried, problems_of
-from rankfold.lora.config.data_starts import (
-    CordaConfig,
-    EvaConfig,
-    LoftQConfig,
-    LoraGAConfig,
+from rankfold.lora.config.data_starts import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from rankfold.lora.config.nested import read_sub_configs
+from rankfold.lora.config.strict_json import read_json_object
+from rankfold.lora.config.variant_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
     MontecloraConfig,
     VeloraConfig,
-    read_sub_configs,
 )
-from rankfold.lora.config.strict_json import read_json_object
 
 CONFIG_NAME = "adapter_config.json"
 # The PEFT release whose file format is written; PEFT warns when a file names a newer one than itself.
@@ -138,9 +138,9 @@ class LoraConfig:
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | None = None
-    arrow_config: dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | dict[str, Any] | None = None
+    arrow_config: ArrowConfig | dict[str, Any] | None = None
+    kasa_config: KasaConfig | dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
     # Of a file, what is no option here (a newer PEFT wrote it) and is not empty: see ``from_dict``.
@@ -162,9 +162,15 @@ class LoraConfig:
             raise ConfigError(bullet_list("this LoraConfig cannot be used:", problems))
         if self.task_type is not None:
             self.task_type = TaskType(self.task_type)
-        self._tell_conversion()
+        self._tell()
 
-    def _tell_conversion(self) -> None:
+    def _tell(self) -> None:
+        """Warn of what is odd about the values together."""
+        if self.alora_invocation_tokens is not None and self.task_type != TaskType.CAUSAL_LM:
+            warnings.warn(
+                "aLoRA is currently only supported for CAUSAL_LM task: elsewhere pass alora_offsets",
+                stacklevel=4,
+            )
         patterns = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterns and changes_base(self.init_lora_weights):
             warnings.warn(
@@ -189,6 +195,11 @@ class LoraConfig:
         copy = replace(self, **changes)
         copy._register_custom_module(self.custom_modules)
         return copy
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the adapter's start takes a part of the base weight away."""
+        return changes_base(self.init_lora_weights) or self.kasa_config is not None
 
     @property
     def rank(self) -> int:

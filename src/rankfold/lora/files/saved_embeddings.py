@@ -85,7 +85,7 @@ def find_brought(
             for spelt in _spellings(model, path, key) & tensors.keys() - {*wanted}:
                 if key == "weight" and isinstance(layer, LoraLayer) and layer.split is not None:
                     # What the start left of the base, in the file to the bit: no other base weight.
-                    found[spelt] = ("", layer.base_weight_for([layer.split.name]).detach())
+                    found[spelt] = ("", layer.base_weight_for(layer.split.names).detach())
                 elif parameter is not None:
                     found[spelt] = (f"{path}.{key}", torch.empty_like(parameter))
     return found
@@ -147,7 +147,7 @@ def _embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _base_value(model: nn.Module, layer: nn.Module, key: str, name: str) -> nn.Parameter:
     """A base parameter as it is unmerged and with ``name`` active."""
     split = layer.split if key == "weight" and isinstance(layer, LoraLayer) else None
-    if split is not None and (split.name == name) != split.in_place:
+    if split is not None and (name in split.names) != split.in_place:
         return nn.Parameter(cast(Tensor, layer.spare_weight), requires_grad=False)
     parameter, holder = cast(nn.Parameter, layer._parameters[key]), holder_of(model)
     if isinstance(layer, AdapterLayer) and key in layer._originals:

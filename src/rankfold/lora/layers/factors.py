@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
-from rankfold.lora.config.data_starts import VARIANTS, start_from_data
+from rankfold.lora.config.data_starts import start_from_data
 from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.layers.base import HALF_DTYPES, AdapterSpec, cast_merged, upcast
 from rankfold.lora.layers.dora import MAGNITUDES, Magnitude, row_factors, row_norms
 from rankfold.lora.layers.init import draw_kaiming, minor_directions, start_factors
 from rankfold.lora.layers.residual_base import ResidualBase, splitting_problems
-from rankfold.lora.layers.variants import MONTECLORA, VELORA, start_variant, variant_tensors
+from rankfold.lora.variants.table import HELD, variant_of
+from rankfold.lora.variants.variant import Variant
 
 MICA = "mica"
 
@@ -41,13 +42,13 @@ class LoraLayer(ResidualBase):
     A layer type implements ``make_factors``, ``delta`` and ``forward``, in which each adapter in
     ``applied`` adds its update."""
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDES, VELORA, MONTECLORA)
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDES, *HELD)
     other_param_names: ClassVar[tuple[str, ...]] = (
-        *("lora_dropout", "r", "lora_alpha", "scaling", "specs", "use_dora"),
+        *("lora_dropout", "r", "lora_alpha", "scaling", "specs", "use_dora", "lora_variant"),
     )
     added: ClassVar[tuple[str, ...]] = (*adapter_layer_names, *other_param_names, *ResidualBase.added)
 
-    # Whether VeLoRA and MonteCLoRA are supported.
+    # Whether variants of the pair are supported.
     has_variants: ClassVar[bool] = False
     # Whether fresh factors start in the layer's own way, whatever init_lora_weights says.
     own_start: ClassVar[bool] = False
@@ -59,13 +60,14 @@ class LoraLayer(ResidualBase):
     scaling: dict[str, float]
     specs: dict[str, AdapterSpec]
     use_dora: dict[str, bool]
+    lora_variant: dict[str, Variant]
     lora_dropout: nn.ModuleDict
 
     def start(self) -> None:
         super().start()
         self.lora_A, self.lora_B, self.lora_dropout = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.lora_A.__dict__["_forward_pre_hooks"] = NO_FAST_PATH
-        self.__dict__.update(r={}, lora_alpha={}, scaling={}, specs={}, use_dora={})
+        self.__dict__.update(r={}, lora_alpha={}, scaling={}, specs={}, use_dora={}, lora_variant={})
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -76,11 +78,7 @@ class LoraLayer(ResidualBase):
         if dora and cls.row_dim is None:
             found.append(f"{name} does not support DoRA (yet), please set use_dora to False")
         plain = not isinstance(start, str) or start == "gaussian" or start_from_data(start)
-        found += [
-            f"{key} is not for a {name}"
-            for key in VARIANTS
-            if getattr(spec.config, key) and not cls.has_variants
-        ]
+        found += cls._variant_problems(layer, spec)
         if start == MICA:
             found += cls._minor_problems(layer, spec)
         if cls.own_start:
@@ -95,9 +93,21 @@ class LoraLayer(ResidualBase):
             )
         elif splits:
             found += splitting_problems(layer, spec)
-        if (dora or splits) and isinstance(layer, LoraLayer) and layer.merged:
+        if (dora or spec.config.changes_base) and isinstance(layer, LoraLayer) and layer.merged:
             found.append(f"{layer.merged_adapters} are merged into it; unmerge_adapter() first")
         return found
+
+    @classmethod
+    def _variant_problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
+        """What keeps ``layer`` from the variant that ``spec`` asks for."""
+        asked = variant_of(spec.config)
+        if asked is None:
+            return []
+        field, variant = asked
+        if not cls.has_variants:
+            kind = cls.plain_class.__name__
+            return [f"a {kind} does not support {field}, please set `{field}=None`"]
+        return variant.problems(layer, spec)
 
     @classmethod
     def _minor_problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -129,8 +139,16 @@ class LoraLayer(ResidualBase):
             self._start_minor(spec)
         if spec.config.use_dora:
             self._start_magnitude(spec.name)
-        if spec.config.velora_config is not None or spec.config.monteclora_config is not None:
-            start_variant(self, spec)
+        if variant := variant_of(spec.config):
+            self.lora_variant[spec.name] = variant[1]
+            with torch.no_grad():
+                variant[1].start(self, spec)
+
+    def hold(self, holder: str, name: str, module: nn.Module) -> None:
+        """Keep ``module`` for one adapter under ``holder``, one of ``adapter_layer_names``."""
+        if holder not in self._modules:
+            self._modules[holder] = nn.ModuleDict()
+        cast(nn.ModuleDict, self._modules[holder])[name] = module
 
     def list_adapter(self, spec: AdapterSpec) -> None:
         """Note what ``spec`` says, and make its dropout."""
@@ -203,8 +221,7 @@ class LoraLayer(ResidualBase):
         return self.r
 
     def drop(self, name: str) -> None:
-        if self.split is not None and self.split.name == name:
-            self.end_split()
+        self.end_split_of(name)
         for key in (*self.adapter_layer_names, *self.other_param_names):
             holder: Any = self._modules.get(key, self.__dict__.get(key))
             if holder is not None and name in holder:
@@ -217,6 +234,17 @@ class LoraLayer(ResidualBase):
         lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         return lora_a._parameters["weight"], lora_b._parameters["weight"]
 
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) whose product, times the scale, is the change of the weight.
+
+        Raises MergeError if the adapter is no change of the weight."""
+        variant = self.lora_variant.get(name)
+        if variant is None or not (variant.pair or variant.cannot_merge):
+            return self.factors(name)
+        if variant.pair is None:
+            raise MergeError(variant.cannot_merge)
+        return variant.pair(self, name)
+
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.r:
             return {}
@@ -224,7 +252,8 @@ class LoraLayer(ResidualBase):
         tensors = {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
         if (bias := self.factor_bias(name)) is not None:
             tensors["lora_B.bias"] = bias
-        return tensors | self.magnitude_tensors(name) | variant_tensors(self, name)
+        held = self.lora_variant[name].tensors(self, name) if name in self.lora_variant else {}
+        return tensors | self.magnitude_tensors(name) | held
 
     def magnitude_tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The magnitudes of one adapter by their key in PEFT's file; none if it is no DoRA adapter."""
@@ -349,16 +378,12 @@ class LoraLayer(ResidualBase):
         return self._modules.get("lora_embedding_B", NO_ADAPTERS)
 
     @property
-    def lora_velora_embed(self) -> Any:
-        return self._modules.get(VELORA, NO_ADAPTERS)
-
-    @property
-    def lora_monteclora_sampler(self) -> Any:
-        return self._modules.get(MONTECLORA, NO_ADAPTERS)
-
-    @property
     def lora_magnitude_vector(self) -> Any:
         return self._modules.get(MAGNITUDES, NO_ADAPTERS)
+
+    def __getattr__(self, name: str) -> Any:
+        """What no adapter of the layer holds is empty."""
+        return NO_ADAPTERS if name in HELD and name not in self._modules else super().__getattr__(name)
 
     @property
     def peft_name(self) -> str:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rankfold.errors import MergeError
 from rankfold.kernels import few_rows
@@ -15,7 +14,6 @@ from rankfold.kernels.dropout import DropMask
 from rankfold.kernels.frozen import FrozenMatrix
 from rankfold.kernels.fused_linear import can_fuse, fused_linear
 from rankfold.kernels.low_rank import add_low_rank_update, low_rank_delta
-from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.layers.base import AdapterSpec, upcast
 from rankfold.lora.layers.dora import add_rescaled_update
 from rankfold.lora.layers.factors import LoraLayer, linear_factor
@@ -43,27 +41,14 @@ class LinearUpdates(LoraLayer):
 
     def updated(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         """``out`` with the update of one adapter."""
-        scale = self.scaling[name]
+        variant, scale = self.lora_variant.get(name), self.scaling[name]
+        if variant is not None and variant.update is not None:
+            return variant.update(self, name, x, out)
         if self.training:
             x = self.dropped(name, x)
-            if self.has_variant(name):
-                return out + (scale * F.linear(self.narrow(name, x), self.factors(name)[1])).to(out.dtype)
         if self.specs[name].config.lora_bias:
             out = out + (scale * cast(Tensor, self.lora_B[name].bias)).to(out.dtype)
-        return add_low_rank_update(out, x, *self.factors(name), scale)
-
-    def has_variant(self, name: str) -> bool:
-        config = self.specs[name].config
-        return config.velora_config is not None or config.monteclora_config is not None
-
-    def narrow(self, name: str, x: Tensor) -> Tensor:
-        """``x A^T`` as a variant makes it in training."""
-        lora_a = self.factors(name)[0]
-        if name in self.lora_velora_embed and torch.is_grad_enabled():
-            return cast(Tensor, self.lora_velora_embed[name](x.to(lora_a.dtype), lora_a))
-        if name in self.lora_monteclora_sampler:
-            lora_a = self.lora_monteclora_sampler[name](lora_a)
-        return F.linear(x.to(lora_a.dtype), lora_a)
+        return add_low_rank_update(out, x, *self.pair(name), scale)
 
     def rescaled(self, name: str, x: Tensor, out: Tensor, base: Tensor) -> Tensor:
         """``out`` with the update of one DoRA adapter; ``base`` is the plain layer's output for x.
@@ -85,7 +70,7 @@ class LinearUpdates(LoraLayer):
 
     def delta(self, name: str) -> Tensor:
         """``scale * B A`` (out, in), at least float32."""
-        return low_rank_delta(*self.factors(name), self.scaling[name])
+        return low_rank_delta(*self.pair(name), self.scaling[name])
 
 
 class FusedUpdates(LinearUpdates):
@@ -136,7 +121,7 @@ class FusedUpdates(LinearUpdates):
         only = self.applied[0] if len(self.applied) == 1 and type(self) in FUSED_CLASSES else None
         if only is not None:
             config = self.specs[only].config
-            apart = config.lora_bias or config.use_dora or self.has_variant(only)
+            apart = config.lora_bias or config.use_dora or only in self.lora_variant
             only = None if apart or isinstance(self.scaling[only], Tensor) else only
         self.__dict__["_plain"] = only
 
@@ -151,7 +136,7 @@ class LoraLinear(FusedUpdates, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        changing = spec.config.use_dora or changes_base(spec.config.init_lora_weights)
+        changing = spec.config.use_dora or spec.config.changes_base
         if is_torchao(layer.weight) and changing:
             return [
                 f"its weight is a torchao {type(layer.weight).__name__}, which use_dora and the starts that "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from rankfold.errors import ConfigError
 from rankfold.kernels.grouped_low_rank import Groups, add_grouped_update, stacked
 from rankfold.lora.layers.base import AdapterLayer, upcast
 from rankfold.lora.layers.linear import LinearUpdates
+from rankfold.lora.variants.activated import OFFSETS
 
 Stack = tuple[Tensor, Tensor, Tensor | None]
 
@@ -47,7 +48,7 @@ class MixedForward:
         self.layer, self.rows, self.forward = layer, rows, layer.forward
         held = layer.adapter_names()
         self.carried = tuple(n for n in dict.fromkeys(rows.names) if n is not None and n in held)
-        self.grouped = _can_group(layer, self.carried)
+        self.grouped = cast(LinearUpdates, layer) if _can_group(layer, self.carried) else None
         self._stack: Stack | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,15 +56,14 @@ class MixedForward:
         self.rows.check(inputs.shape[0])
         if not self.carried or self.layer.disable_adapters:
             return self.forward(*args, **kwargs)
-        if self.grouped and inputs.dim() > 1:
-            return self._in_groups(inputs, self.forward(*args, **kwargs))
+        if self.grouped is not None and inputs.dim() > 1:
+            return self._in_groups(self.grouped, inputs, self.forward(*args, **kwargs))
         return self._in_parts(*args, **kwargs)
 
-    def _in_groups(self, x: Tensor, out: Tensor) -> Tensor:
-        layer = self.layer
+    def _in_groups(self, layer: LinearUpdates, x: Tensor, out: Tensor) -> Tensor:
         if layer.training:
             x = layer.dropped(self.carried[0], x)
-        lora_a, lora_b, factors = self._stacked()
+        lora_a, lora_b, factors = self._stacked(layer)
         groups = self.rows.groups(self.carried, x.device)
         if factors is not None:
             less_one = (factors - 1).index_select(0, groups.index)
@@ -76,13 +76,13 @@ class MixedForward:
             return add_grouped_update(wide, x, lora_a, lora_b, groups).to(out.dtype)
         return add_grouped_update(out, x, lora_a, lora_b, groups)
 
-    def _stacked(self) -> Stack:
+    def _stacked(self, layer: LinearUpdates) -> Stack:
         """The factors of all adapters of the batch, and DoRA's factor of each output (adapters, out); kept
         where there is no gradient."""
         if self._stack is not None and not torch.is_grad_enabled():
             return self._stack
-        layer, names = self.layer, self.carried
-        pairs, scales = [layer.factors(name) for name in names], [layer.scaling[name] for name in names]
+        names = self.carried
+        pairs, scales = [layer.pair(name) for name in names], [layer.scaling[name] for name in names]
         lora_a, lora_b = stacked(pairs, scales)
         factors = None
         if any(layer.use_dora[name] for name in names):
@@ -96,9 +96,12 @@ class MixedForward:
     def _in_parts(self, *args: Any, **kwargs: Any) -> Any:
         """The layer run once an adapter, on that adapter's rows."""
         names, rows, whole = self.rows.names, len(self.rows.names), None
+        state, offsets = self.layer.__dict__, self.layer.__dict__.get(OFFSETS)
         try:
             for name in dict.fromkeys(names):
                 index = torch.tensor([i for i, other in enumerate(names) if other == name])
+                if offsets is not None:
+                    state[OFFSETS] = [offsets[row] for row in index]
                 activate(self.layer, [] if name is None else [name])
                 output = self.forward(
                     *(_rows_of(value, index, rows) for value in args),
@@ -107,6 +110,8 @@ class MixedForward:
                 whole = _put(whole, output, index, rows)
         finally:
             activate(self.layer, [])
+            if offsets is not None:
+                state[OFFSETS] = offsets
         return whole
 
 
@@ -122,9 +127,12 @@ def _can_group(layer: AdapterLayer, names: Sequence[str]) -> bool:
         return False
     configs = [layer.specs[name].config for name in names]
     dropouts = {config.lora_dropout for config in configs}
-    apart = any(config.lora_bias or layer.has_variant(n) for config, n in zip(configs, names, strict=True))
+    variants = [layer.lora_variant[name] for name in names if name in layer.lora_variant]
+    apart = any(config.lora_bias for config in configs) or any(each.update for each in variants)
     redrawn = layer.training and dropouts != {0.0} and any(config.use_dora for config in configs)
-    splits = layer.split is not None and layer.split.name in names  # its rows see another base weight
+    splits = layer.split is not None and not {*layer.split.names}.isdisjoint(
+        names
+    )  # whose rows see another base weight
     return len(dropouts) == 1 and not (apart or redrawn or splits)
 
 
@@ -143,4 +151,3 @@ def _put(whole: Any, part: Any, index: Tensor, rows: int) -> Any:
     if whole is None:
         whole = part.new_zeros((rows, *part.shape[1:]))
     return whole.index_copy(0, index.to(part.device), part)
-

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from rankfold.compat import unpack_four_bit
 from rankfold.errors import MergeError
-from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, cast_merged
 from rankfold.lora.layers.linear import LinearUpdates, LoraLinear, is_torchao
 from rankfold.lora.layers.registry import become, register_layer
@@ -43,11 +42,13 @@ class QuantisedUpdates(LinearUpdates):
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
         found = super().problems(layer, spec)
-        weight, start = cast(Tensor, layer.weight), spec.config.init_lora_weights
+        weight = cast(Tensor, layer.weight)
         if getattr(weight, "quant_state", None) is None and weight.dtype != torch.int8:
             found.append('its weight is not quantised yet; model.to("cpu") or another device does that')
-        if changes_base(start):
-            found.append(f"init_lora_weights={start!r} changes the base weight, and this one is quantised")
+        if spec.config.changes_base:
+            found.append(
+                "its start changes the base weight, and this one is quantised; dequantise(model) first"
+            )
         return found
 
     def updated(self, name: str, x: Tensor, out: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec
 from rankfold.lora.layers.init import base_part
 
@@ -23,9 +22,11 @@ SPLITTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class Split:
-    """That the start of adapter ``name`` split the base weight; whether the residual is in place now."""
+    """That the starts of the adapters ``names`` split the base weight, all in the one way ``kind``; whether
+    the residual is in place now."""
 
-    name: str
+    names: list[str]
+    kind: str
     in_place: bool = False
 
 
@@ -51,7 +52,7 @@ class ResidualBase(AdapterLayer):
     def refresh(self) -> None:
         super().refresh()
         if self.split is not None and not self.merged:
-            self._place_base(residual=self.split.name in self.applied)
+            self._place_base(residual=not {*self.split.names}.isdisjoint(self.applied))
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         raise NotImplementedError
@@ -62,7 +63,7 @@ class ResidualBase(AdapterLayer):
     def base_weight_for(self, names: Collection[str]) -> Tensor:
         """The base weight that the adapters ``names`` are added to: the residual, if one of them split
         the base weight, else the original."""
-        if self.split is None or (self.split.name in names) == self.split.in_place:
+        if self.split is None or {*self.split.names}.isdisjoint(names) != self.split.in_place:
             return self.base_weight()
         return cast(Tensor, self.spare_weight)
 
@@ -80,8 +81,19 @@ class ResidualBase(AdapterLayer):
         residual = (matrix - spec.scale * lora_b @ lora_a).to(weight.dtype)
         for parameter, value in zip(self.factors(spec.name), (lora_a, lora_b), strict=True):
             parameter.copy_(value)
-        self.register_buffer("spare_weight", (residual.T if transposed else residual).contiguous(), False)
-        self.split = Split(spec.name)
+        self.keep_residual(spec.name, residual.T if transposed else residual)
+
+    def keep_residual(self, name: str, residual: Tensor, kind: str = "") -> None:
+        """Let ``residual``, in the base weight's shape and dtype, be the base of adapter ``name``."""
+        self.register_buffer("spare_weight", residual.contiguous(), False)
+        self.split = Split([name], kind)
+
+    def end_split_of(self, name: str) -> None:
+        """Forget that the start of one adapter split the base weight."""
+        if self.split is not None and name in self.split.names:
+            self.split.names.remove(name)
+            if not self.split.names:
+                self.end_split()
 
     def _place_base(self, *, residual: bool) -> None:
         """Put the residual or the original of a split base weight where the layer computes with it.
@@ -110,17 +122,18 @@ class ResidualBase(AdapterLayer):
         self.split = None
 
 
-def splitting_problems(layer: nn.Module, spec: AdapterSpec) -> list[str]:
-    """What keeps the start of ``spec`` from taking its part from the weight of ``layer``."""
+def splitting_problems(layer: nn.Module, spec: AdapterSpec, kind: str = "") -> list[str]:
+    """What keeps the start of ``spec`` from taking its part from the weight of ``layer``; that another start
+    of the same ``kind``, if it is one, has taken the same part does not."""
     weight, split = cast(nn.Parameter, layer._parameters["weight"]), layer.__dict__.get("split")
-    if not changes_base(spec.config.init_lora_weights):
+    if split is not None and kind and split.kind == kind:
         return []
     if split is not None:
-        return [f"the start of {split.name!r} has changed its base weight already; merge or delete that one"]
+        return [f"the start of {split.names} has changed its base weight already; merge or delete that one"]
     if weight.dtype not in SPLITTABLE:
         return [
-            "Please initialize PiSSA and OLoRA under float32, float16, or bfloat16: this start changes the "
-            f"base weight, and this one is {weight.dtype}; dequantise it first"
+            "Please initialize PiSSA, OLoRA and KaSA under float32, float16, or bfloat16: this start changes "
+            f"the base weight, and this one is {weight.dtype}; dequantise it first"
         ]
     if spec.rank > min(weight.shape):
         return [f"rank {spec.rank} exceeds what its weight of {tuple(weight.shape)} can hold"]

@@ -11,6 +11,7 @@ from rankfold.errors import ConfigError, TargetError, bullet_list
 from rankfold.kernels.experts import MATRIX
 from rankfold.lora.config.data_starts import start_from_data
 from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.variant_configs import VARIANTS
 from rankfold.lora.layers.base import HALF_DTYPES, AdapterLayer, AdapterSpec
 from rankfold.lora.layers.parameters import ParameterAdapters, adapt_parameter, base_value
 from rankfold.lora.layers.registry import adapter_layers
@@ -50,7 +51,11 @@ def owners_of(parameters: Collection[str]) -> list[str]:
 
 
 def _wrong_options(config: LoraConfig) -> list[str]:
-    names = [n for n in ("lora_dropout", "lora_bias", "use_dora", "fan_in_fan_out") if getattr(config, n)]
+    names = [
+        n
+        for n in ("lora_dropout", "lora_bias", "use_dora", "fan_in_fan_out", *VARIANTS)
+        if getattr(config, n)
+    ]
     if config.inference_mode and "lora_dropout" in names:
         names.remove("lora_dropout")  # without training it is never used
     start = config.init_lora_weights

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankfold.compat import HOOKED_FORWARD
 from rankfold.errors import ConfigError, RankfoldWarning, TargetError, bullet_list
-from rankfold.lora.config.lora_config import LoraConfig, changes_base
+from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.config.names import check_adapter_name
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec
 from rankfold.lora.layers.factors import LoraLayer
@@ -309,7 +309,7 @@ def check_layers(modules: Mapping[str, nn.Module], specs: Mapping[str, AdapterSp
         problems = cast(type[AdapterLayer], kind).problems(module, spec)
         if replaced_forward(module):
             problems = [*problems, "its forward was replaced on the object itself: no adapter gets past that"]
-        if changes_base(spec.config.init_lora_weights) and uses[id(module._parameters.get("weight"))] > 1:
+        if spec.config.changes_base and uses[id(module._parameters.get("weight"))] > 1:
             problems = [
                 *problems,
                 "its weight is tied to another module's, which this start would change too",

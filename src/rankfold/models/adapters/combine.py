@@ -21,6 +21,7 @@ from rankfold.lora.algebra.factor_svd import FactorSVD, svd_of_product
 from rankfold.lora.algebra.likeness import Likeness, likeness
 from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.config.names import PREFIX
+from rankfold.lora.config.variant_configs import not_plain
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import bad_values, read_weights
 from rankfold.lora.files.checkpoint import save_adapter
@@ -143,7 +144,7 @@ def _read(place: Path, weight: float) -> _Stored:
         "it has no low-rank factors": not pairs,
     }
     told = [text for _, text in (*faults, *bad_values(tensors))]
-    if told := told + [text for text, holds in problems.items() if holds]:
+    if told := [*told, *(text for text, holds in problems.items() if holds), *not_plain(config)]:
         raise AdapterError(bullet_list(f"{place} cannot be combined:", told))
     keys = {
         path: tuple(next(key for key in side if key in own) for side in (A_KEYS, B_KEYS))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rankfold.errors import AdapterError, bullet_list
+from rankfold.lora.config.variant_configs import not_plain
 from rankfold.lora.layers.linear import LoraLinear
 from rankfold.lora.layers.registry import adapter_layers
 from rankfold.models.gguf.architectures import ARCHITECTURES
@@ -61,4 +62,6 @@ def _why_not(layer: Any, is_known: bool) -> str:
         return f"a {type(layer).__name__}"
     if any(spec.config.use_dora or spec.config.lora_bias for spec in layer.specs.values()):
         return "its pair has magnitudes (DoRA) or a bias"
+    if any(not_plain(spec.config) for spec in layer.specs.values()):
+        return "; ".join(text for spec in layer.specs.values() for text in not_plain(spec.config))
     return "" if is_known else "the base's file has no tensor of its own for it"

@@ -15,6 +15,7 @@ from rankfold.lora import LoraConfig
 from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.config.names import PREFIX
 from rankfold.lora.config.patterns import is_named
+from rankfold.lora.config.variant_configs import not_plain
 from rankfold.lora.files.lora_weights import Pair, of_rank, padded, pair_of, pair_tensors, sorted_out
 from rankfold.lora.placing.targets import shortest_list
 from rankfold.models.internvl.factors import join_pairs, split_pair
@@ -98,7 +99,7 @@ def _refuse(config: LoraConfig) -> None:
             f"init_lora_weights is {config.init_lora_weights!r}, which changes the base; "
             "save the adapter with path_initial_model_for_weight_conversion first"
         )
-    if problems:
+    if problems := [*problems, *not_plain(config)]:
         raise AdapterError(bullet_list("this adapter cannot be translated:", problems))
 
 

@@ -19,6 +19,7 @@ from rankfold.errors import AdapterError, OutputError, bullet_list
 from rankfold.files import write_whole
 from rankfold.lora import LoraConfig
 from rankfold.lora.config.lora_config import CONFIG_NAME, changes_base
+from rankfold.lora.config.variant_configs import not_plain
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.lora_weights import Pair, is_embedding, padded, pair_of, sorted_out
 from rankfold.models.mlx.layout import MAGNITUDE, MLX_WEIGHTS, RECORD, MlxBase, Unpacked
@@ -92,7 +93,7 @@ def _problems(config: LoraConfig, saved: Collection[str]) -> list[str]:
             f"init_lora_weights is {config.init_lora_weights!r}, which changes the base; save the adapter "
             "with path_initial_model_for_weight_conversion first"
         )
-    return found + [_whole(name) for name in saved]
+    return [*found, *not_plain(config), *map(_whole, saved)]
 
 
 def _whole(name: str) -> str:

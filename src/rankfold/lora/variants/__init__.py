@@ -1,0 +1,1 @@
+"""What a pair of factors can be beside plain LoRA."""
