@@ -30,6 +30,9 @@ _NAMES = {
     "models.answering.answers": "answer_all answers replies reply",
     "models.answering.sampling": "Sampling",
     "peft_surface.arrow": "create_arrow_model",
+    "peft_surface.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "peft_surface.gathering": "preprocess_corda preprocess_loraga",
+    "models.adapters.loftq": "replace_lora_weights_loftq",
     "peft_surface.functional": (
         "get_base_model_state_dict get_peft_model_state_dict inject_adapter_in_model load_peft_weights "
         "set_base_model_state_dict set_peft_model_state_dict set_requires_grad"

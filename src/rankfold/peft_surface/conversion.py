@@ -67,7 +67,10 @@ def check_convertible(name: str, config: LoraConfig, layers: list[tuple[str, Lor
             f"{name!r} uses DoRA, whose change of the weight has no low rank: it cannot become a plain "
             "adapter; save it without path_initial_model_for_weight_conversion, or merge it"
         )
-    if wrong := not_plain(config):
+    wrong = not_plain(config)
+    if config.init_lora_weights == "loftq":
+        wrong.append("LoftQ rounded the base, which no factors give back")
+    if wrong:
         raise ConfigError(f"{name!r} cannot become a plain adapter: {'; '.join(wrong)}")
     whole = [path for path, layer in layers if layer.split is None or name not in layer.split.names]
     if whole:

@@ -185,6 +185,14 @@ class LoraModel(nn.Module):
         vars(self.model).setdefault(WORD, {})[name] = config
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *targets]))
 
+    def replace(self, name: str, config: LoraConfig) -> None:
+        """Put a fresh adapter of ``config`` in the place of ``name``, as active and as trained as it was."""
+        trained = name in trained_names(self.model)
+        remove_adapter(self.model, name)
+        del self.peft_config[name]
+        self.add(name, config)
+        self._settle([name] if trained else [])
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, **options: Any) -> None:
         """PEFT's call: put in place the adapter whose config is in ``peft_config`` already."""
         self.add(adapter_name, self.peft_config.pop(adapter_name), **options)

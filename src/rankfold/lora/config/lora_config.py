@@ -197,11 +197,6 @@ class LoraConfig:
         return copy
 
     @property
-    def changes_base(self) -> bool:
-        """Whether the adapter's start takes a part of the base weight away."""
-        return changes_base(self.init_lora_weights) or self.kasa_config is not None
-
-    @property
     def rank(self) -> int:
         return self.r
 
@@ -323,4 +318,5 @@ def from_hub(repository: str | Path, name: str, subfolder: str | None, hub: dict
 
 def changes_base(start: bool | str) -> bool:
     """Whether a value of ``init_lora_weights`` takes a part of the base weight into the factors."""
-    return isinstance(start, str) and (start == "olora" or PISSA.fullmatch(start) is not None)
+    changing = ("olora", "corda", "lora_ga", "loftq")
+    return isinstance(start, str) and (start in changing or PISSA.fullmatch(start) is not None)

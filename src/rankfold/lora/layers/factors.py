@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from rankfold.errors import MergeError
 from rankfold.lora.config.data_starts import start_from_data
-from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.layers.base import HALF_DTYPES, AdapterSpec, cast_merged, upcast
 from rankfold.lora.layers.dora import MAGNITUDES, Magnitude, row_factors, row_norms
 from rankfold.lora.layers.init import draw_kaiming, minor_directions, start_factors
 from rankfold.lora.layers.residual_base import ResidualBase, splitting_problems
+from rankfold.lora.starts import loftq
+from rankfold.lora.starts.parts import splits_base
 from rankfold.lora.variants.table import HELD, variant_of
 from rankfold.lora.variants.variant import Variant
 
@@ -73,7 +74,7 @@ class LoraLayer(ResidualBase):
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
         """As the base class says, for the start of ``spec`` and for DoRA."""
         start, name = spec.config.init_lora_weights, cls.plain_class.__name__
-        dora, splits = spec.config.use_dora, changes_base(start)
+        dora, splits = spec.config.use_dora, cls.is_matrix and splits_base(layer, spec.config)
         found = []
         if dora and cls.row_dim is None:
             found.append(f"{name} does not support DoRA (yet), please set use_dora to False")
@@ -93,7 +94,11 @@ class LoraLayer(ResidualBase):
             )
         elif splits:
             found += splitting_problems(layer, spec)
-        if (dora or spec.config.changes_base) and isinstance(layer, LoraLayer) and layer.merged:
+            found += (
+                loftq.problems_of(cast(dict[str, Any], spec.config.loftq_config)) if start == "loftq" else []
+            )
+        changing = splits or spec.config.kasa_config is not None
+        if (dora or changing) and isinstance(layer, LoraLayer) and layer.merged:
             found.append(f"{layer.merged_adapters} are merged into it; unmerge_adapter() first")
         return found
 
@@ -129,11 +134,12 @@ class LoraLayer(ResidualBase):
         start = start is not False if self.own_start else start
         self.list_adapter(spec)
         self.make_factors(spec)
-        if start is not False and not changes_base(start):
+        splits = self.is_matrix and splits_base(self, spec.config)
+        if start is not False and not splits:
             with torch.no_grad():
                 self.start_factors(spec)
         self.settle_factors(spec)
-        if changes_base(start):
+        if splits:
             self.split_base(spec)
         if spec.config.init_lora_weights == MICA and not spec.without_memory:
             self._start_minor(spec)

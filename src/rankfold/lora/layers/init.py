@@ -11,7 +11,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rankfold.errors import ConfigError
 from rankfold.lora.config.data_starts import start_from_data
 from rankfold.lora.config.lora_config import PISSA, LoraConfig
 
@@ -81,21 +80,10 @@ def minor_directions(matrix: Tensor, rank: int) -> Tensor:
     return left[:, -rank:].contiguous()
 
 
-def refuse_start_from_data(config: LoraConfig) -> None:
-    """Raise ConfigError if a new adapter cannot start as ``config`` says."""
-    if start_from_data(config.init_lora_weights):
-        raise ConfigError(
-            f"init_lora_weights={config.init_lora_weights!r} is read and written by this version of "
-            "rankfold, "
-            'and cannot be started with yet; use True, "pissa", "olora" or "orthogonal"; an adapter that was '
-            "started so can be loaded"
-        )
-
-
 def changed_base(config: LoraConfig) -> str | None:
     """Why the base that an adapter with ``config`` was trained on cannot be told to be the one at hand."""
     start = config.init_lora_weights
-    if start == "eva" or not start_from_data(start):
+    if start in ("eva", "loftq") or not start_from_data(start):
         return None
     return (
         f"init_lora_weights={start!r} changed the base weights before training, and the change is not in "

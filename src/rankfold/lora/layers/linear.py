@@ -18,6 +18,7 @@ from rankfold.lora.layers.base import AdapterSpec, upcast
 from rankfold.lora.layers.dora import add_rescaled_update
 from rankfold.lora.layers.factors import LoraLayer, linear_factor
 from rankfold.lora.layers.registry import register_layer
+from rankfold.lora.starts.parts import needs_weight
 
 FUSED_FROM = 1 << 15  # elements of an input; below, starting the operations takes longer than they do
 
@@ -136,7 +137,7 @@ class LoraLinear(FusedUpdates, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        changing = spec.config.use_dora or spec.config.changes_base
+        changing = spec.config.use_dora or needs_weight(layer, spec.config)
         if is_torchao(layer.weight) and changing:
             return [
                 f"its weight is a torchao {type(layer.weight).__name__}, which use_dora and the starts that "

@@ -20,6 +20,7 @@ from rankfold.errors import MergeError
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec, cast_merged
 from rankfold.lora.layers.linear import LinearUpdates, LoraLinear, is_torchao
 from rankfold.lora.layers.registry import become, register_layer
+from rankfold.lora.starts.parts import needs_weight
 
 EIGHT_BIT = "bitsandbytes.nn.modules.Linear8bitLt"
 FOUR_BIT = "bitsandbytes.nn.modules.Linear4bit"
@@ -45,7 +46,7 @@ class QuantisedUpdates(LinearUpdates):
         weight = cast(Tensor, layer.weight)
         if getattr(weight, "quant_state", None) is None and weight.dtype != torch.int8:
             found.append('its weight is not quantised yet; model.to("cpu") or another device does that')
-        if spec.config.changes_base:
+        if needs_weight(layer, spec.config):
             found.append(
                 "its start changes the base weight, and this one is quantised; dequantise(model) first"
             )

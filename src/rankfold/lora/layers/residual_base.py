@@ -1,6 +1,6 @@
-"""Starts that take a part of the base weight W into the factors and leave the residual W - s B A.
+"""Starts that take a part of the base weight W into the factors and leave the residual W - s B A, or another.
 
-"pissa", "pissa_niter_N" and "olora".  The layer then keeps both weights, which costs the size of the weight:
+They are listed in ``starts.parts``.  The layer then keeps both weights, which costs the size of the weight:
 the residual lies in ``weight`` while the adapter is applied, the original otherwise, in the buffer
 ``spare_weight`` the other of the two.  So a disabled, deleted or unloaded adapter leaves the base that was
 there, to the bit."""
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec
-from rankfold.lora.layers.init import base_part
+from rankfold.lora.starts.parts import parts_of
 
 SPLITTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -77,11 +77,15 @@ class ResidualBase(AdapterLayer):
         transposed = self.row_dim == 1
         matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
         matrix = matrix.T if transposed else matrix
-        lora_a, lora_b = base_part(matrix, str(spec.config.init_lora_weights), spec.rank, spec.scale)
-        residual = (matrix - spec.scale * lora_b @ lora_a).to(weight.dtype)
-        for parameter, value in zip(self.factors(spec.name), (lora_a, lora_b), strict=True):
+        parts = parts_of(self, matrix, spec)
+        whole = (
+            matrix - spec.scale * parts.lora_b @ parts.lora_a if parts.residual is None else parts.residual
+        )
+        for parameter, value in zip(self.factors(spec.name), (parts.lora_a, parts.lora_b), strict=True):
             parameter.copy_(value)
-        self.keep_residual(spec.name, residual.T if transposed else residual)
+        residual = whole.to(weight.dtype)
+        kind = "" if parts.residual is None else str(spec.config.init_lora_weights)
+        self.keep_residual(spec.name, residual.T if transposed else residual, kind)
 
     def keep_residual(self, name: str, residual: Tensor, kind: str = "") -> None:
         """Let ``residual``, in the base weight's shape and dtype, be the base of adapter ``name``."""
@@ -132,8 +136,8 @@ def splitting_problems(layer: nn.Module, spec: AdapterSpec, kind: str = "") -> l
         return [f"the start of {split.names} has changed its base weight already; merge or delete that one"]
     if weight.dtype not in SPLITTABLE:
         return [
-            "Please initialize PiSSA, OLoRA and KaSA under float32, float16, or bfloat16: this start changes "
-            f"the base weight, and this one is {weight.dtype}; dequantise it first"
+            "Please initialize PiSSA, OLoRA, CorDA, LoRA-GA and KaSA under float32, float16, or bfloat16: "
+            f"this start changes the base weight, and this one is {weight.dtype}; dequantise it first"
         ]
     if spec.rank > min(weight.shape):
         return [f"rank {spec.rank} exceeds what its weight of {tuple(weight.shape)} can hold"]

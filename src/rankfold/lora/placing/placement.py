@@ -18,7 +18,6 @@ from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.config.names import check_adapter_name
 from rankfold.lora.layers.base import AdapterLayer, AdapterSpec
 from rankfold.lora.layers.factors import LoraLayer
-from rankfold.lora.layers.init import refuse_start_from_data
 from rankfold.lora.layers.registry import (
     LORA_CLASSES,
     adapt,
@@ -41,6 +40,7 @@ from rankfold.lora.placing.targets import (
     shortest_list,
 )
 from rankfold.lora.placing.ties import find_heads, place_heads, spelt_with_leaders, with_leaders
+from rankfold.lora.starts.parts import check_gathered, needs_weight
 from rankfold.storage.layers import HeldLayer
 
 
@@ -65,8 +65,6 @@ def find_placement(
 
     A ``new`` adapter's config is spelt out for this model, and what of it has no effect is told; one from a
     file is taken as it is.  Raises TargetError or ConfigError listing all that does not fit."""
-    if new:
-        refuse_start_from_data(given)
     config = with_task_modules(given)
     check_adapter_name(name, taken)
     modules = dict(base_modules(model))
@@ -79,6 +77,7 @@ def find_placement(
     check_layers(modules, _specs(targets, config, name))
     others = find_non_lora_params(model, [*targets, *owners_of(parameters)], config, taken, new=new)
     if new:
+        check_gathered(layers, config)
         config = _spelt_out(model, config, targets, heads, layers)
         _tell_large_ranks(layers, config)
         _tell_running_statistics(modules, others)
@@ -309,7 +308,7 @@ def check_layers(modules: Mapping[str, nn.Module], specs: Mapping[str, AdapterSp
         problems = cast(type[AdapterLayer], kind).problems(module, spec)
         if replaced_forward(module):
             problems = [*problems, "its forward was replaced on the object itself: no adapter gets past that"]
-        if spec.config.changes_base and uses[id(module._parameters.get("weight"))] > 1:
+        if needs_weight(module, spec.config) and uses[id(module._parameters.get("weight"))] > 1:
             problems = [
                 *problems,
                 "its weight is tied to another module's, which this start would change too",

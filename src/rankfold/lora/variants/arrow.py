@@ -64,11 +64,10 @@ class ArrowRouter(nn.Module):
         every = [factor for name in layer.r if name != self.own for factor in layer.factors(name)]
         known = (*names, *((id(factor), factor._version) for factor in every))
         if self._directions is None or known != self._known:
-            pairs = zip(lora_b, lora_a, strict=True)
-            self._directions = torch.stack([svd_of_product(b, a).V[:, 0] for b, a in pairs]).to(lora_a)
+            found = [svd_of_product(b, a).V[:, 0] for b, a in zip(lora_b, lora_a, strict=True)]
+            self._directions = torch.stack(found).to(lora_a)
             self._known = known
-        directions: Tensor = self._directions
-        return directions
+        return self._directions
 
 
 def _start(layer: Any, spec: AdapterSpec) -> None:
@@ -76,7 +75,8 @@ def _start(layer: Any, spec: AdapterSpec) -> None:
 
 
 def _update(layer: Any, name: str, x: Tensor, out: Tensor) -> Tensor:
-    return out + layer.dropped(name, layer.lora_arrow[name](layer, x)).to(out.dtype)
+    total: Tensor = out + layer.dropped(name, layer.lora_arrow[name](layer, x)).to(out.dtype)
+    return total
 
 
 ARROW = Variant(

@@ -1,0 +1,1 @@
+"""Starts of factors that look at the base weight, at data, or at both."""
