@@ -38,7 +38,7 @@ def test_deleting_the_active_adapter():
     ("options", "told"),
     [
         ({"eva_config": {"rho": 2.0}}, "`eva_config` specified but will be ignored when"),
-        ({"init_lora_weights": "eva"}, "`eva_config` is not specified. Using its defaults"),
+        ({"init_lora_weights": "eva"}, "`eva_config` is not specified. Using default EVA"),
     ],
     ids=["without its start", "a start without it"],
 )

@@ -85,7 +85,7 @@ def _with_offsets(model: Any, ids: Tensor | None, kwargs: dict[str, Any], told: 
 
 
 @contextmanager
-def activated(model: nn.Module, offsets: Offsets | None, beams: int | None) -> Iterator[None]:
+def activated(model: nn.Module, offsets: Offsets | None, beams: int = 1) -> Iterator[None]:
     """Within the block the activated layers of ``model`` count for the last ``offsets`` tokens of each row.
 
     Where activations are recomputed they know it until the backward is done, and a second forward before that
@@ -93,7 +93,7 @@ def activated(model: nn.Module, offsets: Offsets | None, beams: int | None) -> I
     if offsets is None:
         yield
         return
-    if beams is not None and beams > 1:
+    if beams > 1:
         raise ConfigError("Beam search not yet supported for aLoRA.")
     carrying = [layer for _, layer in adapter_layers(model) if OFFSETS in vars(layer)]
     layers = [layer for layer in carrying if not layer.disable_adapters]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -90,3 +92,13 @@ def ties_ended(model: nn.Module) -> bool:
         return False
     first, second = (getattr(layer, "weight", None) for layer in layers)
     return first is not None and second is not None and first is not second
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The config of a model as a dictionary."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.asdict(config)
+    return dict(config) if isinstance(config, dict) else {"model_type": "custom"}

@@ -107,7 +107,7 @@ def preprocess_loraga(
             "No supported layers found for LoRA-GA initialization. LoRA-GA only supports nn.Linear and "
             "Conv1D layers."
         )
-    if quantised := [name for name, layer in targets.items() if not layer.weight.is_floating_point()]:  # type: ignore[operator]
+    if quantised := [name for name, layer in targets.items() if _is_quantised(layer)]:
         raise ConfigError(
             f"LoRA-GA does not support quantized models. Found quantized module: '{quantised[0]}'. LoRA-GA "
             "requires full-precision gradients during preprocessing."
@@ -155,6 +155,11 @@ def _gradients(
         for parameter, required in before:
             parameter.requires_grad, parameter.grad = required, None
         model.train(was_training)
+
+
+def _is_quantised(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")
+    return weight is None or not weight.is_floating_point() or hasattr(layer, "quant_state")
 
 
 def _matrix(layer: nn.Module) -> Tensor:

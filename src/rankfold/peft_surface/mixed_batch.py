@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -17,10 +17,23 @@ from rankfold.lora.layers.overrides import HeldParameters
 from rankfold.lora.layers.parameters import ParameterAdapters
 from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.layers.saved import SavedModule
+from rankfold.peft_surface.activated import activated
 
 # Modules of ``modules_to_save`` whose output has a row for each row of the input.
 ROWS_FIRST = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BASE = "__base__"  # PEFT's name for no adapter
+
+
+@contextmanager
+def forward_words(model: nn.Module, known: Collection[str], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """What the words of a forward or of ``generate`` say to adapters: ``adapter_names`` and
+    ``alora_offsets``.  Raises ConfigError for a name that is not ``known``."""
+    names, beams = kwargs.get("adapter_names"), kwargs.get("num_beams") or 1
+    if names is not None and (missing := sorted({*names} - {BASE, *known})):
+        raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}")
+    shared = nullcontext() if names is None else mixed_batch(model, names, beams=beams)
+    with activated(model, kwargs.get("alora_offsets"), beams), shared:
+        yield
 
 
 @contextmanager

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import ConfigError, MergeError
 from rankfold.lora.config.lora_config import LoraConfig
-from rankfold.lora.config.variant_configs import KasaConfig
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import AdapterSource, LoadResult
 from rankfold.lora.layers.factors import LoraLayer
@@ -34,16 +32,16 @@ from rankfold.lora.placing.placement import (
 from rankfold.lora.placing.replication import end_replication, replicated
 from rankfold.lora.placing.targets import USUAL_TARGETS, is_target
 from rankfold.lora.placing.transformer_encoder import pack_without_grad
-from rankfold.lora.variants.kasa import regularisation
+from rankfold.lora.variants import kasa
 from rankfold.lora.variants.monteclora import MontecloraSampler
-from rankfold.peft_surface.activated import activated
 from rankfold.peft_surface.findings import (
     PREFIX_OF_TENSORS,
     buffer_versions,
+    config_of,
     ties_ended,
     warn_of_starts_together,
 )
-from rankfold.peft_surface.mixed_batch import BASE, mixed_batch
+from rankfold.peft_surface.mixed_batch import forward_words
 from rankfold.peft_surface.saving_and_loading import load_onto
 from rankfold.peft_surface.weighted import Combination, add_weighted_adapter
 
@@ -351,19 +349,7 @@ class LoraModel(nn.Module):
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         """Within the block each row of a batch goes through the adapter named for it in ``adapter_names``, an
         activated one for its last ``alora_offsets`` tokens."""
-        names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
-        with activated(self.model, offsets, kwargs.get("num_beams")):
-            if names is None:
-                yield
-                return
-            with self._mixed(names, kwargs.get("num_beams") or 1):
-                yield
-
-    @contextmanager
-    def _mixed(self, names: Sequence[str], beams: int) -> Iterator[None]:
-        if missing := sorted({*names} - {BASE, *self.peft_config}):
-            raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(missing)}")
-        with mixed_batch(self.model, names, beams=beams):
+        with forward_words(self.model, self.peft_config, kwargs):
             yield
 
     def _get_monteclora_loss(self) -> Tensor:
@@ -375,15 +361,9 @@ class LoraModel(nn.Module):
         """What KaSA adds to the loss, summed over the layers of the named, or the active, adapters; 0.0
         without any."""
         wanted = self.active_adapters if adapter_names is None else adapter_names
-        names = [wanted] if isinstance(wanted, str) else list(wanted)
-        held = [
-            regularisation(layer, name, config.beta, config.gamma)
-            for _, layer in adapter_layers(self.model)
-            for name in names
-            if isinstance(layer, LoraLayer) and name in layer.lora_diag
-            for config in [cast(KasaConfig, layer.specs[name].config.kasa_config)]
-        ]
-        return sum(held, torch.zeros(())) if held else 0.0
+        layers = [layer for _, layer in adapter_layers(self.model)]
+        found = kasa.loss_of(layers, [wanted] if isinstance(wanted, str) else wanted)
+        return 0.0 if found is None else found
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapters can become LoRA: they are LoRA."""
@@ -392,12 +372,7 @@ class LoraModel(nn.Module):
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """The config of a model as a dictionary."""
-        config = getattr(model, "config", None)
-        if config is not None and hasattr(config, "to_dict"):
-            return dict(config.to_dict())
-        if dataclasses.is_dataclass(config) and not isinstance(config, type):
-            return dataclasses.asdict(config)
-        return dict(config) if isinstance(config, dict) else {"model_type": "custom"}
+        return config_of(model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: LoraConfig, key: str) -> bool:

@@ -349,7 +349,7 @@ def test_a_weight_that_is_not_finite_is_not_split_and_nothing_is_changed():
 
 def test_a_second_split_of_a_weight_is_refused():
     model = started(net(), "pissa")
-    with pytest.raises(ConfigError, match="the start of 'default' has changed its base weight already"):
+    with pytest.raises(ConfigError, match="the start of \\['default'\\] has changed its base weight already"):
         model.add_adapter("other", LoraConfig(**options("olora")))
     assert list(model.peft_config) == ["default"]
 
@@ -365,16 +365,6 @@ def test_a_merged_weight_is_not_split():
 def test_a_start_that_is_not_known_is_refused_by_name(start):
     with pytest.raises(ConfigError, match=f"init_lora_weights must be .*got {start!r}"):
         LoraConfig(init_lora_weights=start)
-
-
-@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
-def test_a_start_from_data_is_known_and_refused_for_a_new_adapter(start):
-    config = LoraConfig(target_modules=["0"], init_lora_weights=start)
-    with pytest.raises(
-        ConfigError, match=f"init_lora_weights='{start}' is read and written .* started with yet"
-    ):
-        started(net(), start)
-    assert config.init_lora_weights == start
 
 
 def test_lora_bias_goes_with_the_plain_starts_only_as_in_peft():

@@ -141,7 +141,11 @@ def test_what_was_gathered_is_kept_in_a_file(tmp_path):
     assert torch.equal(first(**inputs).logits, second(**inputs).logits)
     base = tiny_llama()
     config = LoraConfig(**USUAL, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
-    preprocess_loraga(base, config, lambda: base(**inputs).loss.backward(), tmp_path / "g")
+
+    def train_step() -> None:
+        base(**inputs).loss.backward()
+
+    preprocess_loraga(base, config, train_step, tmp_path / "g")
     kept = {
         name: module._peft_loraga_grad
         for name, module in base.named_modules()
@@ -150,13 +154,16 @@ def test_what_was_gathered_is_kept_in_a_file(tmp_path):
     assert not any(p.grad is not None for p in base.parameters())
     assert all(p.requires_grad for p in base.parameters())
     other = tiny_llama()
-    preprocess_loraga(other, config, lambda: pytest.fail("the file says it"), tmp_path / "g")
+    preprocess_loraga(other, config, pytest.fail, tmp_path / "g")
     assert kept.keys() == {n for n, m in other.named_modules() if "_peft_loraga_grad" in vars(m)}
     assert all(torch.equal(other.get_submodule(name)._peft_loraga_grad, kept[name]) for name in kept)
 
 
 def test_a_start_without_what_it_needs_is_refused_or_told():
-    with pytest.raises(ConfigError, match="run `preprocess_corda` first"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(ConfigError, match="run `preprocess_corda` first"),
+        pytest.warns(UserWarning, match="default"),
+    ):
         get_peft_model(tiny_llama(), LoraConfig(**USUAL, init_lora_weights="corda"))
     with pytest.warns(UserWarning, match="no gradients were gathered for 8 layers"):
         get_peft_model(

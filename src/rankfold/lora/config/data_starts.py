@@ -6,6 +6,7 @@ opens it."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,10 @@ class EvaConfig(SubConfig):
     """Principal directions of the layers' inputs; Paischer et al. 2024, arXiv 2410.07170."""
 
     limits: ClassVar[Limits] = {"rho": (1, math.inf), "tau": (0, 1)}
+    words: ClassVar[Mapping[str, str]] = {
+        "rho": "`rho` must be >= 1.0, got {0!r:.200}",
+        "tau": "`tau` must be between 0.0 and 1.0. Got {0!r:.200}",
+    }
 
     rho: float = 2.0
     tau: float = 0.99

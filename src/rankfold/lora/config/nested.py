@@ -49,7 +49,8 @@ def _given_for(start: str, name: str, kind: type[SubConfig], config: Any) -> Any
         return {} if kind is LoftQConfig else given
     if given is None and used and kind in (EvaConfig, CordaConfig):
         warnings.warn(
-            f"`init_lora_weights` is {start!r} but `{name}` is not specified. Using its defaults.",
+            f"`init_lora_weights` is {start!r} but `{name}` is not specified. Using default "
+            f"{'EVA' if kind is EvaConfig else 'CorDA'} config.",
             stacklevel=6,
         )
         return {}

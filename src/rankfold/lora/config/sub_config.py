@@ -69,7 +69,7 @@ def sub_config(kind: type[SubConfig], given: object) -> SubConfig:
         given = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
     if not isinstance(given, Mapping):
         raise ConfigError(
-            f"{kind.__name__}: it must be one, or a dictionary of its options, got {given!r:.200}"
+            f"`{kind.__name__}` must be a `{kind.__name__}`, a dict, or None. Got {given!r:.200}"
         )
     known = [field.name for field in dataclasses.fields(kind)]
     unknown = [f"unknown option {name!r}{nearest(str(name), known)}" for name in given if name not in known]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from rankfold.errors import ConfigError
 from rankfold.lora.config.sub_config import Choices, Limits, SubConfig
 
 
@@ -77,6 +78,11 @@ class BdLoraConfig(SubConfig):
     target_modules_bd_b: list[str] | None = None
     nblocks: int = 1
     match_strict: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if both := sorted({*(self.target_modules_bd_a or ())} & {*(self.target_modules_bd_b or ())}):
+            raise ConfigError(f"Found overlapping modules in target_modules_bd lists: {', '.join(both)}")
 
 
 @dataclass

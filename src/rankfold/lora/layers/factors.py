@@ -10,17 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import MergeError
-from rankfold.lora.config.data_starts import start_from_data
 from rankfold.lora.layers.base import HALF_DTYPES, AdapterSpec, cast_merged, upcast
+from rankfold.lora.layers.carrying import MICA, carrying_problems
 from rankfold.lora.layers.dora import MAGNITUDES, Magnitude, row_factors, row_norms
 from rankfold.lora.layers.init import draw_kaiming, minor_directions, start_factors
-from rankfold.lora.layers.residual_base import ResidualBase, splitting_problems
-from rankfold.lora.starts import loftq
+from rankfold.lora.layers.residual_base import ResidualBase
 from rankfold.lora.starts.parts import splits_base
 from rankfold.lora.variants.table import HELD, variant_of
 from rankfold.lora.variants.variant import Variant
-
-MICA = "mica"
 
 # What PEFT's layer is called where it is not called after the plain layer.
 PEFT_NAMES = {"Conv1D": "Linear", "NonDynamicallyQuantizableLinear": "Linear"}
@@ -72,61 +69,8 @@ class LoraLayer(ResidualBase):
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        """As the base class says, for the start of ``spec`` and for DoRA."""
-        start, name = spec.config.init_lora_weights, cls.plain_class.__name__
-        dora, splits = spec.config.use_dora, cls.is_matrix and splits_base(layer, spec.config)
-        found = []
-        if dora and cls.row_dim is None:
-            found.append(f"{name} does not support DoRA (yet), please set use_dora to False")
-        plain = not isinstance(start, str) or start == "gaussian" or start_from_data(start)
-        found += cls._variant_problems(layer, spec)
-        if start == MICA:
-            found += cls._minor_problems(layer, spec)
-        if cls.own_start:
-            return found
-        if not plain and not cls.is_matrix and start != MICA:
-            found.append(
-                f"Unknown initialization: init_lora_weights={start!r} is for linear layers, not {name}"
-            )
-        elif start == "orthogonal" and spec.rank % 2:
-            found.append(
-                f"Orthogonal initialization requires the LoRA rank to be even, got {spec.rank} instead."
-            )
-        elif splits:
-            found += splitting_problems(layer, spec)
-            found += (
-                loftq.problems_of(cast(dict[str, Any], spec.config.loftq_config)) if start == "loftq" else []
-            )
-        changing = splits or spec.config.kasa_config is not None
-        if (dora or changing) and isinstance(layer, LoraLayer) and layer.merged:
-            found.append(f"{layer.merged_adapters} are merged into it; unmerge_adapter() first")
-        return found
-
-    @classmethod
-    def _variant_problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        """What keeps ``layer`` from the variant that ``spec`` asks for."""
-        asked = variant_of(spec.config)
-        if asked is None:
-            return []
-        field, variant = asked
-        if not cls.has_variants:
-            kind = cls.plain_class.__name__
-            return [f"a {kind} does not support {field}, please set `{field}=None`"]
-        return variant.problems(layer, spec)
-
-    @classmethod
-    def _minor_problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        """What keeps ``layer`` from MiCA's start."""
-        if not (cls.is_matrix or cls.own_start):
-            name = cls.plain_class.__name__
-            return [f"Unknown initialization: init_lora_weights='mica' is not for a {name}"]
-        weight = layer.weight
-        if not (isinstance(weight, Tensor) and weight.is_floating_point()):
-            return ["Please initialize MiCA under float32, float16, or bfloat16."]
-        size, shape = min(weight.shape), tuple(weight.shape)
-        wrong = f"MiCA requires `r` <= min(in_features, out_features) but got r={spec.rank} for a layer with "
-        told = f"{wrong}weight shape {shape} (max usable r is {size})."
-        return [told] if spec.rank > size else []
+        """As the base class says, for the start of ``spec``, its variant and DoRA."""
+        return carrying_problems(cls, layer, spec)
 
     def add_adapter(self, spec: AdapterSpec) -> None:
         """Add an adapter; its factors start as ``init_lora_weights`` says, drawn as PEFT draws them."""

@@ -5,6 +5,7 @@ one only; here the scale is in them."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -31,10 +32,9 @@ def rounding_to(bits: int) -> Rounding:
 
 
 def _nf4(matrix: Tensor) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    packed, state = quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=False)
-    numbers: Tensor = dequantize_4bit(packed, state)
+    library = importlib.import_module("bitsandbytes.functional")
+    packed, state = library.quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=False)
+    numbers: Tensor = library.dequantize_4bit(packed, state)
     return numbers.to(matrix.dtype)
 
 

@@ -6,11 +6,13 @@ applied leaves the base as it was; PEFT changes it for good."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rankfold.lora.config.variant_configs import KasaConfig
 from rankfold.lora.layers.base import AdapterSpec, upcast
 from rankfold.lora.layers.residual_base import splitting_problems
 from rankfold.lora.variants.variant import HeldTensors, Pair, Variant
@@ -65,6 +67,18 @@ def regularisation(layer: Any, name: str, beta: float, gamma: float) -> Tensor:
     apart = torch.linalg.norm(lora_b.T @ lora_b - eye) + torch.linalg.norm(lora_a @ lora_a.T - eye)
     total: Tensor = beta * layer.lora_diag[name].float().square().sum() + gamma * apart
     return total
+
+
+def loss_of(layers: Iterable[Any], names: Collection[str]) -> Tensor | None:
+    """``regularisation`` summed over ``layers`` and the adapters ``names``; None if none is KaSA's."""
+    terms = [
+        regularisation(layer, name, config.beta, config.gamma)
+        for layer in layers
+        for name in names
+        if name in getattr(layer, HELD, ())
+        for config in [cast(KasaConfig, layer.specs[name].config.kasa_config)]
+    ]
+    return sum(terms, torch.zeros(())) if terms else None
 
 
 KASA = Variant(_start, pair=_pair, tensors=_tensors, problems=_problems)
