@@ -13,6 +13,7 @@ import rankfold
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
 
+BY_FACTOR = [f"{method}_by_factor" for method in ("linear", "ties", "dare_linear", "magnitude_prune")]
 OPTIONS = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"]}
 
 
@@ -40,15 +41,20 @@ def test_each_row_of_a_batch_goes_through_its_own_adapter(both):
         ours(input_ids=ids, adapter_names=["one", "three", "two"])
 
 
-@pytest.mark.parametrize("how", ["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune"])
-@pytest.mark.peft("`add_weighted_adapter`", "same", "same")
+@pytest.mark.parametrize("how", ["cat", "svd", *BY_FACTOR])
+@pytest.mark.peft(
+    "`add_weighted_adapter`",
+    "`linear`, `ties` and such combine A with A and B with B",
+    "the updates themselves; PEFT's way is `linear_by_factor`, `ties_by_factor` and such",
+)
 def test_a_weighted_adapter_is_pefts(both, how):
     ids = torch.arange(8).reshape(2, 4)
     outputs = []
     for model in both:
         torch.manual_seed(0)
-        more = {} if how in ("linear", "cat", "svd") else {"density": 0.5}
-        model.add_weighted_adapter(["one", "two"], [0.7, 0.4], "sum", combination_type=how, **more)
+        more = {} if how in ("linear_by_factor", "cat", "svd") else {"density": 0.5}
+        own = how if model is both[0] else how.removesuffix("_by_factor")
+        model.add_weighted_adapter(["one", "two"], [0.7, 0.4], "sum", combination_type=own, **more)
         model.set_adapter("sum")
         outputs.append(model(input_ids=ids).logits)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)

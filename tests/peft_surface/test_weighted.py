@@ -13,6 +13,7 @@ from rankfold.lora.layers.factors import LoraLayer
 from rankfold.models.adapters.combine import CombineRequest, combine_adapters
 
 WEIGHTS = 0.7, -0.4
+TARGETS = ["words", "linear", "turned", "image", "sound", "body"]
 
 
 class Several(nn.Module):
@@ -30,7 +31,7 @@ class Several(nn.Module):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    targets = ["words", "linear", "turned", "image", "sound", "body"]
+    targets = TARGETS
     one = LoraConfig(r=3, lora_alpha=5, target_modules=targets)
     two = LoraConfig(r=2, lora_alpha=8, target_modules=targets, use_rslora=True)
     made = get_peft_model(Several(), one, "one")
@@ -71,6 +72,50 @@ def test_cat_is_the_weighted_sum_in_every_kind_of_layer(model):
     model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
     for layer in layers_of(model).values():
         torch.testing.assert_close(update(layer, "sum"), dense(layer), rtol=1e-5, atol=1e-5)
+
+
+def same_ranks(model):
+    """``model`` with a third adapter, of the first one's rank and another scale."""
+    model.add_adapter("third", LoraConfig(r=3, lora_alpha=2, target_modules=TARGETS))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            for factor in layer.factors("third"):
+                factor.copy_(torch.randn_like(factor))
+
+
+def test_linear_is_the_weighted_sum_in_every_kind_of_layer(model):
+    same_ranks(model)
+    model.add_weighted_adapter(["one", "third"], [0.7, -1.5], "sum", combination_type="linear")
+    for layer in layers_of(model).values():
+        wanted = 0.7 * update(layer, "one") - 1.5 * update(layer, "third")
+        torch.testing.assert_close(update(layer, "sum"), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare_linear", "dare_ties"])
+def test_the_pruning_methods_act_in_a_basis_that_the_updates_share(model, method):
+    """Nothing pruned, they are what they are on the updates themselves where one basis is as good as another:
+    magnitude pruning and DARE their sum, TIES of an adapter with itself that adapter."""
+    same_ranks(model)
+    pair = ["one", "one"] if method.endswith("ties") else ["one", "third"]
+    for kind in (method, f"{method}_svd"):
+        rank = {"svd_rank": 6} if kind.endswith("svd") else {}
+        model.add_weighted_adapter(pair, [1.0, 1.0], kind, combination_type=kind, density=1.0, **rank)
+        for layer in layers_of(model).values():
+            wanted = update(layer, "one")
+            wanted = wanted if method.endswith("ties") else wanted + update(layer, "third")
+            torch.testing.assert_close(update(layer, kind), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_pruned_updates_lie_in_the_rows_and_columns_of_the_adapters(model):
+    same_ranks(model)
+    model.add_weighted_adapter(["one", "third"], [1.0, 1.0], "few", combination_type="ties", density=0.3)
+    for layer in layers_of(model).values():
+        columns = torch.cat([update(layer, name) for name in ("one", "third")], dim=1)
+        basis = torch.linalg.svd(columns, full_matrices=False).U[:, :6]
+        found = update(layer, "few")
+        torch.testing.assert_close(basis @ (basis.T @ found), found, rtol=1e-4, atol=1e-4)
+        assert found.abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("how", ["cat", "svd", "linear"])

@@ -347,8 +347,7 @@ class LoraModel(nn.Module):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Within the block each row of a batch goes through the adapter named for it in ``adapter_names``, an
-        activated one for its last ``alora_offsets`` tokens."""
+        """Within the block ``adapter_names`` and ``alora_offsets`` hold for each row of a batch."""
         with forward_words(self.model, self.peft_config, kwargs):
             yield
 
