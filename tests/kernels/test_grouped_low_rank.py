@@ -31,7 +31,7 @@ def test_each_row_gets_its_own_adapters_update(index, ranks, positions, seed):
     factors = [(draw(rank, 6).requires_grad_(), draw(4, rank).requires_grad_()) for rank in ranks]
     scales = [0.5, 1.0, -2.0, 3.0]
     x, out = draw(len(index), *positions, 6).requires_grad_(), draw(len(index), *positions, 4)
-    found = add_grouped_update(out, x, *stacked(factors, scales), Groups.of(index, len(ranks), CPU))
+    found = add_grouped_update(out, x, stacked(factors, scales), Groups.of(index, len(ranks), CPU))
     wanted = one_by_one(out, x, factors, scales, index)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     leaves = [x, *(factor for pair in factors for factor in pair)]
@@ -43,11 +43,21 @@ def test_each_row_gets_its_own_adapters_update(index, ranks, positions, seed):
         torch.testing.assert_close(own, reached, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("positions", [1, 40])
+def test_rows_that_stand_together_are_not_copied(positions):
+    factors = [(torch.randn(2, 6), torch.randn(4, 2)) for _ in range(3)]
+    x, out, index = torch.randn(6, positions, 6), torch.randn(6, positions, 4), [0, 0, 1, 1, 2, 2]
+    groups = Groups.of(index, 3, CPU)
+    assert groups.rows is None
+    found = add_grouped_update(out, x, stacked(factors, [1.0, 2.0, 3.0]), groups)
+    torch.testing.assert_close(found, one_by_one(out, x, factors, [1.0, 2.0, 3.0], index))
+
+
 @pytest.mark.parametrize("positions", [1, 40], ids=["rows brought together", "factors copied"])
 def test_the_sum_has_the_dtype_of_the_output(positions):
     factors = [(torch.randn(2, 6), torch.randn(4, 2)) for _ in range(2)]
     x, out = torch.randn(3, positions, 6).bfloat16(), torch.randn(3, positions, 4).bfloat16()
-    found = add_grouped_update(out, x, *stacked(factors, [1.0, 1.0]), Groups.of([1, -1, 0], 2, CPU))
+    found = add_grouped_update(out, x, stacked(factors, [1.0, 1.0]), Groups.of([1, -1, 0], 2, CPU))
     wanted = one_by_one(out.float(), x.float(), factors, [1.0, 1.0], [1, -1, 0])
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2)

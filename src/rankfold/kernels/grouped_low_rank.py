@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,11 @@ from torch.nn.functional import pad
 class Groups:
     """Which of several adapters each row of a batch is of.
 
-    ``rows`` (adapters * most): the rows by adapter, each adapter's filled up to the most that one has;
-    ``places`` (rows): where each row stands in that; ``index`` (rows): its adapter; ``is_of_one`` (rows),
-    None if every row is of an adapter."""
+    ``rows`` (adapters * most): the rows by adapter, each adapter's filled up to the most that one has, None
+    where they stand so already; ``places`` (rows): where each row stands in that; ``index`` (rows): its
+    adapter; ``is_of_one`` (rows), None if every row is of an adapter."""
 
-    rows: Tensor
+    rows: Tensor | None
     places: Tensor
     index: Tensor
     is_of_one: Tensor | None
@@ -34,25 +35,31 @@ class Groups:
                 places[row] = each * most + place
         filled = [row for rows in rows_of for row in (*rows, *[0] * (most - len(rows)))]
         own = torch.tensor(index, device=device)
-        is_of_one = None if min(index) >= 0 else own >= 0
         return cls(
-            torch.tensor(filled, device=device),
+            None if filled == [*range(len(index))] else torch.tensor(filled, device=device),
             torch.tensor(places, device=device),
             own.clamp_min(0),
-            is_of_one,
+            None if min(index) >= 0 else own >= 0,
         )
 
 
-def stacked(
-    factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[Tensor | float]
-) -> tuple[Tensor, Tensor]:
-    """A (adapters, rank, in) and the scaled B (adapters, rank, out) of factors A (rank, in), B (out, rank).
-    Their ranks may differ: what a smaller one lacks is zero."""
+class Stack(NamedTuple):
+    """A (adapters, rank, in), B (adapters, out, rank) and the scales (adapters)."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scales: Tensor
+
+
+def stacked(factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[Tensor | float]) -> Stack:
+    """Factors A (rank, in) and B (out, rank) of adapters one above the other.  Their ranks may differ: what a
+    smaller one lacks is zero."""
     rank = max(lora_a.shape[0] for lora_a, _ in factors)
-    scaled = [lora_b.t() * scale for (_, lora_b), scale in zip(factors, scales, strict=True)]
-    return (
+    like = factors[0][0]
+    return Stack(
         torch.stack([_filled(lora_a, rank) for lora_a, _ in factors]),
-        torch.stack([_filled(lora_b, rank) for lora_b in scaled]),
+        torch.stack([_filled(lora_b.mT, rank).mT for _, lora_b in factors]),
+        torch.tensor([float(scale) for scale in scales], device=like.device, dtype=like.dtype),
     )
 
 
@@ -60,26 +67,34 @@ def _filled(rows: Tensor, rank: int) -> Tensor:
     return rows if rows.shape[0] == rank else pad(rows, (0, 0, 0, rank - rows.shape[0]))
 
 
-def add_grouped_update(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, groups: Groups) -> Tensor:
+def add_grouped_update(out: Tensor, x: Tensor, stack: Stack, groups: Groups) -> Tensor:
     """``out`` with the update of each row's own adapter, in its dtype.
 
-    Shapes: out (rows, ..., out), x (rows, ..., in), lora_a (adapters, rank, in) and lora_b (adapters, rank,
-    out) as ``stacked`` makes them.  Either the rows are brought together by adapter or each row gets a copy
-    of its factors, whichever copies less.  Chen et al. 2023 (Punica, arXiv 2310.18547), section 4."""
-    count, (adapters, rank) = x.shape[0], lora_a.shape[:2]
-    inputs = x.reshape(count, -1, x.shape[-1]).to(lora_a.dtype)
+    Shapes: out (rows, ..., out), x (rows, ..., in).  Where the rows do not stand together by adapter, either
+    they are brought together or each gets a copy of its factors, whichever copies less.
+    Chen et al. 2023 (Punica, arXiv 2310.18547), section 4."""
+    count, (adapters, rank) = x.shape[0], stack.lora_a.shape[:2]
+    inputs = x.reshape(count, -1, x.shape[-1]).to(stack.lora_a.dtype)
     outputs = out.reshape(count, -1, out.shape[-1])
-    if groups.rows.shape[0] * inputs.shape[1] <= count * rank:
+    if groups.rows is None:
+        together = inputs.view(adapters, -1, x.shape[-1]), stack.scales[:, None, None]
+        total = _added(outputs.view(adapters, -1, out.shape[-1]), *together, stack.lora_a, stack.lora_b)
+    elif groups.rows.shape[0] * inputs.shape[1] <= count * rank:
         sorted_rows = inputs.index_select(0, groups.rows).view(adapters, -1, x.shape[-1])
-        wide = torch.bmm(torch.bmm(sorted_rows, lora_a.mT), lora_b)
-        update = wide.view(-1, *outputs.shape[1:]).index_select(0, groups.places)
-        if groups.is_of_one is not None:
-            update = update * groups.is_of_one[:, None, None]
-        return (outputs + update.to(out.dtype)).view(out.shape)
-    narrow = torch.bmm(inputs, lora_a.index_select(0, groups.index).mT)
-    if groups.is_of_one is not None:
-        narrow = narrow * groups.is_of_one[:, None, None]
-    own_b = lora_b.index_select(0, groups.index)
-    if outputs.dtype == own_b.dtype and not torch.is_autocast_enabled(out.device.type):
-        return torch.baddbmm(outputs, narrow, own_b).view(out.shape)
-    return (outputs + torch.bmm(narrow, own_b).to(out.dtype)).view(out.shape)
+        narrow = torch.bmm(sorted_rows, stack.lora_a.mT) * stack.scales[:, None, None]
+        wide = torch.bmm(narrow, stack.lora_b.mT).view(-1, *outputs.shape[1:])
+        update = wide.index_select(0, groups.places).to(out.dtype)
+        total = outputs + (update if groups.is_of_one is None else update * groups.is_of_one[:, None, None])
+    else:
+        own_a, own_b, scales = (part.index_select(0, groups.index) for part in stack)
+        scales = scales if groups.is_of_one is None else scales * groups.is_of_one
+        total = _added(outputs, inputs, scales[:, None, None], own_a, own_b)
+    return total.view(out.shape)
+
+
+def _added(out: Tensor, x: Tensor, scales: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """``out + scale x A^T B^T`` for a batch of products."""
+    narrow = torch.bmm(x, lora_a.mT) * scales
+    if out.dtype == lora_b.dtype and not torch.is_autocast_enabled(out.device.type):
+        return torch.baddbmm(out, narrow, lora_b.mT)
+    return out + torch.bmm(narrow, lora_b.mT).to(out.dtype)

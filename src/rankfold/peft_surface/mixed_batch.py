@@ -13,7 +13,7 @@ from rankfold.compat import recomputes_activations
 from rankfold.errors import ConfigError, MergeError, bullet_list
 from rankfold.lora.layers.attention import LoraMultiheadAttention
 from rankfold.lora.layers.base import AdapterLayer
-from rankfold.lora.layers.mixed import MixedForward, MixedRows, activate
+from rankfold.lora.layers.mixed import MixedForward, MixedRows
 from rankfold.lora.layers.overrides import HeldParameters
 from rankfold.lora.layers.parameters import ParameterAdapters
 from rankfold.lora.layers.registry import adapter_layers
@@ -54,7 +54,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
     whole, in_encoder = (MixedRows([None if n == BASE else n for n in each]) for each in (repeated, names))
     try:
         for layer, _, _ in states:
-            activate(layer, [])
+            layer.activate([])
             rows = in_encoder if id(layer) in inside else whole
             layer.__dict__["forward"] = MixedForward(layer, rows)
         yield
@@ -63,7 +63,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
             layer.__dict__.pop("forward", None)
             if forward is not None:
                 layer.__dict__["forward"] = forward
-            activate(layer, active)
+            layer.activate(active)
 
 
 def _check(model: nn.Module, layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> None:

@@ -77,6 +77,7 @@ class LoraModel(nn.Module):
         self.adapter_metadata: dict[str, AdapterMetadata] = {}
         self.targeted_module_names: list[str] = []
         self._active = [adapter_name]
+        self._may_train = {*vars(model).get(WORD, ())}  # adapters that some call may have let be trained
         self.buffer_versions = buffer_versions(model)
         known = vars(model).get(WORD)
         if known:
@@ -110,6 +111,7 @@ class LoraModel(nn.Module):
         nn.Module.__init__(self)
         self.model, self.widen = model, True
         self.adapter_metadata, self.targeted_module_names, self.buffer_versions = {}, [], {}
+        self._may_train = trained_names(model)
         self._active = next((layer.active_adapters for _, layer in adapter_layers(model)), [])
         return self
 
@@ -163,7 +165,6 @@ class LoraModel(nn.Module):
 
         Raises what ``find_placement`` and ``load_onto`` raise; the model is then as it was."""
         widen = self.widen if widen is None else widen
-        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         warn_of_starts_together([config, *self.peft_config.values()])
         with replicated(self.model, config):
             if source is None:
@@ -173,9 +174,7 @@ class LoraModel(nn.Module):
                 self.note(name, placement.config, placement.targets)
             else:
                 result = load_onto(self, name, config, source, widen=widen)
-        self._settle(())
-        for parameter, was_trained in before:
-            parameter.requires_grad = was_trained
+        self._settle(frozen=[name])
         return result
 
     def note(self, name: str, config: LoraConfig, targets: Collection[str]) -> None:
@@ -189,10 +188,10 @@ class LoraModel(nn.Module):
         remove_adapter(self.model, name)
         del self.peft_config[name]
         self.add(name, config)
-        self._settle([name] if trained else [])
+        self._settle([name] if trained else [], frozen=[] if trained else [name])
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **options: Any) -> None:
-        """PEFT's call: put in place the adapter whose config is in ``peft_config`` already."""
+        """Put in place the adapter whose config is in ``peft_config`` already."""
         self.add(adapter_name, self.peft_config.pop(adapter_name), **options)
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig, **options: Any) -> None:
@@ -203,10 +202,12 @@ class LoraModel(nn.Module):
         ``inference_mode``.  What is merged is unmerged first."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_known(names, "Adapter {} not found.")
-        check_together(self.model, names)
-        merging.unmerge(self.model)
-        self._active = names
-        self._settle(() if inference_mode else names)
+        layers = [*adapter_layers(self.model)]
+        check_together(layers, names)
+        merging.unmerge_layers([layer for _, layer in layers])
+        self._active, trained = names, [] if inference_mode else names
+        activate([layer for _, layer in layers], names, trained=trained, frozen=self._may_train - {*trained})
+        self._may_train = {*trained}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter; of the last one nothing stays on the layers.  Raises MergeError while it is
@@ -234,8 +235,10 @@ class LoraModel(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Collection[str], requires_grad: bool = True) -> None:
         """Train, or do not train, the tensors of the named adapters, active or not."""
+        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
+        self._may_train |= names if requires_grad else set()
         for _, layer in adapter_layers(self.model):
-            layer.set_requires_grad(adapter_names, requires_grad)
+            layer.set_requires_grad(names, requires_grad)
 
     def enable_adapter_layers(self) -> None:
         for _, layer in adapter_layers(self.model):
@@ -249,8 +252,7 @@ class LoraModel(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the model computes what the base computes, merged adapters included; everything is
-        as it was afterwards, what is trained too."""
+        """Within the block the model computes what the base computes; afterwards all is as it was."""
         layers = [layer for _, layer in adapter_layers(self.model)]
         before = [layer.disable_adapters for layer in layers]
         merged = {name: None for layer in layers for name in layer.merged_adapters}
@@ -269,9 +271,7 @@ class LoraModel(nn.Module):
 
     def merge_adapter(self, adapter_names: Collection[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the named (or the active) adapters into the weights until ``unmerge_adapter``, beside what is
-        merged already; the other active ones are added as before.
-
-        The original weights stay in memory, so that unmerging gives back the exact bits.  Every merge is
+        merged already; the other active ones are added as before, and unmerging gives back the exact bits.  Every merge is
         checked (``safe_merge`` is PEFT's word).  Raises MergeError, with nothing changed, where a weight
         would not stay finite."""
         names = self._active_on_layers() if adapter_names is None else list(adapter_names)
@@ -301,11 +301,9 @@ class LoraModel(nn.Module):
         safe_merge: bool = False,
         adapter_names: Collection[str] | None = None,
     ) -> nn.Module:
-        """Fold the named (or the active) adapters into the base weights and return the plain model.
-
-        Afterwards no layer differs in type from before the adaptation, so inference costs nothing extra.
-        Every merge is checked (``safe_merge`` and ``progressbar`` are PEFT's words and change nothing).
-        Raises MergeError, with nothing changed, where a weight would not stay finite."""
+        """Fold the named (or the active) adapters into the base weights and return the plain model, whose
+        layers are of the types that they had.  Every merge is checked (``safe_merge`` and ``progressbar`` are
+        PEFT's words).  Raises MergeError, with nothing changed, where a weight would not stay finite."""
         names = self._active_on_layers() if adapter_names is None else list(adapter_names)
         self.check_known(names)
         config = getattr(self.model, "config", None)
@@ -389,9 +387,11 @@ class LoraModel(nn.Module):
         every = [name for _, layer in adapter_layers(self.model) for name in layer.active_adapters]
         return [name for name in dict.fromkeys([*self._active, *every]) if name in self.peft_config]
 
-    def _settle(self, trained: Collection[str]) -> None:
+    def _settle(self, trained: Collection[str] = (), frozen: Collection[str] = ()) -> None:
         """Make ``_active`` count, after every change of what there is."""
-        activate(self.model, self._active, trained=trained)
+        self._may_train |= {*trained}
+        layers = [layer for _, layer in adapter_layers(self.model)]
+        activate(layers, self._active, trained=trained, frozen=frozen)
         pack_without_grad(self.model)
 
     def _forget(self) -> None:

@@ -188,10 +188,16 @@ class AdapterLayer(nn.Module):
             self.set_requires_grad(name, name in names and not inference_mode)
         self.refresh()
 
+    def activate(self, names: list[str]) -> None:
+        """Let ``names`` count here, whatever is trained."""
+        self.__dict__["_active"] = names
+        self.refresh()
+
     def set_requires_grad(self, adapter_names: str | Collection[str], requires_grad: bool = True) -> None:
         """Train, or do not train, the tensors of the named adapters; buffers of a copied module never."""
-        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
-        for name in names & {*self.adapter_names()}:
+        carried = self.adapter_names()
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in [name for name in names if name in carried]:
             for tensor in self.adapter_tensors(name).values():
                 if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                     tensor.requires_grad_(requires_grad)

@@ -132,9 +132,8 @@ class LoraLayer(ResidualBase):
 
     def set_requires_grad(self, adapter_names: str | Collection[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
-        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
-        for name in names & self.r.keys():
-            for tensor in self.frozen_tensors(name):
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for tensor in self.frozen_tensors(name) if name in self.r else ():
                 tensor.requires_grad_(False)
 
     def _start_magnitude(self, name: str) -> None:

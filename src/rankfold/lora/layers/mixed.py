@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import ConfigError
-from rankfold.kernels.grouped_low_rank import Groups, add_grouped_update, stacked
+from rankfold.kernels.grouped_low_rank import Groups, Stack, add_grouped_update, stacked
 from rankfold.lora.layers.base import AdapterLayer, upcast
 from rankfold.lora.layers.linear import LinearUpdates
 from rankfold.lora.variants.activated import OFFSETS
-
-Stack = tuple[Tensor, Tensor, Tensor | None]
 
 
 class MixedRows:
@@ -49,7 +47,7 @@ class MixedForward:
         held = layer.adapter_names()
         self.carried = tuple(n for n in dict.fromkeys(rows.names) if n is not None and n in held)
         self.grouped = cast(LinearUpdates, layer) if _can_group(layer, self.carried) else None
-        self._stack: Stack | None = None
+        self._kept: tuple[Stack, Tensor | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -63,35 +61,32 @@ class MixedForward:
     def _in_groups(self, layer: LinearUpdates, x: Tensor, out: Tensor) -> Tensor:
         if layer.training:
             x = layer.dropped(self.carried[0], x)
-        lora_a, lora_b, factors = self._stacked(layer)
+        stack, factors = self._stacked(layer)
         groups = self.rows.groups(self.carried, x.device)
-        if factors is not None:
-            less_one = (factors - 1).index_select(0, groups.index)
-            if groups.is_of_one is not None:
-                less_one = less_one * groups.is_of_one[:, None]
-            bias = layer._parameters.get("bias")
-            base = upcast(out) if bias is None else upcast(out) - bias
-            shape = (out.shape[0], *[1] * (out.dim() - 2), out.shape[-1])
-            wide = torch.addcmul(upcast(out), base, less_one.view(shape))
-            return add_grouped_update(wide, x, lora_a, lora_b, groups).to(out.dtype)
-        return add_grouped_update(out, x, lora_a, lora_b, groups)
+        if factors is None:
+            return add_grouped_update(out, x, stack, groups)
+        less_one = (factors - 1).index_select(0, groups.index)
+        if groups.is_of_one is not None:
+            less_one = less_one * groups.is_of_one[:, None]
+        bias = layer._parameters.get("bias")
+        base = upcast(out) if bias is None else upcast(out) - bias
+        shape = (out.shape[0], *[1] * (out.dim() - 2), out.shape[-1])
+        wide = torch.addcmul(upcast(out), base, less_one.view(shape))
+        return add_grouped_update(wide, x, stack, groups).to(out.dtype)
 
-    def _stacked(self, layer: LinearUpdates) -> Stack:
+    def _stacked(self, layer: LinearUpdates) -> tuple[Stack, Tensor | None]:
         """The factors of all adapters of the batch, and DoRA's factor of each output (adapters, out); kept
         where there is no gradient."""
-        if self._stack is not None and not torch.is_grad_enabled():
-            return self._stack
-        names = self.carried
-        pairs, scales = [layer.pair(name) for name in names], [layer.scaling[name] for name in names]
-        lora_a, lora_b = stacked(pairs, scales)
-        factors = None
+        if self._kept is not None and not torch.is_grad_enabled():
+            return self._kept
+        names, factors = self.carried, None
+        stack = stacked([layer.pair(name) for name in names], [layer.scaling[name] for name in names])
         if any(layer.use_dora[name] for name in names):
-            ones = torch.ones(lora_b.shape[-1], device=lora_b.device)
+            ones = torch.ones(stack.lora_b.shape[1], device=stack.lora_b.device)
             factors = torch.stack([layer.row_factors(n) if layer.use_dora[n] else ones for n in names])
-            lora_b = lora_b * factors[:, None].to(lora_b.dtype)
-        stack = lora_a, lora_b, factors
-        self._stack = None if torch.is_grad_enabled() else stack
-        return stack
+            stack = stack._replace(lora_b=stack.lora_b * factors[:, :, None].to(stack.lora_b.dtype))
+        self._kept = None if torch.is_grad_enabled() else (stack, factors)
+        return stack, factors
 
     def _in_parts(self, *args: Any, **kwargs: Any) -> Any:
         """The layer run once an adapter, on that adapter's rows."""
@@ -102,23 +97,17 @@ class MixedForward:
                 index = torch.tensor([i for i, other in enumerate(names) if other == name])
                 if offsets is not None:
                     state[OFFSETS] = [offsets[row] for row in index]
-                activate(self.layer, [] if name is None else [name])
+                self.layer.activate([] if name is None else [name])
                 output = self.forward(
                     *(_rows_of(value, index, rows) for value in args),
                     **{key: _rows_of(value, index, rows) for key, value in kwargs.items()},
                 )
                 whole = _put(whole, output, index, rows)
         finally:
-            activate(self.layer, [])
+            self.layer.activate([])
             if offsets is not None:
                 state[OFFSETS] = offsets
         return whole
-
-
-def activate(layer: AdapterLayer, names: list[str]) -> None:
-    """Let ``names`` count in one layer, whatever is trained."""
-    layer.__dict__["_active"] = names
-    layer.refresh()
 
 
 def _can_group(layer: AdapterLayer, names: Sequence[str]) -> bool:

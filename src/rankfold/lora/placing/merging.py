@@ -33,7 +33,11 @@ def merge(model: nn.Module, names: Collection[str], *, keep: bool = True) -> Non
 
 def unmerge(model: nn.Module) -> None:
     """Give every merged layer its original bits back, last merged first."""
-    for _, layer in reversed(list(adapter_layers(model))):
+    unmerge_layers([layer for _, layer in adapter_layers(model)])
+
+
+def unmerge_layers(layers: list[AdapterLayer]) -> None:
+    for layer in reversed(layers):
         if layer.merged:
             layer.unmerge()
 

@@ -4,7 +4,7 @@ token rows and biases."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 from warnings import warn
@@ -203,10 +203,10 @@ def _is_target(layer: AdapterLayer, name: str) -> bool:
     return isinstance(layer, LoraLayer) and name in layer.adapter_names()
 
 
-def check_together(model: nn.Module, names: Collection[str]) -> None:
-    """Raise ConfigError if ``names`` cannot be active at the same time."""
+def check_together(layers: Iterable[tuple[str, AdapterLayer]], names: Collection[str]) -> None:
+    """Raise ConfigError if ``names`` cannot be active at the same time on ``layers``, by their names."""
     problems = []
-    for path, layer in adapter_layers(model):
+    for path, layer in layers if len(names) > 1 else ():
         if clash := layer.clash(names):
             problems.append(f"{path}: {clash}" if path else clash)
     if problems:

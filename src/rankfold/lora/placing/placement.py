@@ -334,9 +334,17 @@ def trained_names(model: nn.Module) -> set[str]:
     }
 
 
-def activate(model: nn.Module, names: Collection[str], *, trained: Collection[str]) -> None:
-    """Make ``names`` the active adapters of ``model``, and ``trained`` the ones that are trained."""
-    for _, layer in adapter_layers(model):
-        layer.set_adapter(names, inference_mode=True)
+def activate(
+    layers: Iterable[AdapterLayer],
+    names: Collection[str],
+    *,
+    trained: Collection[str],
+    frozen: Collection[str],
+) -> None:
+    """Make ``names`` the active adapters of ``layers``; from now on ``trained`` are trained, ``frozen`` not."""
+    for layer in layers:
+        if frozen:
+            layer.set_requires_grad(frozen, False)
         if trained:
             layer.set_requires_grad(trained)
+        layer.activate(list(names))
