@@ -271,9 +271,10 @@ class LoraModel(nn.Module):
 
     def merge_adapter(self, adapter_names: Collection[str] | None = None, safe_merge: bool = False) -> None:
         """Merge the named (or the active) adapters into the weights until ``unmerge_adapter``, beside what is
-        merged already; the other active ones are added as before, and unmerging gives back the exact bits.  Every merge is
-        checked (``safe_merge`` is PEFT's word).  Raises MergeError, with nothing changed, where a weight
-        would not stay finite."""
+        merged already; the other active ones are added as before, and unmerging gives back the exact bits.
+
+        Every merge is checked (``safe_merge`` is PEFT's word).  Raises MergeError, with nothing changed,
+        where a weight would not stay finite."""
         names = self._active_on_layers() if adapter_names is None else list(adapter_names)
         self.check_known(names)
         done = {n for _, layer in adapter_layers(self.model) for n in layer.merged_adapters}

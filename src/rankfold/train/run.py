@@ -36,6 +36,7 @@ from rankfold.train.planning.rates import Probe
 from rankfold.train.planning.recomputing import Activations, recompute_activations
 from rankfold.train.planning.rows import Prepared, prepare
 from rankfold.train.planning.start import as_its_adapter
+from rankfold.train.planning.starting import FOLDER, TAKES_FROM_BASE, check_start
 from rankfold.train.sharding import require_several, shard_base
 from rankfold.train.step.loop import StepRecord, Trainer
 from rankfold.train.step.method import method_of
@@ -68,6 +69,8 @@ def fine_tune(
     record = {"status": "running", "identity": identity, "steps_planned": plan.settings.steps}
     record["probe"] = asdict(plan.probe) if plan.probe else None
     processes.first_does(lambda: RunFolder.create(recipe.out, choices, record) and None)
+    if recipe.start != "plain":
+        plan.model.save_pretrained(recipe.out / FOLDER)
     with ExitStack() as stack:
         folder = _hold(RunFolder(recipe.out), processes, stack)
         return Run(plan, folder, listener, identity).go()
@@ -145,12 +148,15 @@ def decide(
     """Everything up to the first step: read, check, encode, load, choose, adapt and time.  Writes nothing."""
     processes = processes or Processes()
     recipe = as_its_adapter(recipe)
+    check_start(recipe, processes.count)
     if recipe.shard_base:
         require_several(processes, recipe.stored)
     rows = prepared or processes.together(lambda: prepare(recipe))
     listener.on_stage("loading the model and timing a step")
     precision = shared_precision(recipe.precision, processes)
-    plan = processes.together(lambda: make_plan(recipe, rows, precision, processes))
+    about = f"the start {recipe.start}"
+    tell = lambda text: listener.on_stage(f"{about}: {text}")  # noqa: E731
+    plan = processes.together(lambda: make_plan(recipe, rows, precision, processes, tell))
     plan = recomputed_in_all(plan)
     if not recipe.shard_base:
         listener.on_stage("carrying out the largest step")
@@ -333,7 +339,10 @@ class Run:
         if self.plan.reader is not None:
             facts["image_tiles"] = self.plan.reader.tiles
         with self.trainer.counting():
-            self.plan.model.save_pretrained(self.folder.path, facts=facts)
+            initial = self.folder.path / FOLDER if self.plan.recipe.start in TAKES_FROM_BASE else None
+            self.plan.model.save_pretrained(
+                self.folder.path, path_initial_model_for_weight_conversion=initial, facts=facts
+            )
         if not result.interrupted:
             write_whole(self.folder.path / REPORT_NAME, render_report(self.plan, result))
         self.folder.write_record(self.folder.record() | run_record(self.plan, result))

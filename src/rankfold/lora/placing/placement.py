@@ -341,7 +341,7 @@ def activate(
     trained: Collection[str],
     frozen: Collection[str],
 ) -> None:
-    """Make ``names`` the active adapters of ``layers``; from now on ``trained`` are trained, ``frozen`` not."""
+    """Make ``names`` the active adapters of ``layers``; ``trained`` are trained now, ``frozen`` not."""
     for layer in layers:
         if frozen:
             layer.set_requires_grad(frozen, False)

@@ -20,6 +20,8 @@ from rankfold.lora.layers.init import base_part
 from rankfold.lora.starts import corda, loftq, lora_ga
 
 EIGENS = "eigens"
+# Under this name a layer may hold the A and B of such a start themselves, made before and kept in a file.
+HANDED = "lora_start"
 GRADIENT = "_peft_loraga_grad"
 
 
@@ -36,10 +38,14 @@ def _base_part(layer: Any, matrix: Tensor, spec: AdapterSpec) -> Parts:
 
 
 def _oriented(layer: Any, matrix: Tensor, spec: AdapterSpec) -> Parts:
+    if HANDED in layer.__dict__:
+        return Parts(*layer.__dict__.pop(HANDED))
     return Parts(*corda.factors_of(layer.__dict__.pop(EIGENS), spec.scale))
 
 
 def _along_gradient(layer: Any, matrix: Tensor, spec: AdapterSpec) -> Parts:
+    if HANDED in layer.__dict__:
+        return Parts(*layer.__dict__.pop(HANDED))
     gradient = layer.__dict__.pop(GRADIENT)
     gradient = gradient.T if layer.row_dim == 1 else gradient
     config = cast(LoraGAConfig, spec.config.lora_ga_config or LoraGAConfig())
@@ -71,7 +77,7 @@ def splits_base(layer: Any, config: LoraConfig) -> bool:
     if not isinstance(start, str):
         return False
     if start in GATHERED:
-        return GATHERED[start] in layer.__dict__
+        return GATHERED[start] in layer.__dict__ or HANDED in layer.__dict__
     if start == "loftq":
         weight = layer._parameters.get("weight")
         return weight is not None and weight.is_floating_point() and not hasattr(weight, "quant_state")
@@ -94,7 +100,7 @@ def check_gathered(layers: Mapping[str, Any], config: LoraConfig) -> None:
         for path, layer in layers.items()
         if getattr(layer, "weight", None) is not None
         and type(layer).__name__ != "Embedding"
-        and GATHERED[start] not in layer.__dict__
+        and not {GATHERED[start], HANDED} & layer.__dict__.keys()
     ]
     if missing and start == "corda":
         headline = f"`{EIGENS}` attribute not found for layer, please run `preprocess_corda` first:"

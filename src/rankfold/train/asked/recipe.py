@@ -80,6 +80,7 @@ NOT_NEEDED = {
 }
 
 
+Start = Literal["plain", "pissa", "olora", "eva", "corda", "lora-ga", "loftq"]
 MODULE_NAMES = re.compile(r"[\w.]+(\s*,\s*[\w.]+)*")
 
 
@@ -135,6 +136,14 @@ class Recipe(CheckedSettings):
     )
     adapter: Path | None = Field(
         None, description="adapter folder to start from, with its base, rank, alpha and targets"
+    )
+    start: Start = Field(
+        "plain",
+        description="how lora_A and lora_B begin: plain, pissa, olora, eva, corda, lora-ga, or loftq for a "
+        "stored base",
+    )
+    original: str | None = Field(
+        None, min_length=1, description="the base in full precision, for the start loftq [the model itself]"
     )
     rank: int | None = Field(None, ge=1, le=4096, description="rank of the update [16; 32 above 10,000 rows]")
     alpha: float | None = Field(

@@ -6,7 +6,7 @@ In six steps, each a function whose value the next takes: how the base reads, th
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -53,6 +53,7 @@ from rankfold.train.planning.rates import Probe
 from rankfold.train.planning.recomputing import Activations
 from rankfold.train.planning.rows import Prepared, Rows, Text
 from rankfold.train.planning.start import adapted
+from rankfold.train.planning.starting import Seen, told_of
 from rankfold.train.planning.trial import Cost, Trial
 
 SAMPLED_ROWS = 500  # for the trial
@@ -164,15 +165,23 @@ class Plan:
         return tokens * ANSWER_WORK * self.cost.forward * self.cost.per_token
 
 
-def make_plan(recipe: Recipe, prepared: Prepared, precision: Precision, processes: Processes) -> Plan:
-    """Load the model, choose the settings, adapt the model, and time one micro-batch.
+def make_plan(
+    recipe: Recipe,
+    prepared: Prepared,
+    precision: Precision,
+    processes: Processes,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Load the model, choose the settings, adapt the model, and time one micro-batch; ``tell`` says how far a
+    start that looks at rows is.
 
     Raises ModelError, TargetError or ConfigError."""
     rows, encoded, text = prepared.rows, prepared.encoded, prepared.text
     base = load_weights(recipe, text, precision, rows)
     settings = settle(recipe, len(encoded.train), _size(base.model))
     batching = _batching(recipe, prepared, base, settings, precision)
-    model, fused, told = _adapt(recipe, base, settings, precision)
+    seen = Seen(encoded.train, batching, pad_id_of(text.tokenizer), precision, recipe.seed, tell)
+    model, fused, told = _adapt(recipe, base, settings, seen)
     resting_bytes = used_memory_bytes(model.device)
     trial = Trial(model, _sample(encoded.train), pad_id_of(text.tokenizer), precision)
     largest = largest_size(
@@ -276,18 +285,17 @@ def _batching(
     return choose_batching(base.model, train, settings.rows_per_step, recipe.seed, recipe.batching, most)
 
 
-def _adapt(
-    recipe: Recipe, base: Base, settings: Settings, precision: Precision
-) -> tuple[PeftModel, str, list[str]]:
+def _adapt(recipe: Recipe, base: Base, settings: Settings, seen: Seen) -> tuple[PeftModel, str, list[str]]:
     """``base`` with its adapter on it; what of it is computed as one; and which parts of it are trained."""
     scope = adapter_scope(base.model, recipe.targets, recipe.parts, recipe.whole)
     if recipe.whole_learning_rate is not None and not scope.modules_to_save:
         raise ConfigError("whole_learning_rate: nothing is trained whole; name a part under parts and whole")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        model = adapted(base, recipe, settings, scope)
+        model = adapted(base, recipe, settings, scope, seen)
     _widen_trained(model)
-    return model, fuse(model, precision.compute), scope.told if base.processor is not None else []
+    told = [*(scope.told if base.processor is not None else []), *told_of(recipe, model)]
+    return model, fuse(model, seen.precision.compute), told
 
 
 def _size(model: Any) -> int:

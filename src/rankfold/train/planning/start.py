@@ -20,6 +20,7 @@ from rankfold.peft_surface import PeftModel, get_peft_model
 from rankfold.train.asked.advise import Settings
 from rankfold.train.asked.recipe import Recipe
 from rankfold.train.planning.rows import Text
+from rankfold.train.planning.starting import Seen, started
 
 R = TypeVar("R", bound=Recipe)
 
@@ -72,8 +73,9 @@ def text_of_start(recipe: Recipe, text: Text) -> Text:
     return replace(text, tokenizer=base.tokenizer, processor=base.processor, started=facts, notes=base.notes)
 
 
-def adapted(base: Base, recipe: Recipe, settings: Settings, scope: Scope) -> PeftModel:
-    """The model to train: ``base`` with a fresh adapter, or with the one that ``recipe`` names.
+def adapted(base: Base, recipe: Recipe, settings: Settings, scope: Scope, seen: Seen) -> PeftModel:
+    """The model to train: ``base`` with a fresh adapter, which may begin by what is ``seen``, or with the one
+    that ``recipe`` names.
 
     Raises AdapterError, TargetError or ConfigError."""
     if recipe.adapter is not None:
@@ -85,6 +87,8 @@ def adapted(base: Base, recipe: Recipe, settings: Settings, scope: Scope) -> Pef
         lora_dropout=recipe.dropout,
         **scope.options(),
     )
+    if recipe.start != "plain":
+        return started(base.model, config, recipe, seen)
     return get_peft_model(base.model, config)
 
 
