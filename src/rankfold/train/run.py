@@ -36,7 +36,7 @@ from rankfold.train.planning.rates import Probe
 from rankfold.train.planning.recomputing import Activations, recompute_activations
 from rankfold.train.planning.rows import Prepared, prepare
 from rankfold.train.planning.start import as_its_adapter
-from rankfold.train.planning.starting import FOLDER, TAKES_FROM_BASE, check_start
+from rankfold.train.planning.starting import FOLDER, TAKES_FROM_BASE, check_start, keep_start
 from rankfold.train.sharding import require_several, shard_base
 from rankfold.train.step.loop import StepRecord, Trainer
 from rankfold.train.step.method import method_of
@@ -69,8 +69,6 @@ def fine_tune(
     record = {"status": "running", "identity": identity, "steps_planned": plan.settings.steps}
     record["probe"] = asdict(plan.probe) if plan.probe else None
     processes.first_does(lambda: RunFolder.create(recipe.out, choices, record) and None)
-    if recipe.start != "plain":
-        plan.model.save_pretrained(recipe.out / FOLDER)
     with ExitStack() as stack:
         folder = _hold(RunFolder(recipe.out), processes, stack)
         return Run(plan, folder, listener, identity).go()
@@ -208,6 +206,8 @@ class Run:
         self.energy = Energy()
 
     def go(self, reset_optimizer: bool = False) -> RunResult:
+        if self.plan.recipe.start != "plain":
+            keep_start(self.plan.model, self.folder.path / FOLDER)
         self._restore(reset_optimizer)
         self.trackers = self.processes.together(self._open_trackers)
         try:

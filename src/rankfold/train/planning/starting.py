@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from rankfold.data.order.batch import Batch
 from rankfold.data.order.batching import Batching
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.errors import ConfigError
-from rankfold.files import cache_folder
+from rankfold.files import cache_folder, staged_folder
 from rankfold.lora import LoraConfig
 from rankfold.lora.config.data_starts import EvaConfig, LoraGAConfig
 from rankfold.lora.config.names import PREFIX
@@ -41,6 +42,7 @@ from rankfold.train.asked.recipe import Recipe
 from rankfold.train.step.objectives import Supervised
 
 FOLDER = "start"  # in a run's folder: the adapter as it began
+TOLD = 5  # times that it is said how far it is
 SEEN_ROWS, GRADIENT_ROWS = 256, 64  # what EVA and CorDA, and what LoRA-GA looks at
 # By the recipe's word the value of ``init_lora_weights`` and what is told with it.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -90,11 +92,13 @@ class Seen:
         rows = [self.rows[place] for place in sorted(places)]
         packed = self.batching.kind == "packed"
         groups = self.batching.cut(rows) if packed else [[row] for row in rows]
-        done = 0
+        done = told = 0
         for group in groups:
             yield self.batching.collate(group, self.pad_id, device)
             done += len(group)
-            self.tell(f"{done} of {len(rows)} rows")
+            if TOLD * done // len(rows) > told:
+                told = TOLD * done // len(rows)
+                self.tell(f"{done} of {len(rows)} rows")
 
 
 def started(model: Any, plain: LoraConfig, recipe: Recipe, seen: Seen) -> PeftModel:
@@ -108,8 +112,16 @@ def started(model: Any, plain: LoraConfig, recipe: Recipe, seen: Seen) -> PeftMo
         seen.tell(f"taken from {kept}")
         return _again(model, config, recipe, load_file(kept / WEIGHTS_NAME))
     made = MAKERS[recipe.start](model, config, recipe, seen)
-    made.save_pretrained(cached)
+    keep_start(made, cached)
     return made
+
+
+def keep_start(model: PeftModel, folder: Path) -> None:
+    """Write the adapter as it begins into ``folder``, whole or not at all, unless it is there already."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with staged_folder(folder) as staging:
+            model.save_pretrained(staging)
 
 
 def _key(model: Any, config: LoraConfig, recipe: Recipe, seen: Seen) -> str:
@@ -136,10 +148,8 @@ def _again(model: Any, config: LoraConfig, recipe: Recipe, tensors: dict[str, Te
         with torch.no_grad():
             for path, layer in adapter_layers(model):
                 if isinstance(layer, LinearUpdates) and path in first:
-                    for factor, value in zip(
-                        layer.factors("default"), (first[path], second[path]), strict=True
-                    ):
-                        factor.copy_(value)
+                    for factor, kept in zip(layer.factors("default"), (first, second), strict=True):
+                        factor.copy_(kept[path])
         return made
     for path, lora_a in first.items():
         model.get_submodule(path).__dict__[HANDED] = lora_a, second[path]
@@ -218,8 +228,8 @@ def told_of(recipe: Recipe, model: PeftModel) -> list[str]:
     if recipe.start in TAKES_FROM_BASE:
         rank = model.active_peft_config.r
         return [
-            f"start={recipe.start}: the adapter begins as a part of the base's weights; it is saved as a plain "
-            f"one of rank {2 * rank}, which needs nothing but the base as it is"
+            f"start={recipe.start}: the adapter begins as a part of the base's weights; it is saved as a "
+            f"plain one of rank {2 * rank}, which needs nothing but the base as it is"
         ]
     if recipe.start == "eva":
         given = [layer.r["default"] for _, layer in adapter_layers(model) if isinstance(layer, LinearUpdates)]
