@@ -191,7 +191,6 @@ class LoraModel(nn.Module):
         self._settle([name] if trained else [], frozen=[] if trained else [name])
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **options: Any) -> None:
-        """Put in place the adapter whose config is in ``peft_config`` already."""
         self.add(adapter_name, self.peft_config.pop(adapter_name), **options)
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig, **options: Any) -> None:
