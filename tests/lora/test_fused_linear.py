@@ -213,3 +213,39 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_frozen_a_keeps_the_narrow_product_alone(dropout, calls):
+    """LoRA-FA: the layer's input is not kept for the backward."""
+    kept: list[Tensor] = []
+    models = [adapted(lora_dropout=dropout), adapted(lora_dropout=dropout)]
+    for name, parameter in models[0].named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    x = sample()
+    found = []
+    for model in models:
+        torch.manual_seed(2)
+        given = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            out = model(given)
+        if model is models[0]:
+            assert calls
+            assert not any(tensor.numel() == x.numel() for tensor in kept)
+        out.square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
+        found.append((out.detach(), given.grad, *grads.values()))
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
+    assert any(tensor.numel() == x.numel() for tensor in kept)
+
+
+def test_a_frozen_a_has_no_second_derivative():
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    x = sample().requires_grad_()
+    with pytest.raises(rankfold.RankfoldError, match="no second derivative"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)

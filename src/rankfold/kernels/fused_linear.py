@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.compat import looked_into
+from rankfold.errors import TrainingError
 from rankfold.kernels.dropout import DropMask
 from rankfold.kernels.forms import form_of
 from rankfold.kernels.frozen import FrozenMatrix, product, transposed_product
@@ -89,7 +90,12 @@ class _FusedLinear(torch.autograd.Function):
         out = product(rows, weight, bias)
         narrow = _narrow(rows, lora_a, mask)
         out.addmm_(narrow.t(), lora_b.t(), alpha=ctx.factor)
-        ctx.save_for_backward(x, up, weight if ctx.weight is None else None, lora_a, lora_b, narrow)
+        ctx.shape, (need_x, need_up, need_weight, _, need_a, *_) = x.shape, ctx.needs_input_grad
+        # Where neither A nor W is trained nothing but the narrow product is asked for (LoRA-FA; Zhang et al.
+        # 2023, arXiv 2308.03303, section 3.2); a gate is, if gate or up has a gradient.
+        kept = need_weight or need_a or (up is not None and (need_x or need_up))
+        held = (x, up) if kept else (None, None)
+        ctx.save_for_backward(*held, weight if ctx.weight is None else None, lora_a, lora_b, narrow)
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -100,8 +106,10 @@ class _FusedLinear(torch.autograd.Function):
         need_x, need_up, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         need_x = need_x or need_up
         of_x, of_a, of_b = ctx.dtypes
-        rows, grad = _rows(x, up), grads[0].reshape(-1, weight.shape[0])
+        rows, grad = None if x is None else _rows(x, up), grads[0].reshape(-1, weight.shape[0])
         if torch.is_grad_enabled():
+            if rows is None:
+                raise TrainingError("with lora_A frozen there is no second derivative: its input is not kept")
             narrow = _narrow(rows, lora_a, ctx.mask)
         narrow_grad = torch.mm(lora_b.t(), grad.t()).mul_(ctx.factor)
         grad_x = transposed_product(grad, weight) if need_x else None
@@ -109,12 +117,12 @@ class _FusedLinear(torch.autograd.Function):
         _add_through_a(rows, lora_a, narrow_grad, ctx.mask, (grad_x, grad_a))
         grad_up = None
         if grad_x is not None:
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_x.view(ctx.shape)
             grad_x, grad_up = (grad_x, None) if up is None else _through_gate(grad_x, x, up)
         return (
             None if grad_x is None else grad_x.to(of_x),
             None if grad_up is None else grad_up.to(of_x),
-            torch.mm(grad.t(), rows) if need_weight else None,
+            torch.mm(grad.t(), cast(Tensor, rows)) if need_weight else None,
             grad.sum(0) if need_bias else None,
             None if grad_a is None else grad_a.to(of_a),
             torch.mm(narrow, grad).mul_(ctx.factor).t().contiguous().to(of_b) if need_b else None,
@@ -148,7 +156,7 @@ def _narrow(rows: Tensor, lora_a: Tensor, mask: DropMask | None) -> Tensor:
 
 
 def _add_through_a(
-    rows: Tensor,
+    rows: Tensor | None,
     lora_a: Tensor,
     narrow_grad: Tensor,
     mask: DropMask | None,
@@ -160,11 +168,12 @@ def _add_through_a(
         if grad_x is not None:
             grad_x.addmm_(narrow_grad.t(), lora_a)
         if grad_a is not None:
-            grad_a.addmm_(narrow_grad, rows)
+            grad_a.addmm_(narrow_grad, cast(Tensor, rows))
         return
-    for part, kept in mask.blocks(rows):
+    like = cast(Tensor, grad_x if rows is None else rows)
+    for part, kept in mask.blocks(like) if rows is not None or grad_x is not None else ():
         arrived = narrow_grad[:, part]
         if grad_a is not None:
-            grad_a.addmm_(arrived, rows[part] * kept)
+            grad_a.addmm_(arrived, cast(Tensor, rows)[part] * kept)
         if grad_x is not None:
             grad_x[part].addcmul_(torch.mm(arrived.t(), lora_a), kept)

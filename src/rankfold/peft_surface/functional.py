@@ -18,6 +18,7 @@ from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.config.names import PREFIX
 from rankfold.lora.files.adapter_reader import FLOATS, LoadResult, adapter_folder, bad_values, read_weights
 from rankfold.lora.files.checkpoint import file_tensors, fill, fitting
+from rankfold.lora.files.old_experts import fused_tensors
 from rankfold.lora.files.renames import renamed
 from rankfold.lora.files.saved_embeddings import bring, embedding_tensors, find_brought
 from rankfold.lora.layers.base import AdapterLayer
@@ -202,7 +203,7 @@ def set_peft_model_state_dict(
     given = {
         f"{PREFIX}{k.removeprefix(prefix).removeprefix(PREFIX)}": t for k, t in peft_model_state_dict.items()
     }
-    tensors, _ = renamed(given, inner, {})
+    tensors, _ = renamed(fused_tensors(config, given, inner), inner, {})
     wanted: dict[str, Tensor] = {**file_tensors(inner, adapter_name)}
     brought = find_brought(inner, tensors, wanted, config)
     fits, faults, result = fitting(tensors, wanted | {key: place for key, (_, place) in brought.items()})

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from rankfold import LoraConfig, PeftModel
+from rankfold import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from rankfold.errors import AdapterError
 
 pytestmark = [
@@ -93,6 +93,18 @@ def test_old_experts_give_pefts_logits(targets, tmp_path):
     told = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
     for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern", "r", "lora_alpha"):
         assert _plain(told[0][name]) == _plain(told[1][name])
+
+
+def test_old_experts_are_fused_into_an_adapter_that_is_in_place(tmp_path):
+    tensors = old_adapter(tmp_path, ["q_proj", "gate", "w1", "w2", "w3"])
+    loaded = PeftModel.from_pretrained(mixtral(), tmp_path)
+    config = loaded.peft_config["default"].replaced(inference_mode=False)
+    model = get_peft_model(mixtral(), config).eval()
+    before = model(input_ids=ids()).logits
+    result = set_peft_model_state_dict(model, tensors)
+    assert not result.unexpected_keys
+    torch.testing.assert_close(model(input_ids=ids()).logits, loaded(input_ids=ids()).logits)
+    assert not torch.allclose(before, loaded(input_ids=ids()).logits, atol=1e-3)
 
 
 def _plain(value: object) -> object:

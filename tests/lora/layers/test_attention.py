@@ -397,11 +397,42 @@ def test_pefts_adapter_has_no_effect_on_an_encoders_fast_path(target):
     assert not torch.allclose(copy.deepcopy(theirs).train()(sample()), encoder()(sample()), atol=1e-3)
 
 
+@pytest.mark.peft("DoRA on `nn.MultiheadAttention`", "refused", "works")
+def test_dora_rescales_the_rows_of_both_projections():
+    model = get_peft_model(Net(), LoraConfig(**OPTIONS, use_dora=True))
+    x, plain = sample(), Net()
+    torch.testing.assert_close(model(x), plain(x))  # at first it changes nothing
+    randomise(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    attention = model.get_base_model().attn
+    changed = {}
+    for layer, key in ((attention, "in_proj_weight"), (attention.out_proj, "weight")):
+        weight = dict(plain.attn.named_parameters())[
+            "in_proj_weight" if key != "weight" else "out_proj.weight"
+        ]
+        direction = (
+            weight
+            + layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        )
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        changed[layer is attention] = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    with torch.no_grad():
+        plain.attn.in_proj_weight.copy_(changed[True])
+        plain.attn.out_proj.weight.copy_(changed[False])
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    model(x).sum().backward()
+    assert attention.lora_magnitude_vector["default"].weight.grad is not None
+    wanted = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("net", "options", "message"),
     [
         ({"kdim": 6, "vdim": 6}, {}, "attn: Only same embed for query/key/value"),
-        ({}, {"use_dora": True}, "attn: MultiheadAttention does not support DoRA"),
         ({}, {"init_lora_weights": "pissa"}, "attn: .*init_lora_weights='pissa' is for linear layers"),
         ({}, {"lora_bias": True}, "attn: lora_bias has no place in an attention layer"),
     ],

@@ -465,9 +465,24 @@ def test_files_of_a_torchao_base_go_both_ways_between_here_and_peft(torchao, bit
 
 
 def test_what_a_torchao_weight_cannot_carry_is_refused_by_name(torchao):
-    for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
-        with pytest.raises(ConfigError, match=r"0: its weight is a torchao Int8Tensor, which use_dora"):
-            get_peft_model(torchao_net(torchao, 8), LoraConfig(**CONFIG, **options))
+    with pytest.raises(ConfigError, match=r"0: its weight is a torchao Int8Tensor, which the starts"):
+        get_peft_model(torchao_net(torchao, 8), LoraConfig(**CONFIG, init_lora_weights="pissa"))
+
+
+def test_dora_of_a_torchao_weight_takes_its_norms_from_the_numbers(torchao):
+    net = torchao_net(torchao, 8)
+    model = get_peft_model(net, LoraConfig(**CONFIG, use_dora=True)).train()
+    x = torch.randn(5, COLUMNS)
+    torch.testing.assert_close(model(x), torchao_net(torchao, 8)(x))
+    randomise(model)
+    layer = model.get_base_model()[0]
+    numbers = layer.weight.dequantize().float()
+    direction = numbers + layer.get_delta_weight("default")
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    norms = direction.norm(dim=1)
+    torch.testing.assert_close(layer.row_factors("default"), magnitude / norms, rtol=1e-4, atol=1e-5)
+    model(x).sum().backward()
+    assert layer.lora_magnitude_vector["default"].weight.grad is not None
 
 
 class Model(Net):

@@ -74,6 +74,17 @@ def with_fused_experts(
     return _fused_config(config, model, rest, parameters, patterns), rest
 
 
+def fused_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """``tensors`` as they are for a model with fused experts, for an adapter that is in place with ``config``:
+    it has the scale, the rank is that of the tensors.  Raises AdapterError as ``with_fused_experts``."""
+    names = [key for key in tensors if key.endswith(PAIR[0]) and EXPERT_KEY.fullmatch(key)]
+    if not names:
+        return dict(tensors)
+    rank = min(tensors[key].shape[0] for key in names)
+    plain = replace(config, r=rank, rank_pattern={}, alpha_pattern={})
+    return with_fused_experts(plain, tensors, model)[1]
+
+
 def _old_experts(
     tensors: Mapping[str, Tensor], model: nn.Module
 ) -> tuple[list[OldExperts], dict[str, Tensor]]:

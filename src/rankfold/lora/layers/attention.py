@@ -33,6 +33,7 @@ class ShownWeight(LoraLayer):
 
     weight_name: ClassVar[str]
     added: ClassVar[tuple[str, ...]] = ("_shown", *LoraLayer.added)
+    row_dim: ClassVar[int | None] = 0
 
     _shown: dict[int, Tensor]  # by thread, within a forward
 
@@ -60,8 +61,7 @@ class ShownWeight(LoraLayer):
         for name in self.applied:
             if "weight" not in self.lora_B[name]._parameters:
                 return self._while_cut(base)
-            by_rows = self.row_dim == 0
-            total = total + (self.changed_weight(name, wide) - wide if by_rows else self.delta(name))
+            total = total + (self.changed_weight(name, wide) - wide)
         return total.to(base.dtype)
 
     def _while_cut(self, base: Tensor | None) -> Tensor:
@@ -106,7 +106,6 @@ class LoraReadLinear(ShownLinear, nn.Linear):  # type: ignore[misc]
     The update is in the weight, so ``lora_dropout`` has no effect on it."""
 
     plain_class = nn.Linear
-    row_dim = 0
     is_matrix = True
 
     @classmethod

@@ -137,13 +137,16 @@ class LoraLinear(FusedUpdates, nn.Linear):  # type: ignore[misc]
 
     @classmethod
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
-        changing = spec.config.use_dora or needs_weight(layer, spec.config)
-        if is_torchao(layer.weight) and changing:
+        if is_torchao(layer.weight) and needs_weight(layer, spec.config):
             return [
-                f"its weight is a torchao {type(layer.weight).__name__}, which use_dora and the starts that "
-                "change the base weight cannot work with; dequantise(model) first"
+                f"its weight is a torchao {type(layer.weight).__name__}, which the starts that change the base "
+                "weight cannot work with; dequantise(model) first"
             ]
         return super().problems(layer, spec)
+
+    def base_weight(self) -> Tensor:
+        weight = super().base_weight()
+        return cast(Any, weight).dequantize().float() if is_torchao(weight) else weight  # type: ignore[no-any-return]
 
     def fused_base(self) -> tuple[Tensor | FrozenMatrix, Tensor | None] | None:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
