@@ -32,6 +32,7 @@ _NAMES = {
     "peft_surface.arrow": "create_arrow_model",
     "peft_surface.eva": "get_eva_state_dict initialize_lora_eva_weights",
     "peft_surface.gathering": "preprocess_corda preprocess_loraga",
+    "models.adapters.combine": "CombineRequest combine_adapters",
     "models.adapters.loftq": "replace_lora_weights_loftq",
     "peft_surface.functional": (
         "get_base_model_state_dict get_peft_model_state_dict inject_adapter_in_model load_peft_weights "

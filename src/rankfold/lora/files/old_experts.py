@@ -48,9 +48,20 @@ def with_fused_experts(
     file names no single experts, or the model has them.
 
     Raises AdapterError listing why they cannot be fused exactly."""
+    found = _fused(config, tensors, model)
+    if found is None:
+        return config, dict(tensors)
+    rest, parameters, patterns = found
+    return _fused_config(config, model, rest, parameters, patterns), rest
+
+
+def _fused(
+    config: LoraConfig, tensors: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Tensor], list[str], dict[str, tuple[int, float]]] | None:
+    """The tensors, the fused parameters, and rank and alpha of each by name; None without old experts."""
     mixtures, rest = _old_experts(tensors, model)
     if not mixtures:
-        return config, dict(tensors)
+        return None
     sources, problems = _fusions(model), []
     patterns: dict[str, tuple[int, float]] = {}
     parameters: list[str] = []
@@ -71,18 +82,19 @@ def with_fused_experts(
     if problems:
         headline = "the file's single experts cannot be made into this model's fused ones exactly:"
         raise AdapterError(bullet_list(headline, problems[:20]))
-    return _fused_config(config, model, rest, parameters, patterns), rest
+    return rest, parameters, patterns
 
 
 def fused_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """``tensors`` as they are for a model with fused experts, for an adapter that is in place with ``config``:
-    it has the scale, the rank is that of the tensors.  Raises AdapterError as ``with_fused_experts``."""
+    """``tensors`` as they are for a model with fused experts, for an adapter in place with ``config``,
+    which has the scale.  Raises AdapterError as ``with_fused_experts``."""
     names = [key for key in tensors if key.endswith(PAIR[0]) and EXPERT_KEY.fullmatch(key)]
     if not names:
         return dict(tensors)
     rank = min(tensors[key].shape[0] for key in names)
     plain = replace(config, r=rank, rank_pattern={}, alpha_pattern={})
-    return with_fused_experts(plain, tensors, model)[1]
+    found = _fused(plain, tensors, model)
+    return dict(tensors) if found is None else found[0]
 
 
 def _old_experts(

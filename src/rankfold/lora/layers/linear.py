@@ -139,14 +139,14 @@ class LoraLinear(FusedUpdates, nn.Linear):  # type: ignore[misc]
     def problems(cls, layer: nn.Module, spec: AdapterSpec) -> list[str]:
         if is_torchao(layer.weight) and needs_weight(layer, spec.config):
             return [
-                f"its weight is a torchao {type(layer.weight).__name__}, which the starts that change the base "
-                "weight cannot work with; dequantise(model) first"
+                f"its weight is a torchao {type(layer.weight).__name__}, which the starts that change the "
+                "base weight cannot work with; dequantise(model) first"
             ]
         return super().problems(layer, spec)
 
     def base_weight(self) -> Tensor:
-        weight = super().base_weight()
-        return cast(Any, weight).dequantize().float() if is_torchao(weight) else weight  # type: ignore[no-any-return]
+        weight: Any = super().base_weight()
+        return cast(Tensor, weight.dequantize().float() if is_torchao(weight) else weight)
 
     def fused_base(self) -> tuple[Tensor | FrozenMatrix, Tensor | None] | None:
         weight, bias = self._parameters["weight"], self._parameters["bias"]

@@ -92,16 +92,19 @@ class _Stored:
     saved: Mapping[str, Tensor]
 
 
-def combine_adapters(adapters: Sequence[Path], out: Path, request: CombineRequest) -> Combined:
+def combine_adapters(
+    adapters: Sequence[str | Path], out: str | Path, request: CombineRequest | None = None
+) -> Combined:
     """Write to ``out`` the adapter that ``adapters`` make together; no base is read.
 
     Raises ConfigError, AdapterError for adapters that have no common update, or OutputError."""
+    request, out = request or CombineRequest(), Path(out)
     weights = request.weights or [1.0] * len(adapters)
     if not adapters or len(weights) != len(adapters):
         raise ConfigError(f"there are {len(adapters)} adapters and {len(weights)} weights")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists and is not an empty folder; name another")
-    stored = [_read(place, weight) for place, weight in zip(adapters, weights, strict=True)]
+    stored = [_read(Path(place), weight) for place, weight in zip(adapters, weights, strict=True)]
     notes = _check_together(stored)
     updates = [(str(each.place), _updates(each)) for each in stored]
     likenesses = {
