@@ -34,7 +34,7 @@ FILES = (
     *("test_custom_models", "test_decoder_models", "test_initialization", "test_target_parameters"),
     *("test_tuners_utils", "test_feature_extraction_models", "test_encoder_decoder_models"),
     *("test_seq_classifier", "test_config", "test_low_level_api", "test_lora_variants", "test_lorafa"),
-    "test_loraplus",
+    *("test_loraplus", "test_lora_ga", "test_arrow", "test_bdlora"),
 )
 BASELINE = HERE / "baseline.txt.gz"
 RESULTS = HERE / "results.json"

@@ -330,3 +330,20 @@ def test_a_number_of_steps_is_what_happens_in_as_many_passes_as_it_takes(recipe)
     assert decide(recipe(epochs=None, max_steps=2), Listener()).settings.steps == 2
     assert decide(recipe(epochs=2, max_steps=40), Listener()).settings.steps == 6  # both are named: the less
     assert len(fine_tune(recipe(epochs=None, max_steps=11, evaluate_every_steps=0)).steps) == 11
+
+
+def test_a_base_that_bitsandbytes_holds_in_8_bits_is_trained(recipe, tiny_folder, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    held = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=eight)
+    held.save_pretrained(tmp_path / "eight")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "eight")
+    result = fine_tune(recipe(model=str(tmp_path / "eight"), max_steps=6, samples=0))
+    assert result.comparison.tuned_loss < result.comparison.base_loss
+    ids = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(0))
+    answers = []
+    for kind in (PeftModel, peft.PeftModel):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "eight")
+        answers.append(kind.from_pretrained(base, result.out).eval()(ids).logits)
+    torch.testing.assert_close(*answers, rtol=1e-2, atol=1e-2)
