@@ -21,7 +21,7 @@ from rankfold.data.tokens.cache import (
     trained_counts,
 )
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
-from rankfold.train.keeping.identity import rows_hash
+from rankfold.data.tokens.rows_hash import rows_hash
 
 tokens = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=9)
 counts = st.sampled_from([None, None, 0.5, 0.1, 3.0])  # of the last token of a row

@@ -7,8 +7,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rankfold.data.tokens.encode import IGNORE, EncodedRow
+from rankfold.data.tokens.rows_hash import rows_hash
 from rankfold.errors import CheckpointError
-from rankfold.train.keeping.identity import refuse_other_identity, rows_hash
+from rankfold.train.keeping.identity import refuse_other_identity
 
 ids = st.lists(st.integers(0, 200_000), max_size=5)
 rows = st.lists(st.tuples(ids, st.integers(0, 5)), max_size=4)

@@ -9,8 +9,8 @@ import pytest
 import rankfold.train.planning.rows as module
 from rankfold import Recipe
 from rankfold.data.tokens import cache
+from rankfold.data.tokens.rows_hash import rows_hash
 from rankfold.errors import DataError
-from rankfold.train.keeping.identity import rows_hash
 from rankfold.train.planning import kept_rows
 from rankfold.train.planning.kept_rows import kept_name
 from rankfold.train.planning.rows import prepare

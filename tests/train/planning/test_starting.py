@@ -8,6 +8,7 @@ import shutil
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rankfold import PeftModel, Recipe, fine_tune
@@ -75,6 +76,16 @@ def test_what_is_made_of_rows_is_made_once(recipe, start, tmp_path):
     afresh = decide(recipe(start=start), Told())
     for one, other in zip(again.model.parameters(), afresh.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_eva_gave_no_rank_has_none_when_the_start_is_taken_again(recipe, tmp_path):
+    decide(recipe(start="eva"), Told())
+    [file] = (tmp_path / "cache" / "starts").glob("*/adapter_model.safetensors")
+    kept = {key: tensor for key, tensor in load_file(file).items() if ".layers.0.self_attn.q_proj" not in key}
+    save_file(kept, file, metadata={"format": "pt"})
+    model = decide(recipe(start="eva"), Told()).model.get_base_model()
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert hasattr(model.model.layers[1].self_attn.q_proj, "lora_A")
 
 
 @pytest.mark.parametrize("start", ["corda", "pissa"])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +9,7 @@ from typing import Any
 
 import torch
 
-from rankfold.data.tokens.cache import CachedRows
-from rankfold.data.tokens.encode import EncodedRow
+from rankfold.data.tokens.rows_hash import rows_hash
 from rankfold.errors import CheckpointError, bullet_list
 from rankfold.kernels.forms import name_of
 from rankfold.lora.files.fingerprint import fingerprint
@@ -45,22 +41,6 @@ def identity_of(plan: Plan) -> dict[str, Any]:
 def trained_whole(model: PeftModel) -> list[str]:
     """The modules that an adapter replaces as they are; they are no part of the base that it belongs to."""
     return [name for config in model.peft_config.values() for name in config.modules_to_save or ()]
-
-
-def rows_hash(rows: Sequence[EncodedRow]) -> str:
-    digest = hashlib.sha256()
-    if isinstance(rows, CachedRows):
-        for numbers in rows.numbers():
-            digest.update(numbers)
-        return digest.hexdigest()
-    for row in rows:
-        digest.update(len(row).to_bytes(8, "little"))
-        digest.update(array("q", row.input_ids).tobytes())
-        digest.update(array("q", row.labels).tobytes())
-        digest.update(array("d", array("f", row.weights or ())).tobytes())
-        for image in row.images:  # their pixels are read in every epoch; here their size must do
-            digest.update(f"{image.width} {image.height} {image.path.stat().st_size}".encode())
-    return digest.hexdigest()
 
 
 def refuse_other_identity(saved: Any, now: dict[str, Any], path: Path) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from rankfold.data.order.batch import Batch
 from rankfold.data.order.batching import Batching
 from rankfold.data.tokens.encode import EncodedRow
+from rankfold.data.tokens.rows_hash import rows_hash
 from rankfold.errors import ConfigError
 from rankfold.files import cache_folder, staged_folder
 from rankfold.lora import LoraConfig
@@ -130,8 +131,7 @@ def _key(model: Any, config: LoraConfig, recipe: Recipe, seen: Seen) -> str:
     about = config.to_dict() | {"base_model_name_or_path": None}
     settings = [recipe.start, recipe.stored, recipe.original, recipe.seed, str(seen.precision.storage), about]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for row in seen.rows:
-        digest.update(json.dumps([list(row.input_ids), list(row.labels)]).encode())
+    digest.update(rows_hash(seen.rows).encode())
     return digest.hexdigest()[:32]
 
 
@@ -141,7 +141,9 @@ def _again(model: Any, config: LoraConfig, recipe: Recipe, tensors: dict[str, Te
     second = {_path(key): value for key, value in tensors.items() if key.endswith(".lora_B.weight")}
     if recipe.start == "eva":
         made = get_peft_model(model, config)
-        initialize_lora_eva_weights(made, eva_state_dict=first)
+        layers = {p: each for p, each in adapter_layers(model) if isinstance(each, LinearUpdates)}
+        none = {path: torch.empty(0, layer.in_features) for path, layer in layers.items()}
+        initialize_lora_eva_weights(made, eva_state_dict=none | first)  # what is not kept had no rank
         return made
     if recipe.start == "loftq":
         made = get_peft_model(model, config)
