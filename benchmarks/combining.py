@@ -30,11 +30,18 @@ def main() -> None:
         times.append([seconds for seconds, _ in found])
         errors.append([float((delta - nearest).norm() / nearest.norm()) for _, delta in found])
     what = f"two adapters of rank {RANK} on a layer of {SIZE} x {SIZE} combined by svd"
+    linear = [error_of_linear(model) for model in models]
     record(
         [
             figure("combine_svd", f"{what}, to PEFT's time", "s", times, at_most=0.01),
             figure(
                 "combine_svd_error", f"{what}: the error beside dense float64, to PEFT's", "relative", errors
+            ),
+            figure(
+                "combine_linear_error",
+                "the same adapters by linear: how far the result is from the weighted sum in float64, to PEFT's",
+                "relative",
+                [linear],
             ),
         ]
     )
@@ -70,6 +77,15 @@ def dense(model: Any) -> Tensor:
     total = sum(w * layer.get_delta_weight(name).double() for name, w in parts)
     u, s, vh = torch.linalg.svd(total)
     return (u[:, :RANK] * s[:RANK]) @ vh[:RANK]
+
+
+def error_of_linear(model: Any) -> float:
+    layer = layer_of(model)
+    parts = zip(("one", "two"), WEIGHTS, strict=True)
+    total = sum(w * layer.get_delta_weight(name).detach().double() for name, w in parts)
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="linear")
+    found = layer.get_delta_weight("sum").detach().double()
+    return float((found - total).norm() / total.norm())
 
 
 def combined(model: Any, name: str) -> tuple[float, Tensor]:

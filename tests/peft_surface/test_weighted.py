@@ -11,6 +11,7 @@ from rankfold import LoraConfig, get_peft_model
 from rankfold.errors import ConfigError
 from rankfold.lora.layers.factors import LoraLayer
 from rankfold.models.adapters.combine import CombineRequest, combine_adapters
+from rankfold.peft_surface.weighted import KINDS
 
 WEIGHTS = 0.7, -0.4
 TARGETS = ["words", "linear", "turned", "image", "sound", "body"]
@@ -116,6 +117,42 @@ def test_pruned_updates_lie_in_the_rows_and_columns_of_the_adapters(model):
         found = update(layer, "few")
         torch.testing.assert_close(basis @ (basis.T @ found), found, rtol=1e-4, atol=1e-4)
         assert found.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_an_adapter_of_zeros_and_one_twice_make_no_noise(model, how):
+    same_ranks(model)
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            layer.factors("third")[1].zero_()
+    more = {} if how.removesuffix("_by_factor") in ("linear", "cat", "svd") else {"density": 0.5}
+    for name, parts in (("with", ["one", "third"]), ("zeros", ["third", "third"]), ("twice", ["one", "one"])):
+        model.add_weighted_adapter(parts, [1.0, 1.0], name, combination_type=how, **more)
+    for layer in layers_of(model).values():
+        for name in ("with", "zeros", "twice"):
+            assert torch.isfinite(update(layer, name)).all()
+        assert update(layer, "zeros").abs().max() < 1e-6
+        if how in ("linear", "cat", "svd"):
+            torch.testing.assert_close(update(layer, "with"), update(layer, "one"), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(update(layer, "twice"), 2 * update(layer, "one"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "patterns", [{}, {"use_rslora": True, "alpha_pattern": {"linear": 7}, "rank_pattern": {"image": 2}}]
+)
+@pytest.mark.parametrize("how", ["cat", "svd", "linear"])
+def test_patterns_keep_their_scale(how, patterns):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Several(), LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, **patterns), "one"
+    )
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            for factor in layer.factors("one"):
+                factor.copy_(torch.randn_like(factor))
+    model.add_weighted_adapter(["one", "one"], [0.5, 0.5], "same", combination_type=how)
+    for layer in layers_of(model).values():
+        torch.testing.assert_close(update(layer, "same"), update(layer, "one"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["cat", "svd", "linear"])
