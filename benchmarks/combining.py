@@ -39,7 +39,7 @@ def main() -> None:
             ),
             figure(
                 "combine_linear_error",
-                "the same adapters by linear: how far the result is from the weighted sum in float64, to PEFT's",
+                "the same adapters by linear: how far that is from the weighted sum in float64, to PEFT's",
                 "relative",
                 [linear],
             ),
