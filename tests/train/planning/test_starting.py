@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rankfold import PeftModel, Recipe, fine_tune
-from rankfold.errors import ConfigError
+from rankfold.errors import CheckpointError, ConfigError
 from rankfold.models.base.load import load_base
 from rankfold.train.keeping.listener import Listener
 from rankfold.train.run import decide, resume
@@ -86,6 +86,20 @@ def test_a_layer_that_eva_gave_no_rank_has_none_when_the_start_is_taken_again(re
     model = decide(recipe(start="eva"), Told()).model.get_base_model()
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     assert hasattr(model.model.layers[1].self_attn.q_proj, "lora_A")
+
+
+def test_a_kept_start_that_is_damaged_is_made_again(recipe, tmp_path):
+    decide(recipe(start="lora-ga"), Told())
+    [file] = (tmp_path / "cache" / "starts").glob("*/adapter_model.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    told = Told()
+    decide(recipe(start="lora-ga"), told)
+    assert any("is damaged" in stage for stage in told.stages)
+    assert len(load_file(file)) > 0
+    result = fine_tune(recipe(start="lora-ga"))
+    (result.out / "start" / file.name).write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="the start of the run, is damaged"):
+        decide(recipe(start="lora-ga"), Told())
 
 
 @pytest.mark.parametrize("start", ["corda", "pissa"])

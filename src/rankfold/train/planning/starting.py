@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from rankfold.data.order.batch import Batch
 from rankfold.data.order.batching import Batching
 from rankfold.data.tokens.encode import EncodedRow
 from rankfold.data.tokens.rows_hash import rows_hash
-from rankfold.errors import ConfigError
+from rankfold.errors import CheckpointError, ConfigError, OutputError
 from rankfold.files import cache_folder, staged_folder
 from rankfold.lora import LoraConfig
 from rankfold.lora.config.data_starts import EvaConfig, LoraGAConfig
@@ -108,13 +110,36 @@ def started(model: Any, plain: LoraConfig, recipe: Recipe, seen: Seen) -> PeftMo
     if recipe.start in ("pissa", "olora"):
         return get_peft_model(model, config)
     cached = cache_folder() / "starts" / _key(model, config, recipe, seen)
-    kept = next((f for f in (recipe.out / FOLDER, cached) if (f / WEIGHTS_NAME).is_file()), None)
+    kept = _kept(recipe.out / FOLDER, cached, seen.tell)
     if kept is not None:
-        seen.tell(f"taken from {kept}")
-        return _again(model, config, recipe, load_file(kept / WEIGHTS_NAME))
+        return _again(model, config, recipe, kept)
     made = MAKERS[recipe.start](model, config, recipe, seen)
-    keep_start(made, cached)
+    try:
+        keep_start(made, cached)
+    except OutputError as error:
+        seen.tell(f"not kept for other runs: {error}")
     return made
+
+
+def _kept(own: Path, cached: Path, tell: Callable[[str], None]) -> dict[str, Tensor] | None:
+    """The tensors of a start that was made before; one in the cache that cannot be read is made again.
+
+    Raises CheckpointError where the run's own cannot be read."""
+    for folder in (own, cached):
+        file = folder / WEIGHTS_NAME
+        if not file.is_file():
+            continue
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            if folder == own:
+                raise CheckpointError(f"{file}, the start of the run, is damaged: {error}") from error
+            tell(f"made again: {file} is damaged")
+            shutil.rmtree(folder)
+            continue
+        tell(f"taken from {folder}")
+        return tensors
+    return None
 
 
 def keep_start(model: PeftModel, folder: Path) -> None:
