@@ -139,6 +139,19 @@ def test_loftq_begins_by_what_the_rounding_took(recipe, tiny_folder):
     assert torch.isfinite(loaded(input_ids=IDS).logits).all()
 
 
+@pytest.mark.parametrize("option", ["use_dora", "use_rslora"])
+def test_dora_and_rslora_are_settings(recipe, tiny_folder, option):
+    told = Told()
+    result = fine_tune(recipe(**{option: True}), told)
+    config = json.loads((result.out / "adapter_config.json").read_text())
+    assert config[option] is True
+    assert result.comparison.gap < 0
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    loaded = peft.PeftModel.from_pretrained(base, result.out)
+    wanted = told.plan.model.eval()(input_ids=IDS).logits
+    torch.testing.assert_close(loaded(IDS).logits, wanted, rtol=1e-3, atol=1e-4)
+
+
 WRONG = {
     "a stored base": ({"start": "pissa", "stored": "int8"}, "holds no rest of it"),
     "nothing was rounded": ({"start": "loftq"}, "say stored"),

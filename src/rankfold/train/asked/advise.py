@@ -43,7 +43,9 @@ def settle(recipe: Recipe, rows: int, model_parameters: int) -> Settings:
         return default if given is None else given
 
     rank = chosen("rank", recipe.rank, *_rank(rows))
-    alpha = chosen("alpha", recipe.alpha, 2.0 * rank, "twice the rank, so the scale is 2 at any rank")
+    of_rank, called = (math.sqrt(rank), "the rank's root") if recipe.use_rslora else (float(rank), "the rank")
+    reason = f"twice {called}, so the scale is 2 at any rank"
+    alpha = chosen("alpha", recipe.alpha, 2 * of_rank, reason)
     rows_per_step = chosen("rows_per_step", recipe.rows_per_step, *_rows_per_step(rows))
     steps_per_epoch = math.ceil(rows / rows_per_step)
     epochs = chosen("epochs", recipe.epochs, *_epochs(steps_per_epoch, recipe.max_steps))

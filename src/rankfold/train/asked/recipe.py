@@ -142,12 +142,17 @@ class Recipe(CheckedSettings):
         description="how lora_A and lora_B begin: plain, pissa, olora, eva, corda, lora-ga, or loftq for a "
         "stored base",
     )
+    use_dora: bool = Field(False, description="train a length for each row of the weights too (DoRA)")
+    use_rslora: bool = Field(False, description="scale = alpha / sqrt(rank) (rsLoRA)")
     original: str | None = Field(
         None, min_length=1, description="the base in full precision, for the start loftq [the model itself]"
     )
     rank: int | None = Field(None, ge=1, le=4096, description="rank of the update [16; 32 above 10,000 rows]")
     alpha: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="scale = alpha / rank [2 x rank]"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="scale = alpha / rank [2 x rank; with use_rslora 2 x its root]",
     )
     dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="dropout before lora_A")
     learning_rate: float | None = Field(

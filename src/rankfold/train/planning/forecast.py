@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rankfold.data.order.batches import MICRO_BATCH_TOKENS
 from rankfold.data.shapes.example_store import Joined
-from rankfold.lora import LoraConfig, TaskType
 from rankfold.models.adapters.modalities import adapter_scope, model_parts
 from rankfold.models.base.base import Base
 from rankfold.models.base.meta_model import load_outline
@@ -38,7 +37,8 @@ from rankfold.train.planning.lengths import RowLengths, TileSize, row_lengths, t
 from rankfold.train.planning.machine import Machine, planned_machine
 from rankfold.train.planning.peak import MARGIN, WASTE, Peak, Tower, step_memory
 from rankfold.train.planning.rows import read_data, spelt_tokens
-from rankfold.train.planning.start import as_its_adapter
+from rankfold.train.planning.start import adapter_config, as_its_adapter
+from rankfold.train.planning.starting import TAKES_FROM_BASE
 
 Fits = Literal["yes", "recomputed", "no"]
 
@@ -125,8 +125,9 @@ def forecast(request: ForecastRequest) -> Forecast:
     shape, tower = _micro_batch(base.model, lengths, settings, request), _tower(base.model, lengths)
     adapter, work, model = _adapt(request, base, settings)
     machine = planned_machine(request.precision, request.tflops, request.memory_gb)
+    twice = [weight for weight in weights if weight.is_linear] if request.start in TAKES_FROM_BASE else []
     peak = Peak(
-        weights=weights,
+        weights=[*weights, *twice],  # what a start left of a weight lies beside the weight
         step=step_memory(model),
         tokens=shape.rows * shape.length,
         kept=kept_by_forward(model, shape, machine.operations_per_s),
@@ -189,13 +190,7 @@ def _adapt(request: Recipe, base: Base, settings: Settings) -> tuple[AdapterSize
     """The adapter's size, the work of a run, and the adapted model; the base is changed."""
     scope = adapter_scope(base.model, request.targets, request.parts)
     parts, plain = model_parts(base.model), work_of(base.model, {})
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=request.dropout,
-        **scope.options(),
-    )
+    config = adapter_config(request, settings, scope)
     with torch.device("meta"):
         model = get_peft_model(base.model, config)
     fuse(model)

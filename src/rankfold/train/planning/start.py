@@ -46,7 +46,7 @@ def as_its_adapter(recipe: R) -> R:
     ]
     problems += [
         f"{name}: the adapter says what is adapted; leave it out"
-        for name in ("parts", "whole")
+        for name in ("parts", "whole", "use_dora", "use_rslora")
         if getattr(recipe, name) != Recipe.model_fields[name].default
     ]
     if problems:
@@ -80,16 +80,23 @@ def adapted(base: Base, recipe: Recipe, settings: Settings, scope: Scope, seen: 
     Raises AdapterError, TargetError or ConfigError."""
     if recipe.adapter is not None:
         return PeftModel.from_pretrained(base.model, recipe.adapter, is_trainable=True, allow=())
-    config = LoraConfig(
+    config = adapter_config(recipe, settings, scope)
+    if recipe.start != "plain":
+        return started(base.model, config, recipe, seen)
+    return get_peft_model(base.model, config)
+
+
+def adapter_config(recipe: Recipe, settings: Settings, scope: Scope) -> LoraConfig:
+    """What ``recipe`` asks of a fresh adapter."""
+    return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=recipe.dropout,
+        use_dora=recipe.use_dora,
+        use_rslora=recipe.use_rslora,
         **scope.options(),
     )
-    if recipe.start != "plain":
-        return started(base.model, config, recipe, seen)
-    return get_peft_model(base.model, config)
 
 
 def adapter_hash(folder: Path | None) -> str:
