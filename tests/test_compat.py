@@ -159,17 +159,15 @@ def test_the_tiling_image_processor_is_internvls():
 
 
 def test_a_backward_is_known_and_something_can_follow_it():
-    from rankfold.compat import after_backward, in_backward
-
     order: list[str] = []
     x = torch.ones(2, requires_grad=True)
 
     def seen(gradient: torch.Tensor) -> None:
-        order.append(f"in backward: {in_backward()}")
-        after_backward(lambda: order.append("after"))
+        order.append(f"in backward: {compat.in_backward()}")
+        compat.after_backward(lambda: order.append("after"))
 
     x.register_hook(seen)
-    assert not in_backward()
+    assert not compat.in_backward()
     (x * 2).sum().backward()
     assert order == ["in backward: True", "after"]
-    assert not in_backward()
+    assert not compat.in_backward()
