@@ -352,20 +352,11 @@ def test_a_zero_row_of_a_half_precision_base_with_factors_like_it_stays_finite()
     assert torch.isfinite(model(torch.randn(3, 6).half())).all()
 
 
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [
-        (nn.MultiheadAttention(8, 2), "use_dora"),
-        (nn.Embedding(9, 4, max_norm=1.0), "max_norm and use_dora"),
-    ],
-    ids=["attention", "max_norm"],
-)
-def test_a_layer_without_dora_is_refused_by_name_and_left_alone(layer, message):
-    net = nn.Sequential(layer)
-    kind = type(layer)
-    with pytest.raises(ConfigError, match=f"0: .*{message}"):
+def test_a_layer_without_dora_is_refused_by_name_and_left_alone():
+    net = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0))
+    with pytest.raises(ConfigError, match="0: .*max_norm and use_dora"):
         get_peft_model(net, config(target_modules=["0"], r=2))
-    assert type(net[0]) is kind
+    assert type(net[0]) is nn.Embedding
 
 
 def test_lora_bias_and_dora_exclude_each_other_as_in_peft():

@@ -146,7 +146,8 @@ class LoraLinear(FusedUpdates, nn.Linear):  # type: ignore[misc]
 
     def base_weight(self) -> Tensor:
         weight: Any = super().base_weight()
-        return cast(Tensor, weight.dequantize().float() if is_torchao(weight) else weight)
+        plain = type(weight) is nn.Parameter or not is_torchao(weight)
+        return cast(Tensor, weight if plain else weight.dequantize().float())
 
     def fused_base(self) -> tuple[Tensor | FrozenMatrix, Tensor | None] | None:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
@@ -186,7 +187,7 @@ class LoraConv1D(LinearUpdates):
 
 def is_torchao(weight: object) -> bool:
     """Whether a weight is one of torchao's quantised tensors: the layer around it stays an ``nn.Linear``."""
-    return type(weight).__module__.partition(".")[0] == "torchao"
+    return type(weight).__module__.split(".")[0] == "torchao"
 
 
 FUSED_CLASSES: set[type[nn.Module]] = {LoraLinear}  # not their subclasses, which may compute otherwise
