@@ -14,7 +14,7 @@ from torch import nn
 import rankfold
 from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
-from rankfold.errors import ConfigError
+from rankfold.errors import ConfigError, MergeError
 
 IDS = torch.randint(3, 400, (3, 9), generator=torch.Generator().manual_seed(3))
 IDS[0, 4:6], IDS[1, 7:9] = torch.tensor([1, 2]), torch.tensor([1, 2])  # the third row has no invocation
@@ -119,6 +119,14 @@ def test_an_activated_adapter_answers_as_in_peft():
         plain = ours.generate(input_ids=IDS, **options)
     assert torch.equal(answers[0][2], plain[2])  # no invocation
     assert not torch.equal(answers[0][:2], plain[:2])
+
+
+def test_an_activated_adapter_is_not_merged():
+    model, _ = of_both("alora")
+    with pytest.raises(MergeError, match="aLoRA does not support merging"):
+        model.merge_adapter()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.get_delta_weight("default").shape == layer.weight.shape
 
 
 def test_before_its_invocation_an_activated_adapter_changes_nothing():

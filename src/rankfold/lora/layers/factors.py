@@ -184,15 +184,9 @@ class LoraLayer(ResidualBase):
         return lora_a._parameters["weight"], lora_b._parameters["weight"]
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank) whose product, times the scale, is the change of the weight.
-
-        Raises MergeError if the adapter is no change of the weight."""
+        """A (rank, in) and B (out, rank) whose product, times the scale, is the update."""
         variant = self.lora_variant.get(name)
-        if variant is None or not (variant.pair or variant.cannot_merge):
-            return self.factors(name)
-        if variant.pair is None:
-            raise MergeError(variant.cannot_merge)
-        return variant.pair(self, name)
+        return self.factors(name) if variant is None or variant.pair is None else variant.pair(self, name)
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.r:
@@ -234,7 +228,12 @@ class LoraLayer(ResidualBase):
         return self.row_factors(name, weight).view(shape) * changed
 
     def merged_weight(self, names: Collection[str]) -> Tensor:
-        """The base weight with the adapters ``names`` in it, at least float32."""
+        """The base weight with the adapters ``names`` in it, at least float32.
+
+        Raises MergeError if one of them is no change of the weight."""
+        for variant in (self.lora_variant.get(name) for name in names):
+            if variant is not None and variant.cannot_merge:
+                raise MergeError(variant.cannot_merge)
         # An adapter that stays apart may be the one whose start split the base weight.
         base = upcast(self.base_weight_for([*names, *self._active]).detach())
         changed = [self.changed_weight(name, base) for name in names]
