@@ -143,7 +143,7 @@ def _fill(layer: LoraLayer, name: str, parts: list[tuple[str, float]], how: Comb
         raise ConfigError(f"No matching LoRAs found for {layer.specs[name].target}")
     if how.kind.endswith(BY_FACTOR):
         found = _by_factor(layer, parts, how.combining)
-    elif how.combining.method == "linear" and not how.kind.endswith("svd"):
+    elif how.kind == "cat":
         found = _side_by_side(layer, parts)
     else:
         found = _nearest(_combined(layer, parts, how.combining), layer.r[name], how)
@@ -183,7 +183,7 @@ def _combined(layer: LoraLayer, parts: list[tuple[str, float]], combining: Combi
 def _nearest(svd: FactorSVD, rank: int, how: Combination) -> tuple[Tensor, Tensor]:
     """A (up to rank, in) and B (out, up to rank), whose product is the nearest of that rank."""
     lora_a, lora_b = svd.V[:, :rank].T, svd.U[:, :rank] * svd.S[:rank]
-    if how.svd_clamp is None:
+    if how.svd_clamp is None or not how.kind.endswith("svd"):
         return lora_a, lora_b
     limit = torch.quantile(torch.cat([lora_b.flatten(), lora_a.flatten()]), how.svd_clamp)
     return lora_a.clamp(-limit, limit), lora_b.clamp(-limit, limit)
