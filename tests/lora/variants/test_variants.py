@@ -217,7 +217,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(case):
         get_peft_model(tiny_llama(), LoraConfig(**USUAL | options))
 
 
-def test_an_empty_diagonal_makes_no_gradients_disappear(tmp_path):
+def test_a_file_without_kasas_diagonal_is_refused_by_its_key(tmp_path):
     model, _ = of_both("kasa")
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

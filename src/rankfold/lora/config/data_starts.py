@@ -81,5 +81,5 @@ DATA_STARTS: dict[str, tuple[str, type[SubConfig]]] = {
 
 
 def start_from_data(start: object) -> bool:
-    """Whether a value of ``init_lora_weights`` can be loaded, and not yet be begun with."""
+    """Whether a value of ``init_lora_weights`` is one of ``DATA_STARTS``."""
     return isinstance(start, str) and start in DATA_STARTS

@@ -15,7 +15,6 @@ from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.starts.loftq import factors_of_difference
 from rankfold.models.base.contents import contents_of
 from rankfold.models.base.find import find_base
-from rankfold.models.internvl.names import Layout
 from rankfold.peft_surface import PeftModel
 
 
@@ -53,7 +52,7 @@ def replace_lora_weights_loftq(
 
 
 def _with_originals(
-    model: PeftModel, place: str | Path | None, name: str, original: Layout | None = None
+    model: PeftModel, place: str | Path | None, name: str
 ) -> Iterator[tuple[str, Any, Tensor]]:
     """The layers with a rounded weight, and the weight as it is in the files."""
     base: Any = model.get_base_model()
@@ -61,7 +60,7 @@ def _with_originals(
     if not layers:
         raise ConfigError("No bnb LoRA module found on the model, nor another with a weight in few bits")
     source = find_base(_folder(place or str(base.config._name_or_path)))
-    with contents_of(source, base, original) as contents:
+    with contents_of(source, base, None) as contents:
         if missing := [path for path in layers if f"{path}.weight" not in contents]:
             raise ModelError(f"{source.name} holds no weights of {', '.join(missing)}")
         for path, layer in layers.items():
