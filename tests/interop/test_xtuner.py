@@ -145,6 +145,16 @@ def test_a_tower_with_a_lora_is_a_part(imported):
     assert any("all parts have the language model's" in line.why for line in found.lines)
 
 
+def test_a_variant_and_a_start_become_settings(imported):
+    lora = "r=128, use_dora=True, use_rslora=False, init_lora_weights='pissa'"
+    found = imported(INTERNVL, ("r=128", lora))
+    assert (found.settings["use_dora"], found.settings["start"]) == (True, "pissa")
+    assert "use_rslora" not in found.settings
+    unknown = imported(INTERNVL, ("r=128", "r=128, init_lora_weights='gaussian'"))
+    assert "start" not in unknown.settings
+    assert any(line.name.endswith("init_lora_weights") and line.why for line in unknown.lines)
+
+
 def test_several_files_with_their_folders_and_weights(imported):
     found = imported(
         INTERNVL,

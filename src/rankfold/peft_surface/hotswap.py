@@ -21,13 +21,8 @@ from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.placing.targets import alpha_of, rank_of
 from rankfold.peft_surface.functional import load_peft_weights, tuner_of, unwrapped
 
-ALIKE = (
-    "peft_type",
-    "use_rslora",
-    "lora_dropout",
-    "use_dora",
-    *VARIANTS,
-)  # a compiled model has these built in
+# A compiled model has these built in.
+ALIKE = ("peft_type", "use_rslora", "lora_dropout", "use_dora", *VARIANTS)
 
 
 def hotswap_adapter(

@@ -26,6 +26,7 @@ from rankfold import (
     preprocess_loraga,
 )
 from rankfold.errors import ConfigError, DataError
+from rankfold.lora.starts.corda import balanced
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
 USUAL = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
@@ -322,3 +323,12 @@ def test_layers_of_one_input_are_looked_at_once():
     assert inputs[names[0]].count == 3 * 12 * 20
     clone = copy.deepcopy(base)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in clone.modules())
+
+
+def test_balanced_factors_have_the_same_product_and_rows_as_long_as_columns():
+    generator = torch.Generator().manual_seed(3)
+    lora_a, lora_b = torch.randn(4, 9, generator=generator) / 50, 20 * torch.randn(7, 4, generator=generator)
+    lora_a[2], lora_b[:, 2] = 0, 0  # a part of the weight that is none
+    even_a, even_b = balanced(lora_a, lora_b)
+    torch.testing.assert_close(even_b @ even_a, lora_b @ lora_a)
+    torch.testing.assert_close(even_a.norm(dim=1), even_b.norm(dim=0))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rankfold import PeftModel, Recipe, fine_tune
 from rankfold.errors import CheckpointError, ConfigError
+from rankfold.lora.layers.registry import adapter_layers
 from rankfold.models.base.load import load_base
 from rankfold.train.keeping.listener import Listener
 from rankfold.train.run import decide, resume
@@ -120,6 +121,18 @@ def test_a_run_goes_on_to_the_same_bits(recipe, start, tmp_path):
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert whole.comparison is not None
     assert files[0] == files[1]
+
+
+def test_the_factors_of_corda_are_of_one_size_and_their_product_is_the_papers(recipe, tiny_folder):
+    plan = decide(recipe(start="corda"), Told())
+    whole = dict(load_base(str(tiny_folder)).model.float().named_modules())
+    for path, layer in adapter_layers(plan.model):
+        lora_a, lora_b = layer.factors("default")
+        torch.testing.assert_close(lora_a.norm(dim=1), lora_b.norm(dim=0))
+        update = layer.scaling["default"] * lora_b @ lora_a
+        base = whole[path.removeprefix("base_model.model.")].weight
+        torch.testing.assert_close(layer.weight + update, base, rtol=1e-4, atol=1e-5)
+        assert update.norm() > 0.1 * base.norm()
 
 
 def test_loftq_begins_by_what_the_rounding_took(recipe, tiny_folder):

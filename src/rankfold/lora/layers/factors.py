@@ -148,9 +148,7 @@ class LoraLayer(ResidualBase):
             norms = self.start_norms(name).to(lora_b.dtype)
         if weight.dim() > len(("rows", "columns")):
             norms = norms.view(1, -1, *[1] * (weight.dim() - 2))
-        if MAGNITUDES not in self._modules:
-            self._modules[MAGNITUDES] = nn.ModuleDict()
-        self.lora_magnitude_vector[name] = Magnitude(norms)
+        self.hold(MAGNITUDES, name, Magnitude(norms))
 
     def start_norms(self, name: str) -> Tensor:
         weight = self.base_weight_for([name])

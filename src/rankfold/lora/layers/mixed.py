@@ -119,9 +119,8 @@ def _can_group(layer: AdapterLayer, names: Sequence[str]) -> bool:
     variants = [layer.lora_variant[name] for name in names if name in layer.lora_variant]
     apart = any(config.lora_bias for config in configs) or any(each.update for each in variants)
     redrawn = layer.training and dropouts != {0.0} and any(config.use_dora for config in configs)
-    splits = layer.split is not None and not {*layer.split.names}.isdisjoint(
-        names
-    )  # whose rows see another base weight
+    # Rows of an adapter whose start split the base weight see another one.
+    splits = layer.split is not None and not {*layer.split.names}.isdisjoint(names)
     return len(dropouts) == 1 and not (apart or redrawn or splits)
 
 

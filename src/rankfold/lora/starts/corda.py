@@ -42,3 +42,13 @@ def factors_of(eigens: CordaEigens, scale: float) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) with ``scale * B A`` the part that ``eigens`` are of."""
     root = (eigens.S_WC / scale).sqrt()
     return (eigens.V_WC * root).T.contiguous(), eigens.U_WC * root
+
+
+def balanced(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with each row of A (rank, in) as long as its column of B (out, rank).
+
+    By the paper's split A shrinks and B grows with the size of the covariance, which says nothing of the
+    weight; AdamW, whose steps are of one size for both, then goes far too far in one of them."""
+    ratio = (lora_b.norm(dim=0) / lora_a.norm(dim=1)).sqrt()
+    ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)  # a part of the weight that is none
+    return lora_a * ratio[:, None], lora_b / ratio

@@ -38,14 +38,10 @@ def _base_part(layer: Any, matrix: Tensor, spec: AdapterSpec) -> Parts:
 
 
 def _oriented(layer: Any, matrix: Tensor, spec: AdapterSpec) -> Parts:
-    if HANDED in layer.__dict__:
-        return Parts(*layer.__dict__.pop(HANDED))
     return Parts(*corda.factors_of(layer.__dict__.pop(EIGENS), spec.scale))
 
 
 def _along_gradient(layer: Any, matrix: Tensor, spec: AdapterSpec) -> Parts:
-    if HANDED in layer.__dict__:
-        return Parts(*layer.__dict__.pop(HANDED))
     gradient = layer.__dict__.pop(GRADIENT)
     gradient = gradient.T if layer.row_dim == 1 else gradient
     config = cast(LoraGAConfig, spec.config.lora_ga_config or LoraGAConfig())
@@ -77,11 +73,15 @@ def splits_base(layer: Any, config: LoraConfig) -> bool:
     if not isinstance(start, str):
         return False
     if start in GATHERED:
-        return GATHERED[start] in layer.__dict__ or HANDED in layer.__dict__
+        return _is_gathered(layer, start)
     if start == "loftq":
         weight = layer._parameters.get("weight")
         return weight is not None and weight.is_floating_point() and not hasattr(weight, "quant_state")
     return start in TABLE or PISSA.fullmatch(start) is not None
+
+
+def _is_gathered(layer: Any, start: str) -> bool:
+    return not {GATHERED[start], HANDED}.isdisjoint(layer.__dict__)
 
 
 def needs_weight(layer: Any, config: LoraConfig) -> bool:
@@ -100,7 +100,7 @@ def check_gathered(layers: Mapping[str, Any], config: LoraConfig) -> None:
         for path, layer in layers.items()
         if getattr(layer, "weight", None) is not None
         and type(layer).__name__ != "Embedding"
-        and not {GATHERED[start], HANDED} & layer.__dict__.keys()
+        and not _is_gathered(layer, start)
     ]
     if missing and start == "corda":
         headline = f"`{EIGENS}` attribute not found for layer, please run `preprocess_corda` first:"
@@ -117,5 +117,7 @@ def check_gathered(layers: Mapping[str, Any], config: LoraConfig) -> None:
 def parts_of(layer: Any, matrix: Tensor, spec: AdapterSpec) -> Parts:
     """What the start of ``spec`` takes of ``matrix`` (out, in), the weight of ``layer``, at least float32."""
     start = str(spec.config.init_lora_weights)
+    if HANDED in layer.__dict__:
+        return Parts(*layer.__dict__.pop(HANDED))
     with torch.no_grad():
         return TABLE.get(start, _base_part)(layer, matrix, spec)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from rankfold.data.order.batches import MICRO_BATCH_TOKENS
 from rankfold.data.shapes.example_store import Joined
+from rankfold.lora.layers.linear import LinearUpdates
+from rankfold.lora.layers.registry import adapter_layers
 from rankfold.models.adapters.modalities import adapter_scope, model_parts
 from rankfold.models.base.base import Base
 from rankfold.models.base.meta_model import load_outline
@@ -38,6 +40,7 @@ from rankfold.train.planning.machine import Machine, planned_machine
 from rankfold.train.planning.peak import MARGIN, WASTE, Peak, Tower, step_memory
 from rankfold.train.planning.rows import read_data, spelt_tokens
 from rankfold.train.planning.start import adapter_config, as_its_adapter
+from rankfold.train.planning.start_memory import told_gathered
 from rankfold.train.planning.starting import TAKES_FROM_BASE
 
 Fits = Literal["yes", "recomputed", "no"]
@@ -125,6 +128,7 @@ def forecast(request: ForecastRequest) -> Forecast:
     shape, tower = _micro_batch(base.model, lengths, settings, request), _tower(base.model, lengths)
     adapter, work, model = _adapt(request, base, settings)
     machine = planned_machine(request.precision, request.tflops, request.memory_gb)
+    linear = {path: each for path, each in adapter_layers(model) if isinstance(each, LinearUpdates)}
     twice = [weight for weight in weights if weight.is_linear] if request.start in TAKES_FROM_BASE else []
     peak = Peak(
         weights=[*weights, *twice],  # what a start left of a weight lies beside the weight
@@ -149,7 +153,7 @@ def forecast(request: ForecastRequest) -> Forecast:
         memory_bytes=machine.memory_bytes,
         forms=[run.forecast(form) for form in FORMS_TO_PLAN],
         assumptions=[*machine.told, *_assumptions(shape, peak.kept)],
-        notes=[*base.notes, *rows.notes, *spelt, *lengths.notes],
+        notes=[*base.notes, *rows.notes, *spelt, *lengths.notes, *told_gathered(request.start, linear)],
     )
 
 

@@ -33,15 +33,17 @@ from rankfold.lora.files.fingerprint import fingerprint
 from rankfold.lora.layers.linear import LinearUpdates
 from rankfold.lora.layers.registry import adapter_layers
 from rankfold.lora.placing.targets import rank_of
+from rankfold.lora.starts.corda import balanced, factors_of
 from rankfold.lora.starts.eva import eva_start
 from rankfold.lora.starts.moments import Watch
-from rankfold.lora.starts.parts import HANDED
+from rankfold.lora.starts.parts import EIGENS, HANDED
 from rankfold.models.adapters.loftq import replace_lora_weights_loftq
 from rankfold.models.base.precision import Precision
 from rankfold.peft_surface import PeftModel, get_peft_model
 from rankfold.peft_surface.eva import initialize_lora_eva_weights
-from rankfold.peft_surface.gathering import preprocess_corda, preprocess_loraga
+from rankfold.peft_surface.gathering import linear_targets, preprocess_corda, preprocess_loraga
 from rankfold.train.asked.recipe import Recipe
+from rankfold.train.planning.start_memory import check_room
 from rankfold.train.step.objectives import Supervised
 
 FOLDER = "start"  # in a run's folder: the adapter as it began
@@ -113,6 +115,7 @@ def started(model: Any, plain: LoraConfig, recipe: Recipe, seen: Seen) -> PeftMo
     kept = _kept(recipe.out / FOLDER, cached, seen.tell)
     if kept is not None:
         return _again(model, config, recipe, kept)
+    check_room(recipe.start, linear_targets(model, config), model.device)
     made = MAKERS[recipe.start](model, config, recipe, seen)
     try:
         keep_start(made, cached)
@@ -216,6 +219,9 @@ def _corda(model: Any, config: LoraConfig, recipe: Recipe, seen: Seen) -> PeftMo
             _forward(model, batch, seen)
 
     preprocess_corda(model, config, run)
+    scale = config.scale(config.r, config.lora_alpha)
+    for layer in linear_targets(model, config).values():
+        layer.__dict__[HANDED] = balanced(*factors_of(layer.__dict__.pop(EIGENS), scale))
     return get_peft_model(model.train(), config)
 
 
