@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _NAMES = {
     "data.check.doctor": "CheckRequest check",
     "errors": "RankfoldError RankfoldWarning",
+    "export.request": "ExportRequest",
+    "export.run": "export_adapter",
     "lora.config.data_starts": "CordaConfig EvaConfig LoftQConfig LoraGAConfig",
     "lora.config.variant_configs": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
     "lora.config.lora_config": "LoraConfig LoraRuntimeConfig PeftType TaskType",

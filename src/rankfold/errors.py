@@ -9,6 +9,7 @@ RankfoldError
  +- DataError        (ValueError)    rows that cannot be read or trained on
  +- ModelError       (ValueError)    a base model that cannot be found or used
  +- OutputError      (RuntimeError)  a place that cannot be written, or must not be overwritten
+ +- ExportError      (RuntimeError)  what was written does not say what the tuned model says
  +- CheckpointError  (ValueError)    a checkpoint that is damaged, or belongs to another run
  +- TrainingError    (RuntimeError)  a run stopped before it could do harm
 """
@@ -56,6 +57,10 @@ class ModelError(RankfoldError, ValueError):
 
 
 class OutputError(RankfoldError, RuntimeError):
+    pass
+
+
+class ExportError(RankfoldError, RuntimeError):
     pass
 
 

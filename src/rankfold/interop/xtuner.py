@@ -113,12 +113,11 @@ def _lora(told: Translation, lora: str) -> None:
     for key, setting in (("r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout")):
         if (value := told.number(f"{lora}.{key}")) is not None:
             told.set(setting, value, f"{lora}.{key}")
-    for name in ("use_dora", "use_rslora"):
-        if told.plain(f"{lora}.{name}") is True:
-            told.set(name, True, f"{lora}.{name}")
-    start = told.plain(f"{lora}.init_lora_weights")
-    if start in ("pissa", "olora"):  # those from data need more than a word
-        told.set("start", start, f"{lora}.init_lora_weights")
+    # Starts from data need more than a word.
+    choices = {"use_dora": (True,), "use_rslora": (True,), "init_lora_weights": ("pissa", "olora")}
+    for key, known in choices.items():
+        if (asked := told.plain(f"{lora}.{key}")) in known:
+            told.set("start" if key == "init_lora_weights" else key, asked, f"{lora}.{key}")
     path = f"{lora}.target_modules"
     named = told.plain(path)
     if named is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, cast, get_args
 
@@ -18,7 +19,7 @@ from rankfold.lora.config.lora_config import CONFIG_NAME, LoraConfig, from_hub
 from rankfold.lora.config.names import PREFIX
 from rankfold.lora.config.patterns import check_patterns
 from rankfold.lora.files.adapter_metadata import METADATA_NAME, AdapterMetadata, log
-from rankfold.lora.files.fingerprint import compare, fingerprint
+from rankfold.lora.files.fingerprint import BaseFingerprint, compare, fingerprint
 from rankfold.lora.files.old_experts import with_fused_experts
 from rankfold.lora.files.renames import renamed
 from rankfold.lora.files.saved_embeddings import replaced_by
@@ -85,11 +86,13 @@ class LoadResult(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter folder and how strictly to read it."""
+    """An adapter folder and how strictly to read it; with ``base_is_there`` False the model has none of its
+    base's weights yet, by which the base could be told."""
 
     folder: Path
     allow: frozenset[Fault] = frozenset()
     key_mapping: Mapping[str, str] | None = None
+    base_is_there: bool = True
 
     @classmethod
     def of(cls, folder: str | Path, options: LoadOptions) -> AdapterSource:
@@ -231,17 +234,34 @@ def check_base(stored: StoredAdapter, model: nn.Module) -> None:
     if change := changed_base(stored.config):
         stored.found.append(("base", change))
     unchecked = "whether this is the base it was trained on, and whether its files are whole"
+    if not stored.source.base_is_there:
+        return
     if facts.base is not None:
-        config, keys = stored.config, stored.tensors
-        problem, unchecked_part = compare(facts.base, fingerprint(model, replaced_by(model, config, keys)))
-        if problem is not None and config.trainable_token_indices is not None:  # as older versions saved it
-            older = replaced_by(model, replace(config, trainable_token_indices=None), keys)
-            problem, unchecked_part = compare(facts.base, fingerprint(model, older))
+        problem, unchecked_part = compare_base(
+            facts.base, stored.config, stored.tensors, model, partial(fingerprint, model)
+        )
         if problem is not None:
             stored.found.append(("base", f"the adapter belongs to another base model: {problem}"))
         unchecked = unchecked_part or ""
     if unchecked:
         log.warning("%s: could not be checked: %s", folder, unchecked)
+
+
+def compare_base(
+    saved: BaseFingerprint,
+    config: LoraConfig,
+    keys: Collection[str],
+    model: nn.Module,
+    print_of: Callable[[Collection[str]], BaseFingerprint],
+) -> tuple[str | None, str | None]:
+    """``compare`` of the base that an adapter with ``keys`` in its file was ``saved`` with and of the one
+    that ``model`` is, whose fingerprint without some modules is ``print_of`` them."""
+    found = compare(saved, print_of(replaced_by(model, config, keys)))
+    if found[0] is not None and config.trainable_token_indices is not None:  # as older versions saved it
+        return compare(
+            saved, print_of(replaced_by(model, replace(config, trainable_token_indices=None), keys))
+        )
+    return found
 
 
 def check_sizes(stored: StoredAdapter, model: nn.Module) -> None:

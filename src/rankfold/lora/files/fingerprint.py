@@ -9,9 +9,9 @@ rest.  A base held in float16 or rounded to fewer bits has rounded its values in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from safetensors.torch import save
@@ -46,21 +46,33 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> BaseFinger
     they start at random, so they are no mark of a base."""
     tensors = base_tensors(model, leave_out)
     held = {f"{path}.weight".lstrip("."): layer for path, layer in held_layers(model).items()}
-    shapes, storages, samples = hashlib.sha256(), set(), []
-    for name in sorted(tensors):
-        shape = held[name].shape if name in held else tensors[name].shape
-        shapes.update(f"{name} {list(shape)}\n".encode())
-        storage, sample = _sample_held(held[name]) if name in held else _sample(tensors[name])
-        storages.add(storage)
-        if sample is not None:
-            samples.append(sample)
+    return fingerprint_of(
+        {name: _held_mark(held[name]) if name in held else mark_of(tensors[name]) for name in tensors}
+    )
+
+
+class Mark(NamedTuple):
+    """What a fingerprint takes of one parameter: its shape, how it is held, and up to SAMPLES of its values,
+    if they can be read."""
+
+    shape: Sequence[int]
+    storage: str
+    sample: Tensor | None
+
+
+def fingerprint_of(marks: Mapping[str, Mark]) -> BaseFingerprint:
+    """The fingerprint of a base whose parameters, by name, have these ``marks``."""
+    shapes = hashlib.sha256()
+    ordered = [(name, marks[name]) for name in sorted(marks)]
+    for name, mark in ordered:
+        shapes.update(f"{name} {list(mark.shape)}\n".encode())
+    samples = [mark.sample for _, mark in ordered if mark.sample is not None]
     if len({(sample.device, sample.dtype) for sample in samples}) > 1:
         samples = [sample.to(torch.bfloat16).cpu() for sample in samples]
     # One conversion and one transfer for all where they are of a kind.
     content = save({"samples": torch.cat(samples).to(torch.bfloat16).cpu()}) if samples else b""
-    return BaseFingerprint(
-        shapes.hexdigest(), hashlib.sha256(content).hexdigest(), "+".join(sorted(storages))
-    )
+    storage = "+".join(sorted({mark.storage for mark in marks.values()}))
+    return BaseFingerprint(shapes.hexdigest(), hashlib.sha256(content).hexdigest(), storage)
 
 
 def base_tensors(model: nn.Module, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
@@ -95,24 +107,23 @@ def _originals(layer: AdapterLayer) -> dict[str, Tensor]:
     return dict(layer._originals)
 
 
-def _sample(tensor: Tensor) -> tuple[str, Tensor | None]:
-    """How ``tensor`` is held, and up to SAMPLES of its values, if they can be read."""
+def mark_of(tensor: Tensor) -> Mark:
     data = tensor.data
     if type(data) is not Tensor and not isinstance(data, nn.Parameter):
-        return type(data).__name__, None
+        return Mark(data.shape, type(data).__name__, None)
     if data.is_meta:
-        return "meta", None
+        return Mark(data.shape, "meta", None)
     storage = ROUND_ALIKE.get(data.dtype, str(data.dtype).removeprefix("torch."))
-    return storage, data.reshape(-1)[_sampled(data.numel())]
+    return Mark(data.shape, storage, data.reshape(-1)[_sampled(data.numel())])
 
 
-def _sample_held(layer: HeldLayer) -> tuple[str, Tensor]:
-    """The same of the numbers that a held weight is expanded to."""
+def _held_mark(layer: HeldLayer) -> Mark:
+    """That of the numbers that a held weight is expanded to."""
     rows, columns = layer.shape
     places = torch.tensor(range(rows * columns)[_sampled(rows * columns)], device=layer.held.device)
     rounded = layer.form in (INT8, ROUNDED_Q4_0)
     storage = layer.form.name if rounded else ROUND_ALIKE[torch.float32]
-    return storage, layer.numbers_at(places)
+    return Mark((rows, columns), storage, layer.numbers_at(places))
 
 
 def _sampled(numel: int) -> slice:

@@ -34,6 +34,19 @@ def contents_of(source: BaseSource, model: Any, original: Layout | None) -> Iter
             yield _by_names_of(model, found)
 
 
+@contextmanager
+def checkpoint_of(source: BaseSource, model: Any) -> Iterator[dict[str, tuple[str, Callable[[], Content]]]]:
+    """What is in the files of ``source`` by their own keys, each with the name that ``model`` has for it:
+    none for what is put together with others.  Raises ModelError."""
+    if source.gguf_file is not None:
+        found = gguf_contents(read_gguf(source.gguf_file, words=False), model)
+        yield {name: (name, read) for name, read in found.items()}
+        return
+    with _safetensors(source.location) as found:
+        names = names_in_checkpoints(model, found)
+        yield {key: ("" if made else name, found[key]) for key, (name, made) in names.items()}
+
+
 def _plain(read: Callable[[], Tensor]) -> Content:
     return Content(read())
 

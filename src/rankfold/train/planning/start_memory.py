@@ -11,15 +11,15 @@ from rankfold.models.base.memory import free_memory_bytes, free_swap_bytes
 
 
 def gathered_bytes(start: str, layers: Mapping[str, Any]) -> int:
-    """At least, for linear ``layers`` by their paths: gradients like their weights, or second moments (in, in)
-    in float32 of their inputs, which layers of one width in one block may share."""
+    """At least, for linear ``layers`` by their paths: gradients like their weights, or second moments
+    (in, in) in float32 of their inputs, which layers of one width in one block may share."""
     if start == "lora-ga":
-        return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers.values())
+        return sum(int(each.weight.numel() * each.weight.element_size()) for each in layers.values())
     widths = {
         (path.rpartition(".")[0], getattr(layer, "in_features", layer.weight.shape[0]))
         for path, layer in layers.items()
     }
-    moments = sum(4 * width**2 for _, width in widths)
+    moments = sum(4 * int(width) ** 2 for _, width in widths)
     return {"corda": moments, "eva": min(moments, MOMENT_BYTES)}.get(start, 0)
 
 
@@ -33,7 +33,7 @@ def check_room(start: str, layers: Mapping[str, Any], device: Any) -> None:
     needed, free = gathered_bytes(start, layers), free_memory_bytes(device) + free_swap_bytes(device)
     if needed > free:
         raise ConfigError(
-            f"start={start} holds at least {needed / 1e9:.1f} GB while it looks at rows, and {free / 1e9:.1f} "
-            f"GB are free; name fewer targets, or take start=eva, which holds about {MOMENT_BYTES / 1e9:.0f} "
-            "GB at most, pissa or olora, which look at no rows"
+            f"start={start} holds at least {needed / 1e9:.1f} GB while it looks at rows, and "
+            f"{free / 1e9:.1f} GB are free; name fewer targets, or take start=eva, which holds about "
+            f"{MOMENT_BYTES / 1e9:.0f} GB at most, pissa or olora, which look at no rows"
         )

@@ -1,0 +1,32 @@
+"""``rankfold export``"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rankfold.cli.options import asked_of, options_of
+from rankfold.export.request import ExportRequest
+
+
+@click.command("export")
+@click.argument("adapter", type=Path)
+@click.option("--out", required=True, type=Path, help="folder for what is written; must not exist")
+@options_of(ExportRequest)
+def command(adapter: Path, out: Path, **options: Any) -> None:
+    """Write an adapter as other programs use it, with a certificate that it says the same there.
+
+    What was written is read back by the program that it is for, and asked the same prompts as the tuned
+    model. Where the answers differ by more than rounding explains, nothing is left.
+    """
+    from rankfold.cli.console import make_console
+    from rankfold.cli.export_view import print_exported
+    from rankfold.export.run import export_adapter
+
+    request = asked_of(options, ExportRequest)
+    console = make_console(sys.stdout)
+    done = export_adapter(adapter, out, request, lambda text: console.print(f"{text} ...", soft_wrap=True))
+    print_exported(console, done)

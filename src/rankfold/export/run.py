@@ -1,0 +1,112 @@
+"""``export_adapter``: written, asked, certified; or nothing."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankfold.data.shapes.example import Example
+from rankfold.errors import ExportError, bullet_list
+from rankfold.export.certificate import Certificate, certify, engine, sums_of, told_by
+from rankfold.export.merged import Written, write_merged
+from rankfold.export.request import ExportRequest
+from rankfold.files import staged_folder
+from rankfold.judging.general_rows import general_rows
+from rankfold.judging.request import EvalRequest
+from rankfold.judging.rows import read_data, spread
+from rankfold.models.base.load import load_tuned
+from rankfold.train.asked.run_rows import is_run, rows_of_run
+from rankfold.train.keeping.names import refuse_used_folder
+
+CERTIFICATE = "certificate.json"
+MUCH = 0.3  # of the adapter's change
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where, and how it was found to be; no certificate where none was asked for."""
+
+    out: Path
+    certificate: Certificate | None
+    notes: list[str]
+
+
+def export_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    request: ExportRequest,
+    tell: Callable[[str], object] = lambda _: None,
+) -> Exported:
+    """Write ``adapter`` to ``out`` as ``request`` says, and a certificate beside it.
+
+    What was written is read by the program that it is for, and asked the same as the tuned model.  Raises
+    ExportError where it says something else, and what else a RankfoldError tells; nothing is left then."""
+    adapter, out = Path(adapter), Path(out)
+    refuse_used_folder(out)
+    examples = _examples(adapter, request)
+    with staged_folder(out) as staging:
+        tell("writing the weights")
+        written = write_merged(adapter, request, staging)
+        certificate = None
+        if examples:
+            certificate = _certified(adapter, request, written, staging, examples, tell)
+            certificate.files = sums_of(staging)
+            told = json.dumps(certificate.as_json(), indent=2, ensure_ascii=False)
+            (staging / CERTIFICATE).write_text(told + "\n", encoding="utf-8")
+    return Exported(out, certificate, [*written.notes, *_told_of(written)])
+
+
+def _told_of(written: Written) -> list[str]:
+    """What a user should know of the rounding."""
+    lost = statistics.median(written.lost.values()) if written.lost else 0.0
+    if lost < MUCH:
+        return []
+    return [
+        f"rounding to {_name(written.dtype)} takes {lost:.0%} of the adapter's change of most layers: "
+        "--dtype float32 keeps it, and so does an adapter that stays apart"
+    ]
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _certified(
+    adapter: Path,
+    request: ExportRequest,
+    written: Written,
+    folder: Path,
+    examples: Sequence[Example],
+    tell: Callable[[str], object],
+) -> Certificate:
+    tell(f"asking the tuned model {len(examples)} prompts")
+    tuned = load_tuned(adapter, request.model, request.allow, merged=False)  # type: ignore[arg-type]
+    told, style = told_by(tuned, examples), tuned.prompt_style
+    del tuned
+    tell("asking what was written")
+    made = Certificate(request.to, engine(), _name(written.dtype))
+    if written.lost:
+        made.update_lost = statistics.median(written.lost.values())
+        made.worst_layer = max(written.lost, key=written.lost.__getitem__)
+        made.worst_lost = written.lost[made.worst_layer]
+    made = certify(folder, made, told, style)
+    if made.problems:
+        headline = (
+            f"what was written as {request.to} says something else than the tuned model; it is removed:"
+        )
+        raise ExportError(bullet_list(headline, made.problems))
+    return made
+
+
+def _examples(adapter: Path, request: ExportRequest) -> list[Example]:
+    """The rows whose prompts are asked: named ones, those that the run held out, or general questions."""
+    if request.data is not None:
+        return spread(read_data(EvalRequest.of({"data": request.data})).examples, request.prompts)
+    if is_run(adapter):
+        return spread(list(rows_of_run(adapter).held_out), request.prompts)
+    questions = [row.example for row in general_rows() if row.example.messages]
+    return spread(questions, request.prompts)
