@@ -8,6 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -183,6 +184,21 @@ def test_what_is_no_change_of_a_bases_weights_is_refused(adapted, tmp_path):
     (tmp_path / "out" / "file").touch()
     with pytest.raises(OutputError, match="not an empty folder"):
         export(adapter, tmp_path / "out")
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(adapted, tmp_path, monkeypatch):
+    _, adapter = adapted()
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("rankfold.export.shards.save_file", full)
+    with pytest.raises(OutputError, match=f"cannot write the weights into {tmp_path}: .*No space left"):
+        export(adapter, tmp_path / "out")
+    monkeypatch.setattr("rankfold.export.merged.require_space", lambda _, size: pytest.fail(str(size)))
+    with pytest.raises(pytest.fail.Exception, match="12638848"):  # 3.2 million numbers of 4 bytes
+        export(adapter, tmp_path / "out", dtype="float32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_the_request_is_checked_as_a_whole():

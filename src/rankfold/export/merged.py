@@ -16,6 +16,7 @@ from rankfold.errors import AdapterError, ConfigError, MergeError, ModelError, b
 from rankfold.export.merging import Merging, on_zeros
 from rankfold.export.request import ExportRequest
 from rankfold.export.shards import Shards
+from rankfold.files import require_space
 from rankfold.lora.config.lora_config import LoraConfig, changes_base
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
 from rankfold.lora.files.adapter_reader import read_weights
@@ -45,6 +46,10 @@ def write_merged(adapter: Path, asked: ExportRequest, folder: Path) -> Written:
     Raises AdapterError, ModelError, MergeError or ConfigError for what is no change of a base's weights."""
     config = LoraConfig.from_pretrained(adapter)
     base = _base_of(adapter, config, asked)
+    numbers = sum(parameter.numel() for parameter in base.model.parameters())
+    require_space(
+        folder.parent, numbers * (getattr(torch, asked.dtype) if asked.dtype else FOR_BLOCKS).itemsize
+    )
     tuned = on_zeros(base.model, adapter, asked.allow)
     shards, dtypes = Shards(folder, asked.shard_mb * 10**6), Counter[torch.dtype]()
     lost: dict[str, float] = {}

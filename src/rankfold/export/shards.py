@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from rankfold.errors import OutputError
 
 INDEX = "model.safetensors.index.json"
 
@@ -48,7 +51,10 @@ class Shards:
         part = self._part(len(self.files))
         part.touch()
         mode = part.stat().st_mode  # which others may read; safetensors' own files they may not
-        save_file(self.held, part, metadata={"format": "pt"})
+        try:
+            save_file(self.held, part, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OutputError(f"cannot write the weights into {self.folder.parent}: {error}") from error
         part.chmod(mode)
         self.files.append([*self.held])
         self.held = {}
