@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from rankfold.compat import names_in_checkpoints, safetensors_files
@@ -42,9 +43,18 @@ def checkpoint_of(source: BaseSource, model: Any) -> Iterator[dict[str, tuple[st
         found = gguf_contents(read_gguf(source.gguf_file, words=False), model)
         yield {name: (name, read) for name, read in found.items()}
         return
-    with _safetensors(source.location) as found:
-        names = names_in_checkpoints(model, found)
-        yield {key: ("" if made else name, found[key]) for key, (name, made) in names.items()}
+    found = {}
+    for file in safetensors_files(source.location):
+        with safe_open(file, framework="pt") as opened:
+            found |= {key: partial(_alone, file, key) for key in opened.keys()}  # noqa: SIM118
+    names = names_in_checkpoints(model, found)
+    yield {key: ("" if made else name, found[key]) for key, (name, made) in names.items()}
+
+
+def _alone(file: str, key: str) -> Content:
+    """A tensor of a file that is not held open: what was read of it is given back with the tensor."""
+    with safe_open(file, framework="pt") as opened:
+        return Content(opened.get_tensor(key))
 
 
 def _plain(read: Callable[[], Tensor]) -> Content:
@@ -68,8 +78,6 @@ def _by_names_of(model: Any, found: Contents) -> Contents:
 @contextmanager
 def _safetensors(location: str | Path) -> Iterator[Contents]:
     """What is in the safetensors files of a folder or hub model."""
-    from safetensors import safe_open
-
     with ExitStack() as stack:
         files = safetensors_files(location)
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
