@@ -17,6 +17,7 @@ from conftest import tiny_llama
 from rankfold.data.shapes.example import Example, Message
 from rankfold.errors import AdapterError, ConfigError, ExportError, OutputError
 from rankfold.export import certificate
+from rankfold.export.merged import older_words
 from rankfold.export.request import ExportRequest
 from rankfold.export.run import export_adapter
 from rankfold.models.base.load import load_tuned
@@ -114,6 +115,16 @@ def test_older_readers_find_their_words(adapted, tmp_path):
     assert "chat_template" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     assert AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("<|im_end|>") in ends
+
+
+def test_scaled_positions_are_told_in_the_older_words_too():
+    rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+    words = older_words({"dtype": "bfloat16", "rope_parameters": rope})
+    assert words["rope_theta"] == 5e5
+    assert words["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    assert older_words({"dtype": "float32", "torch_dtype": "float32"}) == {}
+    by_kind = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert older_words({"dtype": "float32", "rope_parameters": by_kind}) == {"torch_dtype": "float32"}
 
 
 def test_large_weights_are_in_several_files_that_others_may_read(adapted, tmp_path):

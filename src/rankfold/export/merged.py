@@ -131,12 +131,12 @@ def _write_text_side(base: Base, folder: Path, dtype: torch.dtype) -> None:
         model.generation_config.eos_token_id = sorted(stops_of(base))
         model.generation_config.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
-    _add(folder / "config.json", _older_words(json.loads((folder / "config.json").read_text())))
+    _add(folder / "config.json", older_words(json.loads((folder / "config.json").read_text())))
     if template := base.tokenizer.chat_template:
         _add(folder / "tokenizer_config.json", {"chat_template": template})
 
 
-def _older_words(config: dict[str, Any]) -> dict[str, Any]:
+def older_words(config: dict[str, Any]) -> dict[str, Any]:
     """What readers before transformers 5, and mlx-lm, look for under other names.  Without ``rope_theta``
     some take 10,000 and say nothing."""
     rope = config.get("rope_parameters") or {}
