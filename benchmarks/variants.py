@@ -1,7 +1,7 @@
 """What a start or a variant of LoRA buys: each at the best of three rates, on the same rows, in equal steps.
 
     python benchmarks/variants.py banking77.jsonl
-    python benchmarks/variants.py gsm8k_test.jsonl --rows 4
+    python benchmarks/variants.py gsm8k_test.jsonl --rows 3 --longest 192 --judging 60
 
 Of the file some rows are trained on, some choose the rate (at the first seed), and others, which chose
 nothing, judge.  A seed draws the factors and the order of the rows, the same for all variants.  Told is the
@@ -20,7 +20,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ from rankfold.train.step.method import method_of
 from rankfold.train.step.pace import Pace
 
 KEPT, PAGE = HERE / "variants.json", HERE.parent / "docs" / "variants.md"
-RANK, LONGEST, PRECISION = 16, 128, "bfloat16"
+RANK, PRECISION = 16, "bfloat16"
 STEPS, SEEDS, USUAL_RATE, FACTOR = 24, 3, 6e-4, 3
-CHOOSING, JUDGING = 40, 120
+CHOOSING = 3  # rows that judge to one that chooses the rate
 PLAIN, PLAIN_4_BITS = "plain", "plain, 4 bits"
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
@@ -67,15 +67,16 @@ HEAD = f"""# What a variant buys
 
 Written by `benchmarks/variants.py`; not edited by hand.
 
-SmolLM2-135M-Instruct, {STEPS} steps, rows of at most {LONGEST} tokens, LoRA of rank {RANK} and alpha
-{2 * RANK} on all linear layers, in bfloat16. Each variant has, of three rates, the one at which it did best
-on {CHOOSING} rows apart, at the first of {SEEDS} seeds; {JUDGING} other rows judge. A seed draws the factors
-and the order of the rows, and is the same for all. The gap is that of the held-out loss to plain LoRA's, in
-nats a token of the answers: the mean over the seeds with its 95 % interval over the rows (paired bootstrap),
-and each seed's. Below 0 is better. What trains on weights of 4 bits (nf4) stands beside plain LoRA on such.
+SmolLM2-135M-Instruct, {STEPS} steps, LoRA of rank {RANK} and alpha {2 * RANK} on all linear layers, in
+bfloat16. Each variant has, of three rates, the one at which it did best on rows apart, at the first of
+{SEEDS} seeds; other rows judge. A seed draws the factors and the order of the rows, and is the same for all.
+The gap is that of the held-out loss to plain LoRA's, in nats a token of the answers: the mean over the seeds
+with its 95 % interval over the rows (paired bootstrap), and each seed's. Below 0 is better. What trains on
+weights of 4 bits (nf4) stands beside plain LoRA on such. `right` are answers of which each token is the
+likeliest.
 """
 TABLE = (
-    "| variant | trained | rate | held-out loss | gap to plain LoRA | of each seed | answers right |",
+    "| variant | trained | rate | held-out loss | gap to plain LoRA | of each seed | right |",
     "|---|---|---|---|---|---|---|",
 )
 Looked = dict[str, list[float]]
@@ -85,11 +86,14 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("data", type=Path, help="file of rows")
     made.add_argument("--rows", type=int, default=8, help="rows a step")
+    made.add_argument("--longest", type=int, default=128, help="tokens of the longest row")
+    made.add_argument("--judging", type=int, default=120, help="rows that judge")
     options = made.parse_args()
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    found = kept.setdefault(options.data.stem, {"rows_per_step": options.rows, "variants": {}})["variants"]
+    about = {"rows_per_step": options.rows, "longest": options.longest, "judging": options.judging}
+    found = kept.setdefault(options.data.stem, about | {"variants": {}})["variants"]
     with tempfile.TemporaryDirectory() as work:
-        task = Task(options.data, options.rows, Path(work))
+        task = Task(options, Path(work))
         for variant in [name for name in VARIANTS if name not in found]:
             found[variant] = task.judged(variant)
             kept[options.data.stem] |= {"command": command_line(), "machine": machine_line()}
@@ -100,18 +104,20 @@ def main() -> None:
 class Task:
     """A file of rows, split by chance once: to train on, and held out."""
 
-    def __init__(self, data: Path, rows_per_step: int, work: Path) -> None:
-        self.rows_per_step = rows_per_step
-        lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.rows_per_step, self.longest, self.judging = options.rows, options.longest, options.judging
+        lines = options.data.read_text(encoding="utf-8").splitlines(keepends=True)
         random.Random(0).shuffle(lines)
-        self.train, self.held_out = (work / f"{data.stem}_{part}.jsonl" for part in ("train", "held_out"))
-        apart = 3 * (CHOOSING + JUDGING)  # many are too long
+        self.train, self.held_out = (
+            work / f"{options.data.stem}_{part}.jsonl" for part in ("train", "held_out")
+        )
+        apart = 4 * self.judging  # some are too long
         self.train.write_text("".join(lines[apart:]), encoding="utf-8")
         self.held_out.write_text("".join(lines[:apart]), encoding="utf-8")
 
     def recipe(self, variant: str, seed: int) -> Recipe:
         usual = {"data": self.train, "held_out": self.held_out, "out": self.train.with_suffix("")}
-        usual |= {"max_length": LONGEST, "max_steps": STEPS, "rows_per_step": self.rows_per_step}
+        usual |= {"max_length": self.longest, "max_steps": STEPS, "rows_per_step": self.rows_per_step}
         usual |= {"rank": RANK, "alpha": 2 * RANK, "general": "none", "seed": seed}
         return Recipe.of(usual | VARIANTS[variant])
 
@@ -121,35 +127,30 @@ class Task:
 
     def judged(self, variant: str) -> dict[str, Any]:
         """The rate that does best at the first seed, and what the judging rows say of each seed there."""
-        tried: dict[float, Looked] = {}
+        tried: dict[float, float] = {}
         seeds: list[Looked] = []
         for seed in range(SEEDS):
             recipe = self.recipe(variant, seed)
             plan = make_plan(recipe, self.prepared, Precision.of(PRECISION), Processes())
-            rows = plan.held_out[: CHOOSING + JUDGING]
-            assert len(rows) == CHOOSING + JUDGING, f"{len(rows)} rows are held out"
+            judging = plan.held_out[: self.judging]
+            choosing = plan.held_out[self.judging :][: self.judging // CHOOSING]
+            assert len(choosing) == self.judging // CHOOSING, f"{len(plan.held_out)} rows are held out"
             if not seed:
-                tried = three_rates(partial(looked_at, plan, rows))
-                best = min(tried, key=lambda rate: chosen_by(tried[rate]))
-            look = looked_at(plan, rows, best) if seed else tried[best]
-            seeds.append({name: values[CHOOSING:] for name, values in look.items()})
+                tried = three_rates(lambda rate: sum(looked_at(plan, choosing, rate)["nats"]))  # noqa: B023
+                best = min(tried, key=lambda rate: tried[rate])
+            seeds.append(looked_at(plan, judging, best))
             print(self.train.stem, variant, seed, best, sum(seeds[-1]["nats"]), flush=True)
         numbers, _ = plan.model.get_nb_trainable_parameters()
-        tokens = [row.weight for row in rows[CHOOSING:]]
-        nats = {str(rate): chosen_by(look) for rate, look in tried.items()}
-        return {"rate": best, "tried": nats, "seeds": seeds, "tokens": tokens, "numbers": numbers}
+        tokens = [row.weight for row in judging]
+        return {"rate": best, "tried": tried, "seeds": seeds, "tokens": tokens, "numbers": numbers}
 
 
-def three_rates(look: Callable[[float], Looked]) -> dict[float, Looked]:
+def three_rates(nats: Callable[[float], float]) -> dict[float, float]:
     """The usual rate, a higher one, and one more on the side of the better of these."""
-    tried = {rate: look(rate) for rate in (USUAL_RATE, FACTOR * USUAL_RATE)}
-    higher = chosen_by(tried[FACTOR * USUAL_RATE]) < chosen_by(tried[USUAL_RATE])
+    tried = {rate: nats(rate) for rate in (USUAL_RATE, FACTOR * USUAL_RATE)}
+    higher = tried[FACTOR * USUAL_RATE] < tried[USUAL_RATE]
     rate = USUAL_RATE * (FACTOR**2 if higher else 1 / FACTOR)
-    return tried | {rate: look(rate)}
-
-
-def chosen_by(look: Looked) -> float:
-    return sum(look["nats"][:CHOOSING])
+    return tried | {rate: nats(rate)}
 
 
 def looked_at(plan: Plan, rows: Sequence[EncodedRow], rate: float) -> Looked:
@@ -191,7 +192,10 @@ def answers(plan: Plan, rows: Sequence[EncodedRow]) -> Looked:
 def page(kept: dict[str, dict[str, Any]]) -> str:
     lines = [HEAD]
     for name, task in kept.items():
-        lines += [f"## {name}, {task['rows_per_step']} rows a step\n", *TABLE]
+        rows = (
+            f"{task['rows_per_step']} rows a step, {task['longest']} tokens at most; {task['judging']} judge"
+        )
+        lines += [f"## {name}\n\n{rows}.\n", *TABLE]
         lines += [line(variant, task["variants"]) for variant in task["variants"]]
         lines.append(f"\n`{task['command']}` on {task['machine']}.\n")
     return "\n".join(lines)
