@@ -57,10 +57,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PiSSA": {"start": "pissa"},
     "OLoRA": {"start": "olora"},
     "EVA": {"start": "eva"},
-    "CorDA": {"start": "corda"},
     "LoRA-GA": {"start": "lora-ga"},
     PLAIN_4_BITS: {"stored": "nf4"},
     "LoftQ, 4 bits": {"stored": "nf4", "start": "loftq"},
+    "CorDA": {"start": "corda"},
 }
 IN_4_BITS = {name for name, options in VARIANTS.items() if "stored" in options}
 HEAD = f"""# What a variant buys
@@ -196,7 +196,7 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
             f"{task['rows_per_step']} rows a step, {task['longest']} tokens at most; {task['judging']} judge"
         )
         lines += [f"## {name}\n\n{rows}.\n", *TABLE]
-        lines += [line(variant, task["variants"]) for variant in task["variants"]]
+        lines += [line(variant, task["variants"]) for variant in VARIANTS if variant in task["variants"]]
         lines.append(f"\n`{task['command']}` on {task['machine']}.\n")
     return "\n".join(lines)
 
