@@ -8,6 +8,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rankfold
 from conftest import tiny_llama
 from rankfold.data.shapes.example import Example, Message
-from rankfold.errors import AdapterError, ConfigError, ExportError, OutputError
+from rankfold.errors import AdapterError, ConfigError, DataError, ExportError, OutputError
 from rankfold.export import certificate
 from rankfold.export.merged import older_words
 from rankfold.export.request import ExportRequest
@@ -210,6 +211,22 @@ def test_a_full_disk_is_told_and_nothing_is_left(adapted, tmp_path, monkeypatch)
     with pytest.raises(pytest.fail.Exception, match="12638848"):  # 3.2 million numbers of 4 bytes
         export(adapter, tmp_path / "out", dtype="float32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_run_whose_rows_are_gone_is_asked_general_questions(adapted, tmp_path):
+    base, adapter = adapted()
+    rows = {"model": str(base), "data": str(tmp_path / "gone.jsonl"), "out": str(adapter)}
+    (adapter / "recipe.yaml").write_text(yaml.safe_dump(rows))
+    done = export(adapter, tmp_path / "out")
+    assert done.certificate.prompts == 3
+    assert any(note.startswith("general questions are asked") and "gone" in note for note in done.notes)
+    pictures = tmp_path / "pictures.jsonl"
+    pictures.write_text(
+        json.dumps({"image": "a.png", "prompt": "What is it?", "completion": "A cat."}) + "\n"
+    )
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match="none of 1 prompts could be asked"):
+        export(adapter, tmp_path / "other", data=str(pictures))
 
 
 def test_the_request_is_checked_as_a_whole():

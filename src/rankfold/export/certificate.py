@@ -110,7 +110,8 @@ def certify(folder: Path, made: Certificate, told: Sequence[Told], style: str) -
         same += float((logprobs.argmax(-1) == each.logprobs.argmax(-1)).sum())
         made.positions += len(each.answer)
         made.prompts += 1
-    made.mean_kl, made.same_likeliest = kl / made.positions, same / made.positions
+    if made.positions:
+        made.mean_kl, made.same_likeliest = kl / made.positions, same / made.positions
     made.problems = _problems(made)
     return made
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.data.shapes.example import Example
-from rankfold.errors import ExportError, bullet_list
+from rankfold.errors import DataError, ExportError, RankfoldError, bullet_list
 from rankfold.export.certificate import Certificate, certify, engine, sums_of, told_by
 from rankfold.export.merged import Written, write_merged
 from rankfold.export.request import ExportRequest
@@ -19,6 +19,7 @@ from rankfold.judging.general_rows import general_rows
 from rankfold.judging.request import EvalRequest
 from rankfold.judging.rows import read_data, spread
 from rankfold.models.base.load import load_tuned
+from rankfold.models.base.precision import Precision
 from rankfold.train.asked.run_rows import is_run, rows_of_run
 from rankfold.train.keeping.names import refuse_used_folder
 
@@ -47,7 +48,7 @@ def export_adapter(
     ExportError where it says something else, and what else a RankfoldError tells; nothing is left then."""
     adapter, out = Path(adapter), Path(out)
     refuse_used_folder(out)
-    examples = _examples(adapter, request)
+    examples, notes = _examples(adapter, request)
     with staged_folder(out) as staging:
         tell("writing the weights")
         written = write_merged(adapter, request, staging)
@@ -57,7 +58,7 @@ def export_adapter(
             certificate.files = sums_of(staging)
             told = json.dumps(certificate.as_json(), indent=2, ensure_ascii=False)
             (staging / CERTIFICATE).write_text(told + "\n", encoding="utf-8")
-    return Exported(out, certificate, [*written.notes, *_told_of(written)])
+    return Exported(out, certificate, [*notes, *written.notes, *_told_of(written)])
 
 
 def _told_of(written: Written) -> list[str]:
@@ -84,8 +85,11 @@ def _certified(
     tell: Callable[[str], object],
 ) -> Certificate:
     tell(f"asking the tuned model {len(examples)} prompts")
-    tuned = load_tuned(adapter, request.model, request.allow, merged=False)  # type: ignore[arg-type]
+    allow, precision = request.allow, Precision.of("float32")
+    tuned = load_tuned(adapter, request.model, allow, merged=False, precision=precision)  # type: ignore[arg-type]
     told, style = told_by(tuned, examples), tuned.prompt_style
+    if not told:
+        raise DataError(f"none of {len(examples)} prompts could be asked; name rows with --data")
     del tuned
     tell("asking what was written")
     made = Certificate(request.to, engine(), _name(written.dtype))
@@ -102,11 +106,18 @@ def _certified(
     return made
 
 
-def _examples(adapter: Path, request: ExportRequest) -> list[Example]:
-    """The rows whose prompts are asked: named ones, those that the run held out, or general questions."""
+def _examples(adapter: Path, request: ExportRequest) -> tuple[list[Example], list[str]]:
+    """The rows whose prompts are asked: named ones, those that the run held out, or general questions; and
+    what should be known of them."""
+    notes = []
     if request.data is not None:
-        return spread(read_data(EvalRequest.of({"data": request.data})).examples, request.prompts)
-    if is_run(adapter):
-        return spread(list(rows_of_run(adapter).held_out), request.prompts)
+        rows: Sequence[Example] = read_data(EvalRequest.of({"data": request.data})).examples
+        return spread(rows, request.prompts), []
+    if is_run(adapter) and request.prompts:
+        try:
+            return spread(list(rows_of_run(adapter).held_out), request.prompts), []
+        except RankfoldError as error:
+            told = str(error).splitlines()[0]
+            notes = [f"general questions are asked, as the run's own rows cannot be read: {told}"]
     questions = [row.example for row in general_rows() if row.example.messages]
-    return spread(questions, request.prompts)
+    return spread(questions, request.prompts), notes
