@@ -19,8 +19,8 @@ from rankfold.export.request import ExportRequest
 def command(adapter: Path, out: Path, **options: Any) -> None:
     """Write an adapter as other programs use it, with a certificate that it says the same there.
 
-    What was written is read back by the program that it is for, and asked the same prompts as the tuned
-    model. Where the answers differ by more than rounding explains, nothing is left.
+    What was written is read back by the program that it is for, where that is installed, and asked the same
+    prompts as the tuned model. Where the answers differ by more than rounding explains, nothing is left.
     """
     from rankfold.cli.console import make_console
     from rankfold.cli.export_view import print_exported

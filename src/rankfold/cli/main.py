@@ -34,7 +34,6 @@ VERBS = {
     "import": "turn another program's config into a recipe",
     "combine": "make one adapter of several",
     "export": "write an adapter as other programs use it, with a certificate",
-    "convert": "write an adapter in another program's layout",
     "explain": "show with an SVD why a low rank can be enough",
 }
 

@@ -113,6 +113,10 @@ class Merging:
             self.change = before[source], after[source]
         return after[source]
 
+    def is_touched(self, name: str) -> bool:
+        """Whether a parameter of the model is not simply the base's."""
+        return name in self.held or bool(self._source(name))
+
     def _source(self, name: str) -> str:
         """The name of a parameter of an adapted layer whose value this one has; empty if it is the base's, or
         one that the adapter brings."""

@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rankfold.data.shapes.example import Example
 from rankfold.errors import DataError, ExportError, RankfoldError, bullet_list
-from rankfold.export.certificate import Certificate, certify, engine, sums_of, told_by
-from rankfold.export.merged import Written, write_merged
+from rankfold.export.certificate import Certificate, compare, sums_of
+from rankfold.export.gguf_adapter import write_gguf_pairs
+from rankfold.export.gguf_model import write_gguf_model
+from rankfold.export.layouts import write_layout
+from rankfold.export.merged import write_merged
+from rankfold.export.ollama import write_for_ollama
+from rankfold.export.probes import passed_over
 from rankfold.export.request import ExportRequest
+from rankfold.export.served import write_served
+from rankfold.export.told import told_by
+from rankfold.export.written import Written
 from rankfold.files import staged_folder
 from rankfold.judging.general_rows import general_rows
 from rankfold.judging.request import EvalRequest
 from rankfold.judging.rows import read_data, spread
 from rankfold.models.base.load import load_tuned
 from rankfold.models.base.precision import Precision
+from rankfold.models.mlx.layout import is_mlx
 from rankfold.train.asked.run_rows import is_run, rows_of_run
 from rankfold.train.keeping.names import refuse_used_folder
 
 CERTIFICATE = "certificate.json"
+WRITERS: Mapping[str, Callable[[Path, ExportRequest, Path], Written]] = {
+    "merged": write_merged,
+    "gguf": write_gguf_model,
+    "gguf-adapter": write_gguf_pairs,
+    **dict.fromkeys(("ollama", "ollama-adapter"), write_for_ollama),
+    **dict.fromkeys(("hf", "internvl", "mlx"), write_layout),
+    **dict.fromkeys(("vllm", "sglang", "lmdeploy"), write_served),
+}
 MUCH = 0.3  # of the adapter's change
 
 
@@ -51,10 +67,10 @@ def export_adapter(
     examples, notes = _examples(adapter, request)
     with staged_folder(out) as staging:
         tell("writing the weights")
-        written = write_merged(adapter, request, staging)
+        written = WRITERS[request.to](adapter, request, staging)
         certificate = None
         if examples:
-            certificate = _certified(adapter, request, written, staging, examples, tell)
+            certificate = _certified(adapter, request, written, examples, tell)
             certificate.files = sums_of(staging)
             told = json.dumps(certificate.as_json(), indent=2, ensure_ascii=False)
             (staging / CERTIFICATE).write_text(told + "\n", encoding="utf-8")
@@ -67,20 +83,15 @@ def _told_of(written: Written) -> list[str]:
     if lost < MUCH:
         return []
     return [
-        f"rounding to {_name(written.dtype)} takes {lost:.0%} of the adapter's change of most layers: "
-        "--dtype float32 keeps it, and so does an adapter that stays apart"
+        f"the rounding to {written.numbers} is {lost:.0%} of the adapter's change of most layers: "
+        f"{written.remedy}"
     ]
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _certified(
     adapter: Path,
     request: ExportRequest,
     written: Written,
-    folder: Path,
     examples: Sequence[Example],
     tell: Callable[[str], object],
 ) -> Certificate:
@@ -90,14 +101,20 @@ def _certified(
     told, style = told_by(tuned, examples), tuned.prompt_style
     if not told:
         raise DataError(f"none of {len(examples)} prompts could be asked; name rows with --data")
+    tried: tuple[int, list[str]] = (0, [])
+    if written.probing is not None:
+        tell(f"trying each module in {written.probing.engine.name}")
+        tried = passed_over(tuned, max(told, key=lambda each: len(each.answer)), style, written.probing)
     del tuned
-    tell("asking what was written")
-    made = Certificate(request.to, engine(), _name(written.dtype))
+    judge = written.judge(style)
+    tell(f"asking what was written, by {judge.name}")
+    made = Certificate(request.to, judge.name, written.numbers, written.most_kl)
+    made.modules_tried, made.passed_over = tried
     if written.lost:
         made.update_lost = statistics.median(written.lost.values())
         made.worst_layer = max(written.lost, key=written.lost.__getitem__)
         made.worst_lost = written.lost[made.worst_layer]
-    made = certify(folder, made, told, style)
+    made = compare(made, told, judge.says(told))
     if made.problems:
         headline = (
             f"what was written as {request.to} says something else than the tuned model; it is removed:"
@@ -109,7 +126,9 @@ def _certified(
 def _examples(adapter: Path, request: ExportRequest) -> tuple[list[Example], list[str]]:
     """The rows whose prompts are asked: named ones, those that the run held out, or general questions; and
     what should be known of them."""
-    notes = []
+    notes: list[str] = []
+    if is_mlx(adapter):
+        return [], ["no certificate: the tuned model is read by mlx alone; export what was written again"]
     if request.data is not None:
         rows: Sequence[Example] = read_data(EvalRequest.of({"data": request.data})).examples
         return spread(rows, request.prompts), []

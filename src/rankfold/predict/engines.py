@@ -25,6 +25,7 @@ from rankfold.models.answering.streaming import decoded
 from rankfold.models.base.base import Base
 from rankfold.models.choices import ModelRequest
 from rankfold.models.gguf.adapter import write_gguf_adapter
+from rankfold.models.gguf.file import read_gguf
 from rankfold.peft_surface import PeftModel
 
 WORKER = Path(__file__).with_name("engine_worker.py")
@@ -209,7 +210,8 @@ def _files(name: str, base: Base, adapter: Path | None, folder: Path) -> tuple[P
         )
     if adapter is None:
         return file, None
-    write_gguf_adapter(base.model, file, folder / "adapter.gguf")
+    told = read_gguf(file, words=False)
+    write_gguf_adapter(base.model, told.architecture, told.tensors, folder / "adapter.gguf")
     return file, str(folder / "adapter.gguf")
 
 

@@ -340,14 +340,13 @@ def test_an_adapter_under_the_originals_names_is_loaded_as_it_is(folders, tmp_pa
 def test_the_command_says_what_it_did(folders, tmp_path):
     base = folders["internlm2"]
     native = native_adapter(base, tmp_path / "hf", target_modules=["self_attn.q_proj", "self_attn.v_proj"])
-    done = rankfold_command(
-        "convert", native, tmp_path / "out", "--layout", "internvl", "--model", base, "--common-rank", "3"
-    )
+    words = ("--to", "internvl", "--model", base, "--prompts", "0", "--out", tmp_path / "out")
+    done = rankfold_command("export", native, *words, "--common-rank", "3")
     assert done.returncode == 0, done.stderr
     assert "2 of them brought down to rank 3 by SVD: relative error" in done.stdout
-    assert "target_modules  wqkv" in done.stdout
+    assert "target_modules: wqkv" in done.stdout
     assert (tmp_path / "out" / "adapter_config.json").is_file()
-    again = rankfold_command("convert", native, tmp_path / "out", "--layout", "internvl", "--model", base)
+    again = rankfold_command("export", native, *words)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
 

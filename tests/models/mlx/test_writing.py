@@ -361,17 +361,18 @@ def test_embeddings_of_a_model_that_sees_images_are_refused(internvl, tmp_path):
 def test_an_adapter_in_mlxs_layout_is_not_loaded_as_it_is_and_the_way_is_told(folders, tmp_path):
     save_adapted(folders[False], tmp_path / "hf", target_modules=["q_proj"])
     convert_adapter(tmp_path / "hf", tmp_path / "mlx", "mlx")
-    with pytest.raises(AdapterError, match="it is mlx's: rankfold convert ADAPTER OUT --layout hf"):
+    with pytest.raises(AdapterError, match="it is mlx's: rankfold export ADAPTER --to hf --out OUT"):
         PeftModel.from_pretrained(model_of(folders[False]), tmp_path / "mlx")
 
 
 @pytest.mark.filterwarnings("ignore:a part of this adapter.s config has no effect")
 def test_the_command_writes_mlx_and_back(folders, tmp_path):
     save_adapted(folders[False], tmp_path / "hf", target_modules=["q_proj"], rank_pattern={"layers.1": 2})
-    done = rankfold_command("convert", tmp_path / "hf", tmp_path / "mlx", "--layout", "mlx")
+    words = ("export", tmp_path / "hf", "--to", "mlx", "--out", tmp_path / "mlx")
+    done = rankfold_command(*words, "--prompts", "0")
     assert done.returncode == 0, done.stderr
-    assert "keys  self_attn.q_proj" in done.stdout
-    back = rankfold_command("convert", tmp_path / "mlx", tmp_path / "again", "--layout", "hf")
+    assert "keys: self_attn.q_proj" in done.stdout
+    back = rankfold_command("export", tmp_path / "mlx", "--to", "hf", "--out", tmp_path / "again")
     assert back.returncode == 0, back.stderr
     for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()

@@ -269,7 +269,7 @@ class LoraConfig:
         Raises AdapterError as ``from_pretrained`` does."""
         got, mlx = options.get("peft_type"), ""
         if "lora_parameters" in options:
-            mlx = "; it is mlx's: rankfold convert ADAPTER OUT --layout hf"
+            mlx = "; it is mlx's: rankfold export ADAPTER --to hf --out OUT"
         if got is None and not mlx:
             raise AdapterError(
                 f"{where} is no adapter's. The {cls.__name__} config that is trying to be loaded is missing "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,16 +86,56 @@ def _by_divisors(file: GgufFile, base: float, width: int) -> dict[str, Any]:
     }
 
 
-def llama3_divisors(base: float, width: int, factor: float) -> Tensor:
+def llama3_divisors(
+    base: float, width: int, factor: float, low: float = 1.0, high: float = 4.0, length: int = 8192
+) -> Tensor:
     """By what Llama 3's scaling divides each of ``width`` / 2 frequencies: LlamaModel.generate_extra_tensors
     in llama.cpp's conversion/llama.py."""
-    low, high, length = LLAMA3.values()
     frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     waves = 2 * math.pi / frequencies
     smooth = (length / waves - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
     divisors = torch.where(waves < length / high, 1.0, torch.where(waves > length / low, factor, between))
     return divisors.float()
+
+
+def rope_keys(config: Any) -> dict[str, Any]:
+    """The architecture's keys that say what ``config`` does of positions: conversion/base.py,
+    TextModel.set_gguf_parameters, and the models' own."""
+    rope, found = dict(config.rope_parameters), {}
+    if "full_attention" in rope:
+        found["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3", "linear", "yarn", "longrope"):
+        raise ModelError(f"rope_type is {kind!r}, which GGUF has no words for here")
+    found["rope.freq_base"] = float(rope["rope_theta"])
+    if kind in ("linear", "yarn", "longrope"):
+        found["rope.scaling.type"] = kind
+    if kind in ("linear", "yarn"):
+        found["rope.scaling.factor"] = float(rope["factor"])
+    if kind in ("yarn", "longrope"):
+        length = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        found["rope.scaling.original_context_length"] = int(length)
+    if kind == "longrope":
+        scale = config.max_position_embeddings / length
+        usual = math.sqrt(1 + math.log(scale) / math.log(length)) if scale > 1 else 1.0
+        found["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or usual)
+    return found
+
+
+def rope_tensors(config: Any) -> dict[str, Any]:
+    """What of the scaling is written as tensors, in float32."""
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    kind = rope.get("rope_type", "default")
+    if kind == "longrope":
+        named = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
+        return {name: np.array(rope[field], np.float32) for name, field in named.items()}
+    if kind != "llama3":
+        return {}
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    divisors = llama3_divisors(rope["rope_theta"], width, rope["factor"], *(rope[name] for name in LLAMA3))
+    return {"rope_freqs.weight": divisors.numpy()}
 
 
 def _original_length(file: GgufFile) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,11 @@ def gguf_contents(file: GgufFile, model: Any) -> Contents:
     Raises ModelError naming every tensor that the model has no place for."""
     if file.architecture not in ARCHITECTURES:
         raise ModelError(f"the weights of a {file.architecture} cannot be held; leave stored out")
-    places = tensor_places(file, model)
+    parameters = [name for name, _ in model.named_parameters()]
+    places = {
+        name: parameter
+        for parameter, name in tensor_names(file.architecture, model.config, parameters).items()
+    }
     lost = sorted(file.tensors.keys() - places.keys() - {*TENSORS_APART})
     if lost:
         text = f"{file.path.name} holds tensors that a {model.config.model_type} has no place for:"
@@ -36,20 +41,20 @@ def gguf_contents(file: GgufFile, model: Any) -> Contents:
     }
 
 
-def tensor_places(file: GgufFile, model: Any) -> dict[str | None, str]:
-    """The name of each parameter of ``model`` by that of its tensor."""
+def tensor_names(architecture: str, config: Any, parameters: Iterable[str]) -> dict[str, str | None]:
+    """What GGUF calls each of the ``parameters`` of a model; None for what it has no name for."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
-    names = get_tensor_name_map(number, model.config.num_hidden_layers)
-    return {names.get_name(name, try_suffixes=SUFFIXES): name for name, _ in model.named_parameters()}
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(number, config.num_hidden_layers)
+    return {name: names.get_name(name, try_suffixes=SUFFIXES) for name in parameters}
 
 
 def _read(file: GgufFile, name: str, architecture: Architecture, config: Any) -> Content:
     data, kind = file.data(name), file.tensors[name].kind
     turned = turned_heads(name, architecture, config)
     if turned:
-        data = _rows_of_pairs(data, turned)
+        data = rows_of_pairs(data, turned)
     if kind == "F32" or data.ndim != MATRIX:
         numbers = expanded(data, kind)
         if architecture.norms_of_one and name.endswith("norm.weight"):
@@ -70,7 +75,7 @@ def rows_in_pairs(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _rows_of_pairs(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+def rows_of_pairs(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """Undo llama.cpp's order of the rows of q and k: LlamaModel.permute in its conversion/llama.py."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

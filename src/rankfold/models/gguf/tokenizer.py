@@ -71,7 +71,7 @@ def gguf_tokenizer(file: GgufFile) -> Any:
     roles = {role: vocabulary.word(key) for role, key in ROLES.items()} | {
         "unk_token": vocabulary.word("unknown_token_id")
     }
-    if vocabulary.pre in _table()["no_bos"]:
+    if vocabulary.pre in table()["no_bos"]:
         roles["bos_token"] = None
     _put_around(backend, vocabulary, roles)
     backend.add_special_tokens(vocabulary.added(special=True))
@@ -188,7 +188,7 @@ class _Vocabulary:
 
 
 @cache
-def _table() -> dict[str, Any]:
+def table() -> dict[str, Any]:
     text = files(__package__).joinpath("pre_tokenizers.json").read_text(encoding="utf-8")
     table: dict[str, Any] = json.loads(text)
     return table
@@ -197,19 +197,26 @@ def _table() -> dict[str, Any]:
 @cache
 def splits() -> dict[str, list[str]]:
     """The patterns, each for what those before it left whole, of every name that llama.cpp knows."""
-    return {name: each["patterns"] for each in _table()["splits"] for name in each["names"]}
+    return {name: each["patterns"] for each in table()["splits"] for name in each["names"]}
+
+
+def pre_tokenizer(name: str) -> Any:
+    """What splits text in the way that is called ``name``."""
+    from tokenizers import Regex, pre_tokenizers
+
+    patterns = [pre_tokenizers.Split(Regex(one), "isolated") for one in splits()[name]]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*patterns, to_bytes])
 
 
 def _byte_pairs(vocabulary: _Vocabulary) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
 
     merges = [_pair(merge) for merge in vocabulary.get("merges")]
-    ignored = vocabulary.pre in _table()["ignore_merges"]
+    ignored = vocabulary.pre in table()["ignore_merges"]
     words = {word: number for number, word in enumerate(vocabulary.words)}
     backend = Tokenizer(models.BPE(words, merges, ignore_merges=ignored))
-    patterns = [pre_tokenizers.Split(Regex(one), "isolated") for one in splits()[vocabulary.pre]]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*patterns, to_bytes])
+    backend.pre_tokenizer = pre_tokenizer(vocabulary.pre)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -250,7 +257,7 @@ def _put_around(backend: Any, vocabulary: _Vocabulary, roles: dict[str, str | No
     """Let the tokenizer put the token of the beginning before a text, and that of the end after it."""
     from tokenizers import processors
 
-    usual = vocabulary.kind == "llama" or vocabulary.pre in _table()["add_bos"]
+    usual = vocabulary.kind == "llama" or vocabulary.pre in table()["add_bos"]
     before = roles["bos_token"] if vocabulary.get("add_bos_token", usual) else None
     after = roles["eos_token"] if vocabulary.get("add_eos_token", False) else None
     around = [word for word in (before, after) if word is not None]
