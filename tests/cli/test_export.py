@@ -27,7 +27,7 @@ def test_it_prints_what_was_certified_and_exits_with_2_for_a_mistake(command, ad
     assert "prompts as the same tokens   2 of 2" in printed
     assert printed.splitlines()[-1] == f"written  {tmp_path / 'out'}"
     assert json.loads((tmp_path / "out" / "certificate.json").read_text())["holds"] is True
-    status, _, told = command("export", adapter, "--to", "gguf", "--out", tmp_path / "other")
+    status, _, told = command("export", adapter, "--to", "onnx", "--out", tmp_path / "other")
     assert status == 2
     assert "to" in told
     assert not (tmp_path / "other").exists()

@@ -13,14 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import rankfold
 from conftest import tiny_llama
 from rankfold.data.shapes.example import Example, Message
 from rankfold.errors import AdapterError, ConfigError, DataError, ExportError, OutputError
-from rankfold.export import certificate
+from rankfold.export import merged
+from rankfold.export.certificate import Certificate, compare
+from rankfold.export.judges import transformers_judge
 from rankfold.export.merged import older_words
 from rankfold.export.request import ExportRequest
 from rankfold.export.run import export_adapter
+from rankfold.export.told import told_by
 from rankfold.models.base.load import load_tuned
 
 IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(2))
@@ -39,26 +41,6 @@ KINDS = {
         "rank_pattern": {"up_proj": 2},
     },
 }
-
-
-@pytest.fixture
-def adapted(tmp_path, real_base):
-    """A base's folder and that of an adapter on it, whose numbers are all drawn."""
-
-    def make(*, tied=False, dtype=torch.float32, **options):
-        tiny_llama(tied=tied).to(dtype).save_pretrained(tmp_path / "base")
-        real_base.tokenizer.save_pretrained(tmp_path / "base")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-        options = {"target_modules": ["q_proj"]} | options
-        tuned = rankfold.get_peft_model(model, rankfold.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
-        generator = torch.Generator().manual_seed(1)
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        tuned.save_pretrained(tmp_path / "adapter")
-        return tmp_path / "base", tmp_path / "adapter"
-
-    return make
 
 
 def export(adapter, out, **options):
@@ -155,9 +137,10 @@ def test_another_base_is_refused_and_nothing_is_left(adapted, tmp_path):
 @pytest.mark.parametrize("broken", ["weights", "template"])
 def test_what_says_something_else_is_told_and_nothing_is_left(adapted, tmp_path, monkeypatch, broken):
     _, adapter = adapted()
-    certify = certificate.certify
+    write_text_side = merged._write_text_side
 
-    def after_damage(folder, *more):
+    def and_damage(base, folder, dtype):
+        write_text_side(base, folder, dtype)
         if broken == "weights":
             file = folder / "model.safetensors"
             tensors = load_file(file)
@@ -165,9 +148,8 @@ def test_what_says_something_else_is_told_and_nothing_is_left(adapted, tmp_path,
             save_file(tensors, file, metadata={"format": "pt"})
         else:
             (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-        return certify(folder, *more)
 
-    monkeypatch.setattr("rankfold.export.run.certify", after_damage)
+    monkeypatch.setattr(merged, "_write_text_side", and_damage)
     told = {"weights": "nats a token", "template": "3 of 3 prompts become other tokens"}
     with pytest.raises(ExportError, match=told[broken]):
         export(adapter, tmp_path / "out", allow=["hash"])
@@ -178,11 +160,12 @@ def test_an_answer_that_no_longer_ends_is_told(adapted, tmp_path, real_base):
     _, adapter = adapted()
     export(adapter, tmp_path / "out", prompts=0)
     rows = [Example("here:1", (Message("user", ("Hello?",)), Message("assistant", ("Hi.",))))]
-    told = certificate.told_by(load_tuned(adapter, merged=False), rows)
+    told = told_by(load_tuned(adapter, merged=False), rows)
     ended = [replace(each, ended=True) for each in told]
     for answers, problems in ((told, []), (ended, ["1 of 1 answers end elsewhere"])):
-        made = certificate.Certificate("merged", certificate.engine(), "float32")
-        assert certificate.certify(tmp_path / "out", made, answers, "chat").problems == problems
+        judge = transformers_judge(tmp_path / "out", "chat")
+        made = Certificate("merged", judge.name, "float32", most_kl=1e-6)
+        assert compare(made, answers, judge.says(answers)).problems == problems
 
 
 def test_what_is_no_change_of_a_bases_weights_is_refused(adapted, tmp_path):

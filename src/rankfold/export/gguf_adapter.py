@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +35,15 @@ def write_gguf_pairs(adapter: Path, asked: ExportRequest, folder: Path) -> Writt
     architecture = architecture_of(opened.base.model.config)
     if base is not None and base.architecture != architecture:
         raise ConfigError(f"{file} is a {base.architecture}, and the adapter's base a {architecture}")
-    write_gguf_adapter(opened.tuned, architecture, _tensors(opened, architecture, base), folder / ADAPTER)
+    with opened.merging() as merging:
+        same = merging.copies()
+    tensors = _tensors(opened, architecture, base)
+    write_gguf_adapter(opened.tuned, architecture, tensors, folder / ADAPTER, same)
     judge = partial(_judge, opened, asked, folder / ADAPTER, architecture, file)
     kinds = set() if base is None else {tensor.kind for tensor in base.tensors.values()}
     most = MOST_KL if kinds <= {*NUMBERS} else MOST_KL_BLOCKS
     notes = [*opened.base.notes, *_told(file)]
-    return Written(judge, "F32", most, notes, probing=_probing(asked, architecture, file))
+    return Written(judge, "F32", most, notes, probing=_probing(asked, architecture, file, same))
 
 
 def _tensors(opened: Opened, architecture: str, base: GgufFile | None) -> set[str]:
@@ -66,14 +70,16 @@ def _read_back(opened: Opened, asked: ExportRequest, file: Path, architecture: s
     return tuned
 
 
-def _probing(asked: ExportRequest, architecture: str, file: Path | None) -> Probing | None:
+def _probing(
+    asked: ExportRequest, architecture: str, file: Path | None, same: Collection[str]
+) -> Probing | None:
     engine = engine_for("llama.cpp", asked.engine_python)
     if engine is None or file is None:
         return None
     tensors = {*read_gguf(file, words=False).tensors}
 
     def write(model: PeftModel, folder: Path) -> Path:
-        write_gguf_adapter(model, architecture, tensors, folder / ADAPTER)
+        write_gguf_adapter(model, architecture, tensors, folder / ADAPTER, same)
         return folder / ADAPTER
 
     return Probing(engine, file, write)

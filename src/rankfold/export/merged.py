@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write_merged(adapter: Path, asked: ExportRequest, folder: Path) -> Written:
     Raises AdapterError, ModelError, MergeError or ConfigError for what is no change of a base's weights."""
     opened = open_adapter(adapter, asked)
     base = opened.base
-    numbers = sum(parameter.numel() for parameter in base.model.parameters())
+    numbers = sum(map(prod, opened.shapes.values()))
     require_space(
         folder.parent, numbers * (getattr(torch, asked.dtype) if asked.dtype else FOR_BLOCKS).itemsize
     )

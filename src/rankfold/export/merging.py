@@ -113,6 +113,10 @@ class Merging:
             self.change = before[source], after[source]
         return after[source]
 
+    def copies(self) -> list[str]:
+        """The parameters of which the adapter has a copy that is the base's own."""
+        return [name for name, own in self.held.items() if torch.equal(self._of_files(name), own.float())]
+
     def is_touched(self, name: str) -> bool:
         """Whether a parameter of the model is not simply the base's."""
         return name in self.held or bool(self._source(name))

@@ -14,7 +14,9 @@ from rankfold.errors import AdapterError, bullet_list
 from rankfold.lora.config.variant_configs import not_plain
 from rankfold.lora.layers.embedding import LoraEmbedding
 from rankfold.lora.layers.linear import LoraLinear
+from rankfold.lora.layers.overrides import HeldParameters
 from rankfold.lora.layers.registry import adapter_layers
+from rankfold.lora.layers.saved import SavedModule
 from rankfold.models.gguf.architectures import ARCHITECTURES
 from rankfold.models.gguf.tensors import rows_in_pairs, rows_of_pairs, tensor_names, turned_heads
 from rankfold.peft_surface import PeftModel
@@ -23,9 +25,11 @@ WORDS, HEAD = "token_embd.weight", "output.weight"
 Array = np.ndarray[Any, Any]
 
 
-def write_gguf_adapter(model: PeftModel, architecture: str, tensors: Collection[str], out: Path) -> None:
+def write_gguf_adapter(
+    model: PeftModel, architecture: str, tensors: Collection[str], out: Path, same: Collection[str] = ()
+) -> None:
     """Write the only adapter of ``model`` to ``out``, for a base that is GGUF's ``architecture`` and has
-    these ``tensors``.
+    these ``tensors``; parameters called ``same``, of which the adapter has a copy, are as the base's.
 
     The scale is in B, so that ranks and alphas may differ.  Raises AdapterError listing what llama.cpp has no
     place for: anything but pairs of linear layers and of an embedding that is no head too."""
@@ -33,7 +37,7 @@ def write_gguf_adapter(model: PeftModel, architecture: str, tensors: Collection[
 
     base = model.get_base_model()
     [adapter] = model.peft_config
-    problems: list[str] = []
+    problems = [f"{path} is saved whole" for path in _whole(base, adapter) if path not in same]
     pairs: dict[str, tuple[Array, Array]] = {}
     for path, name, layer in _placed(base, architecture):
         why = _why_not(layer, name, tensors)
@@ -85,12 +89,21 @@ def take_gguf_adapter(model: PeftModel, architecture: str, file: Path) -> None:
 
 def _placed(base: Any, architecture: str) -> list[tuple[str, str, Any]]:
     """The adapted layers by their paths, each with the name that GGUF has for its weight, or none."""
-    layers = {f"{path}.weight": layer for path, layer in adapter_layers(base)}
+    found: list[tuple[str, Any]] = [*adapter_layers(base)]
+    layers = {f"{path}.weight": layer for path, layer in found if not isinstance(layer, HeldParameters)}
     names = tensor_names(architecture, base.config, layers)
     return [(key.removesuffix(".weight"), str(names[key] or ""), layer) for key, layer in layers.items()]
 
 
+def _whole(base: Any, adapter: str) -> list[str]:
+    """The parameters of which the adapter brings a value of its own."""
+    held = [layer for _, layer in adapter_layers(base) if isinstance(layer, HeldParameters)]
+    return [path for layer in held for each in layer.held[adapter] for path in each.paths]
+
+
 def _why_not(layer: Any, name: str, tensors: Collection[str]) -> str:
+    if isinstance(layer, SavedModule):
+        return "it is saved whole (modules_to_save)"
     if type(layer) not in (LoraLinear, LoraEmbedding):
         return f"a {type(layer).__name__}"
     if any(spec.config.use_dora or spec.config.lora_bias for spec in layer.specs.values()):
