@@ -48,7 +48,8 @@ test-lowest test-newest: test-%: $(VENV)/.installed
 conformance: $(VENV)/.conformance
 	$(BIN)/python conformance/run.py
 
-# Let llama.cpp judge what is read of GGUF files, and keep what it computes: 9 minutes to compile, 4 to run.
+# Let llama.cpp judge what is read of GGUF files, and keep what it computes, and let it, mlx-lm and (where it is
+# installed) Go judge what is exported: 9 minutes to compile, 5 to run.
 # make engines LLAMA=FILE.whl takes a wheel that is already built.
 LLAMA ?= llama-cpp-python==0.3.36
 
@@ -56,7 +57,10 @@ engines: $(VENV)/.tested
 	$(PYTHON) -m venv $(VENV)/.engines/llama
 	$(VENV)/.engines/llama/bin/pip --disable-pip-version-check install --quiet $(LLAMA)
 	$(BIN)/python tests/engines/reference.py $(VENV)/.engines/llama/bin/python
-	RANKFOLD_LLAMA_PYTHON=$(VENV)/.engines/llama/bin/python $(BIN)/python -m pytest tests/predict/test_engines.py
+	$(PYTHON) -m venv $(VENV)/.engines/mlx
+	$(VENV)/.engines/mlx/bin/pip --disable-pip-version-check install --quiet 'mlx[cpu]' mlx-lm
+	RANKFOLD_LLAMA_PYTHON=$(VENV)/.engines/llama/bin/python RANKFOLD_MLX_PYTHON=$(VENV)/.engines/mlx/bin/python \
+	  RANKFOLD_GO=$$(command -v go) $(BIN)/python -m pytest tests/predict/test_engines.py tests/export/test_engines.py
 
 # Tasks of lm-evaluation-harness, beside its own model class.
 tasks: $(VENV)/.tested

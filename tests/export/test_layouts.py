@@ -7,6 +7,8 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from rankfold.errors import ExportError, ModelError
+from rankfold.export import layouts
 from rankfold.export.request import ExportRequest
 from rankfold.export.run import export_adapter
 
@@ -28,6 +30,17 @@ def test_an_adapter_for_mlx_comes_with_a_certificate_and_goes_back_without_one(a
     assert own.keys() == again.keys()
 
 
+def test_a_base_whose_positions_mlx_would_misread_in_silence_is_refused(adapted, tmp_path):
+    base, adapter = adapted()
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 50000.0
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match='Add "rope_theta": 50000.0 to it'):
+        export(adapter, tmp_path / "out", to="mlx", allow=["base"])
+    (base / "config.json").write_text(json.dumps(config | {"rope_theta": 50000.0}))
+    export(adapter, tmp_path / "out", to="mlx", prompts=0)
+
+
 def test_an_adapter_of_a_run_becomes_pefts_two_files_and_peft_is_asked(adapted, tmp_path):
     _, adapter = adapted()
     (adapter / "checkpoint-3").mkdir()
@@ -40,9 +53,6 @@ def test_an_adapter_of_a_run_becomes_pefts_two_files_and_peft_is_asked(adapted, 
 
 
 def test_an_adapter_that_lost_a_module_on_the_way_is_found(adapted, tmp_path, monkeypatch):
-    from rankfold.errors import ExportError
-    from rankfold.export import layouts
-
     _, adapter = adapted(target_modules=["down_proj", "v_proj"])
     save = layouts.save_adapter
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rankfold.errors import ModelError
 from rankfold.export.judges import Judge, engine_for, own_judge
 from rankfold.export.opened import base_name
 from rankfold.export.probes import Probing
@@ -32,6 +34,7 @@ from rankfold.peft_surface import PeftModel
 
 MOST_KL = 1e-5  # nats a token: nothing is rounded
 MOST_KL_MLX = 1e-3
+MLX_THETA = 10000
 
 
 def write_layout(adapter: Path, asked: ExportRequest, folder: Path) -> Written:
@@ -46,6 +49,7 @@ def write_layout(adapter: Path, asked: ExportRequest, folder: Path) -> Written:
         named = "keys" if asked.to == "mlx" else "target_modules"
         told = [*done.told, f"{named}: {', '.join(done.target_modules)}"]
     if asked.to == "mlx":
+        _refuse_silent_positions(name)
         judge, probing = _by_mlx(folder, asked, name)
         return Written(judge, "float32", MOST_KL_MLX, told, probing=probing)
     return Written(partial(adapter_judge, folder, asked, name), "float32", MOST_KL, told)
@@ -93,6 +97,18 @@ def _by_mlx(folder: Path, asked: ExportRequest, name: str) -> tuple[Callable[[st
         return convert_adapter(place / "own", place / "mlx", "mlx", model=name).out
 
     return lambda style: engine.judge(location, folder, style), Probing(engine, location, write)
+
+
+def _refuse_silent_positions(name: str) -> None:
+    """Raise ModelError for a base of which mlx-lm would take another base of positions without a word."""
+    file = Path(find_base(name).location) / "config.json"
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    theta = (told.get("rope_parameters") or {}).get("rope_theta")
+    if theta not in (None, MLX_THETA) and "rope_theta" not in told:
+        raise ModelError(
+            f"{file} has rope_theta in rope_parameters alone, where mlx-lm does not look: it would take {MLX_THETA} "
+            f'and say nothing. Add "rope_theta": {theta} to it, or export the base with --to merged'
+        )
 
 
 def _read_back(folder: Path, asked: ExportRequest, name: str) -> Base:
