@@ -106,8 +106,8 @@ def _refuse_silent_positions(name: str) -> None:
     theta = (told.get("rope_parameters") or {}).get("rope_theta")
     if theta not in (None, MLX_THETA) and "rope_theta" not in told:
         raise ModelError(
-            f"{file} has rope_theta in rope_parameters alone, where mlx-lm does not look: it would take {MLX_THETA} "
-            f'and say nothing. Add "rope_theta": {theta} to it, or export the base with --to merged'
+            f"{file} has rope_theta in rope_parameters alone, where mlx-lm does not look: it would take "
+            f'{MLX_THETA} and say nothing. Add "rope_theta": {theta} to it, or write it by --to merged'
         )
 
 
