@@ -46,7 +46,13 @@ def test_an_adapter_of_a_run_becomes_pefts_two_files_and_peft_is_asked(adapted, 
     (adapter / "checkpoint-3").mkdir()
     done = export(adapter, tmp_path / "out", to="hf")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "rankfold.json", "certificate.json")
+        *(
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "rankfold.json",
+            "certificate.json",
+            "README.md",
+        )
     }
     assert done.certificate.engine.startswith("peft ")
     assert json.loads((tmp_path / "out" / "certificate.json").read_text())["mean_kl"] < 1e-7

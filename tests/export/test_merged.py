@@ -215,3 +215,18 @@ def test_a_run_whose_rows_are_gone_is_asked_general_questions(adapted, tmp_path)
 def test_the_request_is_checked_as_a_whole():
     with pytest.raises(ConfigError, match=r"(?s)to.*shard_mb"):
         ExportRequest.of({"to": "onnx", "shard_mb": 0})
+
+
+def test_a_card_names_the_base_its_licence_and_what_was_seen(adapted, tmp_path):
+    base, adapter = adapted()
+    export(adapter, tmp_path / "mine", prompts=0)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {base}\nlibrary_name: transformers\n")
+    assert "# mine\n" in card
+    assert "The licence of the base was not found" in card
+    assert "certificate" not in card
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    export(adapter, tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "license: apache-2.0\n" in card
+    assert "answered 3 of 3 prompts with the tuned model's own words" in card

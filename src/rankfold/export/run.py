@@ -10,10 +10,11 @@ from pathlib import Path
 
 from rankfold.data.shapes.example import Example
 from rankfold.errors import DataError, ExportError, RankfoldError, bullet_list
+from rankfold.export.card import write_card
 from rankfold.export.certificate import Certificate, compare, sums_of
 from rankfold.export.gguf_adapter import write_gguf_pairs
 from rankfold.export.gguf_model import write_gguf_model
-from rankfold.export.layouts import write_layout
+from rankfold.export.layouts import base_of, write_layout
 from rankfold.export.merged import write_merged
 from rankfold.export.ollama import write_for_ollama
 from rankfold.export.probes import passed_over
@@ -71,6 +72,8 @@ def export_adapter(
         certificate = None
         if examples:
             certificate = _certified(adapter, request, written, examples, tell)
+        write_card(adapter, request, staging, base_of(adapter, request), certificate)
+        if certificate is not None:
             certificate.files = sums_of(staging)
             told = json.dumps(certificate.as_json(), indent=2, ensure_ascii=False)
             (staging / CERTIFICATE).write_text(told + "\n", encoding="utf-8")
