@@ -8,12 +8,13 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rankfold
 from gguf_files import WIDE, tiny_model, write_gguf
 from rankfold.data.shapes.example import Example, Message
-from rankfold.errors import ConfigError, ModelError, OutputError
+from rankfold.errors import ConfigError, MergeError, ModelError, OutputError
 from rankfold.export import gguf_model
 from rankfold.export.certificate import Certificate, compare
 from rankfold.export.request import ExportRequest
@@ -157,3 +158,13 @@ def test_an_engine_that_is_not_there_is_told(tmp_path):
     with pytest.raises(ConfigError, match="no such file; name the interpreter"):
         export(adapter, tmp_path / "out", engine_python=tmp_path / "python")
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_a_type_has_no_room_for_are_told_by_name(adapted, tmp_path):
+    base, adapter = adapted()
+    file = base / "model.safetensors"
+    own = load_file(file)
+    own["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
+    save_file(own, file, metadata={"format": "pt"})
+    with pytest.raises(MergeError, match=r"blk.1.ffn_up.weight has numbers up to 1e\+06, too large for F16"):
+        export(adapter, tmp_path / "out", type="F16", allow=["base"], prompts=0)

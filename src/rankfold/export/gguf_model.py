@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rankfold.errors import MergeError, ModelError, bullet_list
+from rankfold.errors import ModelError, bullet_list
 from rankfold.export.judges import Judge, engine_for, own_judge
 from rankfold.export.merging import Merging
-from rankfold.export.opened import lost_of, open_adapter
+from rankfold.export.opened import open_adapter
 from rankfold.export.request import ExportRequest
 from rankfold.export.written import Written
 from rankfold.files import require_space
@@ -121,13 +121,10 @@ def _data(
             yield layout.file.data(each.name)
         else:
             value = merging.value(parameter)
-            data, meant = stored_numbers(value, each, layout.rules, layout.config)
-            if not meant.isfinite().all():
-                raise MergeError(
-                    f"{parameter} has values up to {value.abs().max():.3g}, too large for {each.kind}"
-                )
-            if merging.change is not None:
-                lost[parameter] = lost_of(merging.change, meant)
+            before = None if merging.change is None else merging.change[0]
+            data, rounding = stored_numbers(value, each, layout.rules, layout.config, before)
+            if before is not None:
+                lost[parameter] = rounding.lost
             yield data
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankfold.errors import MergeError
 from rankfold.models.gguf.architectures import Architecture
 from rankfold.models.gguf.file import GgufFile
 from rankfold.models.gguf.tensors import MATRIX, rows_in_pairs, turned_heads
@@ -20,6 +21,7 @@ from rankfold.models.gguf.tensors import MATRIX, rows_in_pairs, turned_heads
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
 FEW_BITS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 WORDS = ("token_embd.weight", "output.weight")
+ROWS_OF = 1 << 20  # numbers, that are worked on at a time
 INSTEAD = "Q8_0"  # of types that cannot be made here
 
 
@@ -120,17 +122,43 @@ def can_make(kind: str) -> bool:
     return kind in FILE_TYPES
 
 
+@dataclass
+class Rounding:
+    """How far what is stored is from a weight, and how far that is from what it was before (squares)."""
+
+    error: float = 0.0
+    change: float = 0.0
+
+    @property
+    def lost(self) -> float:
+        """The error to the length of the change; 0 where nothing changed."""
+        return (self.error / self.change) ** 0.5 if self.change else 0.0
+
+
 def stored_numbers(
-    value: Tensor, planned: Planned, architecture: Architecture, config: Any
-) -> tuple[np.ndarray[Any, Any], Tensor]:
-    """``value``, a parameter of transformers' model, as the data of its tensor; and what that data means,
-    by transformers' names again."""
+    value: Tensor, planned: Planned, architecture: Architecture, config: Any, before: Tensor | None = None
+) -> tuple[np.ndarray[Any, Any], Rounding]:
+    """``value``, a parameter of transformers' model, as the data of its tensor, some rows at a time; and how
+    that rounds its change from ``before``.  Raises MergeError for numbers that the type has no room for."""
     from gguf import GGMLQuantizationType, dequantize, quantize
 
-    numbers = value.float().numpy()
-    added = architecture.norms_of_one and planned.name.endswith("norm.weight")
+    added = float(architecture.norms_of_one and planned.name.endswith("norm.weight"))
+    raw, rounding = GGMLQuantizationType[planned.kind], Rounding()
+    shape, dtype = planned.stored
+    data = np.empty(shape, dtype)
+    step = max(1, ROWS_OF // max(1, value[0].numel()))
+    for place in range(0, len(value), step):
+        part = value[place : place + step].float()
+        with np.errstate(over="ignore"):
+            data[place : place + step] = quantize((part + added).numpy(), raw)
+        meant = torch.from_numpy(dequantize(data[place : place + step], raw).astype(np.float32, copy=False))
+        error = (meant - added) - part
+        if not error.isfinite().all():
+            raise MergeError(
+                f"{planned.name} has numbers up to {part.abs().max():.3g}, too large for {raw.name}"
+            )
+        if before is not None:
+            rounding.error += float(error.square().sum())
+            rounding.change += float((part - before[place : place + step]).square().sum())
     heads = turned_heads(planned.name, architecture, config)
-    raw = GGMLQuantizationType[planned.kind]
-    data = quantize(numbers + 1 if added else numbers, raw)
-    meant = torch.from_numpy(dequantize(data, raw).astype(np.float32, copy=False))
-    return rows_in_pairs(data, heads) if heads else data, meant - 1 if added else meant
+    return rows_in_pairs(data, heads) if heads else data, rounding
