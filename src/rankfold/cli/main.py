@@ -34,6 +34,7 @@ VERBS = {
     "import": "turn another program's config into a recipe",
     "combine": "make one adapter of several",
     "export": "write an adapter as other programs use it, with a certificate",
+    "doctor": "tell whether an adapter fits its base, and which programs can use it",
     "explain": "show with an SVD why a low rank can be enough",
 }
 

@@ -49,6 +49,7 @@ def write_merged(adapter: Path, asked: ExportRequest, folder: Path) -> Written:
             if merging.change is not None:
                 lost[key] = lost_of(merging.change, written)
             shards.add(key, written)
+            del value, written
         notes = merging.check_base(asked.allow)
         if merging.untied:
             base.model.config.tie_word_embeddings = False

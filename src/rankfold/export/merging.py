@@ -82,10 +82,18 @@ class Merging:
         given: dict[str, torch.dtype | None] = {}
         for key, (name, read) in self.checkpoint.items():
             content = read()
-            dtype = content.data.dtype if content.kind is None else None
+            given[name] = dtype = content.data.dtype if content.kind is None else None
             self.change = None
-            yield key, self.value(name) if name in self.groups else content.numbers(), dtype
-            given[name] = dtype
+            if name in self.groups and self.is_touched(name):
+                del content
+                yield key, self.value(name), dtype
+            else:
+                numbers = content.numbers()
+                if name in self.groups:
+                    self._mark(name, numbers)
+                del content
+                yield key, numbers, dtype
+                del numbers
         for name in self.untied:
             if name not in given:
                 yield name, self.value(name), next(given[n] for n in self.groups[name] if n in given)
@@ -139,10 +147,13 @@ class Merging:
             raise ModelError(f"the base's files hold no {name}, or hold it in parts to be put together")
         numbers = read().numbers()
         numbers = numbers.to(torch.promote_types(numbers.dtype, torch.float32))
-        mark = mark_of(numbers)
-        sample = None if mark.sample is None else mark.sample.clone()
-        self.marks |= dict.fromkeys(self.groups[name], mark._replace(sample=sample))
+        self._mark(name, numbers)
         return numbers
+
+    def _mark(self, name: str, numbers: Tensor) -> None:
+        mark = mark_of(numbers)
+        sample = None if mark.sample is None else mark.sample.float()
+        self.marks |= dict.fromkeys(self.groups[name], mark._replace(sample=sample))
 
     @torch.no_grad()
     def _merged(self, path: str, layer: AdapterLayer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
