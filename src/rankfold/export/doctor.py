@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rankfold.compat import COMPILED
 from rankfold.errors import AdapterError, RankfoldError
 from rankfold.export.opened import base_name
 from rankfold.export.request import ExportRequest
@@ -28,7 +29,7 @@ from rankfold.models.base.meta_model import load_outline
 from rankfold.train.keeping.names import refuse_used_folder
 
 # What wrappers and trainers put before or into the names of modules.
-DECORATION = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+|_orig_mod\.|(?<=\.)base_layer\.")
+DECORATION = re.compile(rf"^(?:module\.|{COMPILED}\.|base_model\.model\.)+|{COMPILED}\.|(?<=\.)base_layer\.")
 NAMED = re.compile(
     r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$"
 )
