@@ -20,6 +20,7 @@ from rankfold.export import merged
 from rankfold.export.certificate import Certificate, compare
 from rankfold.export.judges import transformers_judge
 from rankfold.export.merged import older_words
+from rankfold.export.opened import open_adapter
 from rankfold.export.request import ExportRequest
 from rankfold.export.run import export_adapter
 from rankfold.export.told import told_by
@@ -230,3 +231,10 @@ def test_a_card_names_the_base_its_licence_and_what_was_seen(adapted, tmp_path):
     card = (tmp_path / "again" / "README.md").read_text()
     assert "license: apache-2.0\n" in card
     assert "answered 3 of 3 prompts with the tuned model's own words" in card
+
+
+def test_what_a_fingerprint_takes_of_a_weight_does_not_hold_the_weight(adapted):
+    _, adapter = adapted()
+    with open_adapter(adapter, ExportRequest(to="merged")).merging() as merging:
+        largest = max(tensor.nbytes for _, tensor, _ in merging.tensors())
+        assert max(mark.sample.untyped_storage().nbytes() for mark in merging.marks.values()) < largest / 10

@@ -71,9 +71,13 @@ def _in_dtype(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not value.is_floating_point():
         return value
     written = value.to(dtype)
-    if not torch.isfinite(written).all() and torch.isfinite(value).all():
+    if dtype != value.dtype and not _is_finite(written) and _is_finite(value):
         raise MergeError(f"{key} has values up to {value.abs().max():.3g}, too large for {dtype}")
     return written
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # no mask of it
 
 
 def _write_text_side(base: Base, folder: Path, dtype: torch.dtype) -> None:

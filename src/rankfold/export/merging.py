@@ -152,7 +152,7 @@ class Merging:
 
     def _mark(self, name: str, numbers: Tensor) -> None:
         mark = mark_of(numbers)
-        sample = None if mark.sample is None else mark.sample.float()
+        sample = None if mark.sample is None else mark.sample.to(torch.float32, copy=True)
         self.marks |= dict.fromkeys(self.groups[name], mark._replace(sample=sample))
 
     @torch.no_grad()

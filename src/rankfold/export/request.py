@@ -77,7 +77,7 @@ class ExportRequest(CheckedSettings):
     prompts: int = Field(
         16, ge=0, le=1000, description="prompts that the certificate asks; 0 for no certificate"
     )
-    shard_mb: int = Field(1000, ge=1, description="to merged: size of a file of weights, in 10^6 bytes")
+    shard_mb: int = Field(500, ge=1, description="to merged: size of a file of weights, in 10^6 bytes")
     allow: list[str] = Field(
         [],
         description="write it in spite of a fault, which is then told: missing, unexpected, shape, "

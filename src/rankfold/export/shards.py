@@ -29,10 +29,13 @@ class Shards:
             self._write()
         self.held[key] = tensor.contiguous()
         self.total += size
+        if size >= self.most:
+            self._write()
 
     def finish(self) -> None:
         """Give the files their names, and write which tensor is in which."""
-        self._write()
+        if self.held or not self.files:
+            self._write()
         count = len(self.files)
         names = [f"model-{place:05}-of-{count:05}.safetensors" for place in range(1, count + 1)]
         if count == 1:
