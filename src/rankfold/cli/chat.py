@@ -3,84 +3,93 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rankfold.cli.options import model_options, open_model
-from rankfold.errors import DataError
+from rankfold.cli.options import asked_of, several_model_options
+from rankfold.errors import ConfigError, RankfoldError
+from rankfold.models.answering.sampling import Sampling, told_of_own_settings
+from rankfold.models.choices import ModelRequest
 
-HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends"
-IMAGE = "/image"
-IMAGE_HELP = f"{IMAGE} FILE shows one with the next message"
+LINES = '"""'  # around a message of several lines
 
 
 @click.command("chat")
-@model_options
+@several_model_options
 def command(**options: Any) -> None:
-    """Talk to a model, with an adapter or without.  Lines on standard input work too.
+    """Talk to a model, with adapters or without.  Lines on standard input work too.
 
-    A line "/image FILE" shows an image with the next message, to a model that sees images."""
-    from rankfold.models.answering.answers import answerer
+    Give --adapter NAME=FOLDER several times to switch between them (/use NAME), to hear them side by side
+    (/use NAME NAME), and the base (/base).  /help says what else there is."""
+    from rankfold.cli.chat_session import Session
+    from rankfold.models.answering.answers import Answerer, answerer
+    from rankfold.models.base.several import BASE, load_several
 
-    base, settings = open_model(options)
-    adapter = options["adapter"]
+    adapters = named_adapters(options.pop("adapters"))
+    sampling = asked_of(options, Sampling)
+    voices = load_several(adapters, asked_of(options, ModelRequest))
+    base = voices[BASE].base
+    notes = dict.fromkeys(note for voice in voices.values() for note in voice.base.notes)
+    for note in (*notes, *told_of_own_settings(base.model, sampling)):
+        click.echo(f"note: {note}", err=True)
     interactive = sys.stdin.isatty()
-    if interactive:
-        told = HELP if base.processor is None else f"{IMAGE_HELP}, {HELP}"
-        click.echo(f"{base.source.name}{f' with {adapter}' if adapter else ''}: {told}")
-    with answerer(base, settings, at_once=1) as ready:
-        _talk(base, ready, settings.seed, interactive)
-
-
-def _talk(base: Any, ready: Any, seed: int, interactive: bool) -> None:
-    from rankfold.models.messages.images import content_of
-
-    messages: list[dict[str, Any]] = []
-    images: list[Path] = []
-    while (line := _ask(interactive)) is not None:
-        if line == "/reset":
-            messages, images = [], []
-        elif line == IMAGE or line.startswith(f"{IMAGE} "):
-            images += _shown(base, line.removeprefix(IMAGE).strip(), interactive)
-        elif line:
-            messages.append({"role": "user", "content": content_of(line, images)})
-            images = []
-            answer = ready.reply(messages, seed, _show)
-            click.echo()
-            messages.append({"role": "assistant", "content": answer})
-            seed += 1  # otherwise a question asked again would draw the same random numbers again
-
-
-def _ask(interactive: bool) -> str | None:
-    """The next line, or None at the end."""
-    try:
-        line = input("you> " if interactive else "").strip()
-    except (EOFError, KeyboardInterrupt):
+    with answerer(base, sampling, at_once=1):
+        ready = {name: Answerer(voice.base, sampling, 1) for name, voice in voices.items()}
+        session = Session(voices, ready, sampling, _show)
         if interactive:
+            click.echo(f"{base.source.name}, answering: {session.speaking[0]}; /help says what can be typed")
+        _talk(session.take, interactive)
+
+
+def named_adapters(given: tuple[str, ...]) -> dict[str, Path]:
+    """``NAME=FOLDER``, or a folder, which goes by its own name.  Raises ConfigError for one name twice."""
+    found: dict[str, Path] = {}
+    for each in given:
+        name, mark, folder = each.partition("=")
+        is_folder = not mark or Path(each).exists()
+        name, folder = (Path(each).resolve().name, each) if is_folder else (name, folder)
+        if name in (*found, "base", ""):
+            raise ConfigError(f"--adapter {each}: the name {name!r} is taken; say NAME=FOLDER with another")
+        found[name] = Path(folder)
+    return found
+
+
+def _talk(take: Callable[[str], None], interactive: bool) -> None:
+    while (line := _read(interactive)) is not None:
+        try:
+            take(line)
+        except RankfoldError as error:
+            if not interactive:
+                raise
+            click.echo(f"error: {error}", err=True)
+
+
+def _read(interactive: bool) -> str | None:
+    """The next line, or those between two marks, or None at the end."""
+    line = _line("you> " if interactive else "")
+    if line is None or line.strip() == "/quit":
+        return None
+    if not line.lstrip().startswith(LINES):
+        return line.strip()
+    lines = [line.lstrip().removeprefix(LINES)]
+    while not lines[-1].rstrip().endswith(LINES):
+        more = _line("...  " if interactive else "")
+        if more is None:
+            break
+        lines.append(more)
+    return "\n".join(lines).rstrip().removesuffix(LINES).strip("\n")
+
+
+def _line(prompt: str) -> str | None:
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        if prompt:
             click.echo()
         return None
-    return None if line == "/quit" else line
-
-
-def _shown(base: Any, name: str, interactive: bool) -> list[Path]:
-    """The image that ``name`` is the file of.  Where it is none, someone who types is told, and an input that
-    is piped in ends with DataError."""
-    from rankfold.models.messages.images import size_of
-
-    try:
-        if not name:
-            raise DataError(f"{IMAGE} wants the file of an image")
-        if base.processor is None:
-            raise DataError(f"{name}: {base.source.name} cannot see images")
-        size_of(Path(name))
-    except DataError as error:
-        if not interactive:
-            raise
-        click.echo(f"error: {error}", err=True)
-        return []
-    return [Path(name)]
 
 
 def _show(text: str) -> None:

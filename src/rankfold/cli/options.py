@@ -58,11 +58,22 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 
 def model_options(function: F) -> F:
     """Which model is asked, and how to sample."""
-    for settings, name in ((Sampling, "stop"), (ModelRequest, "allow")):
-        function = options_of(settings, arguments=(name,))(function)
+    return _model_options(function, ("allow",))
+
+
+def _model_options(function: F, own: Collection[str]) -> F:
+    for settings, name, apart in ((Sampling, "stop", ("stop",)), (ModelRequest, "allow", own)):
+        function = options_of(settings, arguments=apart)(function)
         told = settings.model_fields[name].description
         function = click.option(f"--{name}", multiple=True, metavar="VALUE", help=told)(function)
     return function
+
+
+def several_model_options(function: F) -> F:
+    """The same, with any number of adapters, which have names."""
+    told = "adapter folder, such as a run's output folder, or NAME=FOLDER; may be given several times"
+    function = click.option("--adapter", "adapters", multiple=True, metavar="VALUE", help=told)(function)
+    return _model_options(function, ("allow", "adapter"))
 
 
 def asked_of(options: dict[str, Any], settings: type[S]) -> S:

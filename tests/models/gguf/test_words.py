@@ -12,7 +12,8 @@ from rankfold.models.gguf.file import read_gguf
 from rankfold.models.gguf.tokenizer import KEY, gguf_tokenizer, splits
 from rankfold.models.gguf.words import tokenizer_keys
 
-FILES = ["smollm", "llama-bpe", "qwen2", "tekken", "deepseek-v3", "pieces", "pieces-without-space", "chatml"]
+FILES = ["smollm", "pieces", "pieces-without-space", "chatml"]
+SLOW = ["llama-bpe", "qwen2", "tekken", "deepseek-v3"]
 
 
 def written(folder, tokenizer, rows):
@@ -22,7 +23,7 @@ def written(folder, tokenizer, rows):
     return read_gguf(write_vocabulary(folder / "again.gguf", own, **more))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_tokenizer_that_is_written_cuts_text_as_before(tmp_path, name):
     file = read_gguf(reference.write_words(tmp_path, f"{name}.vocab.gguf"))
     tokenizer = gguf_tokenizer(file)
