@@ -18,11 +18,18 @@ from rankfold.export.layouts import adapter_judge, base_of
 from rankfold.export.request import ExportRequest
 from rankfold.export.written import Written
 from rankfold.files import write_whole
-from rankfold.lora.config.lora_config import LoraConfig, changes_base
-from rankfold.lora.config.variant_configs import not_plain
+from rankfold.lora.config.lora_config import LoraConfig
 from rankfold.lora.files.adapter_reader import read_weights
 from rankfold.lora.files.checkpoint import save_adapter
-from rankfold.lora.files.lora_weights import Pair, is_embedding, padded, pair_of, pair_tensors, sorted_out
+from rankfold.lora.files.lora_weights import (
+    Pair,
+    beside_pairs,
+    is_embedding,
+    padded,
+    pair_of,
+    pair_tensors,
+    sorted_out,
+)
 from rankfold.models.base.find import find_base
 from rankfold.models.messages.plain_template import plain_template
 
@@ -48,7 +55,7 @@ def write_served(adapter: Path, asked: ExportRequest, folder: Path) -> Written:
         raise AdapterError(f"{adapter}: {faults[0][1]}")
     modules = sorted_out(tensors)
     pairs = {path: pair_of(path, own, config) for path, own in modules.pairs.items()}
-    if problems := [*_of_config(config), *map(_whole, modules.saved), *_of_pairs(pairs)]:
+    if problems := [*beside_pairs(config), *map(_whole, modules.saved), *_of_pairs(pairs)]:
         text = f"{asked.to} would refuse or pass over parts of this adapter; --to merged is a way out:"
         raise AdapterError(bullet_list(text, problems))
     rank = max(pair.rank for pair in pairs.values())
@@ -95,20 +102,6 @@ def serving(engine: str, model: str, rank: int, has_template: bool) -> str:
 
 def _unscaled(pair: Pair) -> Pair:
     return replace(pair, B=(pair.B.float() * pair.scale).contiguous(), A=pair.A.float(), scale=1.0)
-
-
-def _of_config(config: LoraConfig) -> list[str]:
-    found = [
-        f"{name} is set"
-        for name in ("layer_replication", "target_parameters", "trainable_token_indices")
-        if getattr(config, name)
-    ]
-    if changes_base(config.init_lora_weights):
-        found.append(
-            f"init_lora_weights is {config.init_lora_weights!r}, which changes the base; save the adapter "
-            "with path_initial_model_for_weight_conversion first"
-        )
-    return [*found, *not_plain(config)]
 
 
 def _whole(name: str) -> str:

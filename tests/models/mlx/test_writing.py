@@ -166,7 +166,7 @@ REFUSED = {
     "a module trained whole": ({"modules_to_save": ["lm_head"]}, "lm_head.weight is saved whole"),
     "trained tokens": (
         {"trainable_token_indices": [3]},
-        "trainable_token_indices is set, and mlx has nothing",
+        "trainable_token_indices is set, which pairs",
     ),
     "DoRA of embeddings": (
         {"target_modules": ["embed_tokens"], "use_dora": True},

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rankfold.errors import AdapterError
 from rankfold.lora.algebra.factor_svd import svd_of_product
-from rankfold.lora.config.lora_config import LoraConfig
+from rankfold.lora.config.lora_config import LoraConfig, changes_base
 from rankfold.lora.config.names import PREFIX
+from rankfold.lora.config.variant_configs import not_plain
 from rankfold.lora.placing.targets import alpha_of
 
 FACTOR = re.compile(r"(?P<path>.+?)\.(?P<key>lora_[A-Za-z_]+(?:\.weight|\.bias)?)")
@@ -64,6 +65,21 @@ def pair_of(path: str, tensors: dict[str, Tensor], config: LoraConfig) -> Pair:
         raise AdapterError(f"{path} has {', '.join(sorted(tensors))}, and not both factors")
     rows = {key: tensor for key, tensor in tensors.items() if key not in (*A_KEYS, *B_KEYS)}
     return Pair(a, b, config.scale(len(a), alpha_of(path, config)), rows)
+
+
+def beside_pairs(config: LoraConfig) -> list[str]:
+    """What a config asks for that pairs of modules alone do not say."""
+    found = [
+        f"{name} is set, which pairs of modules do not say"
+        for name in ("layer_replication", "target_parameters", "trainable_token_indices")
+        if getattr(config, name)
+    ]
+    if changes_base(config.init_lora_weights):
+        found.append(
+            f"init_lora_weights is {config.init_lora_weights!r}, which changes the base; save the adapter "
+            "with path_initial_model_for_weight_conversion first"
+        )
+    return [*found, *not_plain(config)]
 
 
 def is_embedding(path: str) -> bool:

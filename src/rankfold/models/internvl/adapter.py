@@ -12,11 +12,17 @@ from torch import Tensor
 
 from rankfold.errors import AdapterError, ModelError, bullet_list
 from rankfold.lora import LoraConfig
-from rankfold.lora.config.lora_config import changes_base
 from rankfold.lora.config.names import PREFIX
 from rankfold.lora.config.patterns import is_named
-from rankfold.lora.config.variant_configs import not_plain
-from rankfold.lora.files.lora_weights import Pair, of_rank, padded, pair_of, pair_tensors, sorted_out
+from rankfold.lora.files.lora_weights import (
+    Pair,
+    beside_pairs,
+    of_rank,
+    padded,
+    pair_of,
+    pair_tensors,
+    sorted_out,
+)
 from rankfold.lora.placing.targets import shortest_list
 from rankfold.models.internvl.factors import join_pairs, split_pair
 from rankfold.models.internvl.names import Layout
@@ -89,17 +95,7 @@ def translate(
 
 
 def _refuse(config: LoraConfig) -> None:
-    problems = [
-        f"{name} is set, which has no counterpart in the other layout"
-        for name in ("layer_replication", "target_parameters", "trainable_token_indices")
-        if getattr(config, name)
-    ]
-    if changes_base(config.init_lora_weights):
-        problems.append(
-            f"init_lora_weights is {config.init_lora_weights!r}, which changes the base; "
-            "save the adapter with path_initial_model_for_weight_conversion first"
-        )
-    if problems := [*problems, *not_plain(config)]:
+    if problems := beside_pairs(config):
         raise AdapterError(bullet_list("this adapter cannot be translated:", problems))
 
 

@@ -18,10 +18,9 @@ from torch import Tensor
 from rankfold.errors import AdapterError, OutputError, bullet_list
 from rankfold.files import write_whole
 from rankfold.lora import LoraConfig
-from rankfold.lora.config.lora_config import CONFIG_NAME, changes_base
-from rankfold.lora.config.variant_configs import not_plain
+from rankfold.lora.config.lora_config import CONFIG_NAME
 from rankfold.lora.files.adapter_metadata import AdapterMetadata
-from rankfold.lora.files.lora_weights import Pair, is_embedding, padded, pair_of, sorted_out
+from rankfold.lora.files.lora_weights import Pair, beside_pairs, is_embedding, padded, pair_of, sorted_out
 from rankfold.models.mlx.layout import MAGNITUDE, MLX_WEIGHTS, RECORD, MlxBase, Unpacked
 
 BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -83,17 +82,7 @@ def _other_scale(path: str, own: float, most: float) -> str:
 
 
 def _problems(config: LoraConfig, saved: Collection[str]) -> list[str]:
-    found = [
-        f"{name} is set, and mlx has nothing like it"
-        for name in ("layer_replication", "target_parameters", "trainable_token_indices")
-        if getattr(config, name)
-    ]
-    if changes_base(config.init_lora_weights):
-        found.append(
-            f"init_lora_weights is {config.init_lora_weights!r}, which changes the base; save the adapter "
-            "with path_initial_model_for_weight_conversion first"
-        )
-    return [*found, *not_plain(config), *map(_whole, saved)]
+    return [*beside_pairs(config), *map(_whole, saved)]
 
 
 def _whole(name: str) -> str:
