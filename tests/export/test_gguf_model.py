@@ -108,7 +108,7 @@ def test_what_was_learnt_of_the_rows_and_is_lost_in_the_blocks_is_a_problem(tmp_
     export(adapter, tmp_path / "out", type="Q8_0", prompts=0)
     row = Example("here:1", (Message("user", ("Hello?",)), Message("assistant", ("It is seen.",))))
     told = told_by(load_tuned(adapter, merged=False), [row])
-    judge = gguf_model.gguf_judge(tmp_path / "out" / "model.gguf", None, ExportRequest(to="gguf"), "chat")
+    judge = gguf_model.gguf_judge(tmp_path / "out" / "model.gguf", ExportRequest(to="gguf"), "chat")
     lost = [replace(each, own_loss=each.base_loss - len(each.own)) for each in told]  # a nat a token
     for answers, problems in ((told, []), (lost, ["the update does not survive Q8_0"])):
         made = compare(Certificate("gguf", judge.name, "Q8_0", 1.0), answers, judge.says(answers))
@@ -170,3 +170,30 @@ def test_numbers_that_a_type_has_no_room_for_are_told_by_name(adapted, tmp_path)
     save_file(own, file, metadata={"format": "pt"})
     with pytest.raises(MergeError, match=r"blk.1.ffn_up.weight has numbers up to 1e\+06, too large for F16"):
         export(adapter, tmp_path / "out", type="F16", allow=["base"], prompts=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0},
+            "no words here for beta_fast of rope_type 'yarn'",
+        ),
+        ({"rope_type": "dynamic", "factor": 4.0}, "rope_type is 'dynamic'"),
+    ],
+)
+def test_positions_that_a_file_cannot_say_are_refused(adapted, tmp_path, more, told):
+    base, adapter = adapted()
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"] |= more
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=told):
+        export(adapter, tmp_path / "out", prompts=0)
+
+
+def test_a_window_that_llama_cpp_does_not_read_is_told(adapted, tmp_path):
+    base, adapter = adapted()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 64}))
+    done = export(adapter, tmp_path / "out", prompts=0)
+    assert any("does not read sliding_window = 64" in note for note in done.notes)

@@ -67,28 +67,32 @@ def write_gguf_model(adapter: Path, asked: ExportRequest, folder: Path) -> Writt
         with gguf_writer(folder / MODEL, layout.architecture, keys, planned) as writer:
             for data in _data(layout, merging, planned, lost):
                 writer.write_tensor_data(data)
-        _check(folder / MODEL, layout)
-        notes = [*base.notes, *merging.check_base(asked.allow), *_told_of_kinds(layout, planned)]
-    judge = partial(gguf_judge, folder / MODEL, None, asked)
+        notes = [*base.notes, *_check(folder / MODEL, layout)]
+        notes += [*merging.check_base(asked.allow), *_told_of_kinds(layout, planned)]
+    judge = partial(gguf_judge, folder / MODEL, asked)
     remedy = "--type F16 keeps it, and so does --to gguf-adapter"
     return Written(judge, most, MOST_KL.get(most, MOST_KL_BLOCKS), notes, lost, remedy)
 
 
-def _check(path: Path, layout: GgufLayout) -> None:
-    """Raise ModelError if a config says what its file does not."""
-    if layout.file is None:
-        read, _ = gguf_config(read_gguf(path, words=False), {})
-        if told := not_said(layout.config, read):
-            raise ModelError(
-                bullet_list(f"GGUF has no words for all of this {layout.config.model_type}:", told)
-            )
+def _check(path: Path, layout: GgufLayout) -> list[str]:
+    """Raise ModelError if a config says what its file does not; tell of a window, which counts in texts that
+    are longer than it."""
+    if layout.file is not None:
+        return []
+    read, _ = gguf_config(read_gguf(path, words=False), {})
+    if told := not_said(layout.config, read):
+        raise ModelError(bullet_list(f"GGUF has no words for all of this {layout.config.model_type}:", told))
+    window = getattr(layout.config, "sliding_window", None)
+    if window is None or hasattr(read, "sliding_window"):
+        return []
+    return [f"llama.cpp does not read sliding_window = {window}: longer texts are another matter there"]
 
 
-def gguf_judge(model: Path, adapter: Path | None, asked: ExportRequest, style: str) -> Judge:
-    """llama.cpp, where it is, for a model and an adapter of GGUF; else our reader, for a model alone."""
+def gguf_judge(model: Path, asked: ExportRequest, style: str) -> Judge:
+    """llama.cpp, where it is; else our reader."""
     engine = engine_for("llama.cpp", asked.engine_python)
     if engine is not None:
-        return engine.judge(model, adapter, style)
+        return engine.judge(model, None, style)
     return own_judge(lambda: replace(load_base(str(model)), prompt_style=style))
 
 

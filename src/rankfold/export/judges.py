@@ -31,11 +31,10 @@ TOLD = 1500  # characters of what an engine said before it ended
 
 @dataclass(frozen=True)
 class Judge:
-    """A program by its name and version, and what it says to prompts; ``is_own`` if it is our reader."""
+    """A program by its name and version, and what it says to prompts."""
 
     name: str
     says: Callable[[Sequence[Told]], Iterator[Said]]
-    is_own: bool = False
 
 
 def transformers_judge(folder: Path, style: str) -> Judge:
@@ -44,7 +43,7 @@ def transformers_judge(folder: Path, style: str) -> Judge:
 
 
 def own_judge(load: Callable[[], Base]) -> Judge:
-    return Judge("our own reader", lambda told: said_by(load(), told), is_own=True)
+    return Judge("our own reader", lambda told: said_by(load(), told))
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _certified(
         made.worst_lost = written.lost[made.worst_layer]
     made = compare(made, told, judge.says(told))
     if made.problems:
-        remedy = [f"{written.remedy}"] if written.remedy and made.update_lost > MUCH else []
+        remedy = [written.remedy] if written.remedy and made.update_lost > MUCH else []
         headline = (
             f"what was written as {request.to} says something else than the tuned model; it is removed:"
         )

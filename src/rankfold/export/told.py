@@ -90,9 +90,8 @@ def _own_answer(base: Base, example: Example) -> list[int]:
     text = example.answer
     if not example.messages:  # a text, whose first words are the prompt
         text = text.removeprefix(str(example.prompt[-1]["content"]))
-    return prompt_encoder(base.tokenizer).ids_now([prompt_encoder(base.tokenizer).text_piece(text)])[
-        :OWN_TOKENS
-    ]
+    encoder = prompt_encoder(base.tokenizer)
+    return encoder.ids_now([encoder.text_piece(text)])[:OWN_TOKENS]
 
 
 def logprobs_of(model: Any, ids: Sequence[int], answer: Sequence[int]) -> Tensor:
@@ -104,11 +103,7 @@ def logprobs_of(model: Any, ids: Sequence[int], answer: Sequence[int]) -> Tensor
 
 
 def loss_of(model: Any, ids: Sequence[int], answer: Sequence[int]) -> float:
+    """What ``answer`` costs after the prompt ``ids``, in nats."""
     if not answer:
         return 0.0
-    return loss_in(logprobs_of(model, ids, answer), answer)
-
-
-def loss_in(logprobs: Tensor, answer: Sequence[int]) -> float:
-    """What ``answer`` costs, in nats, by its likelihoods (tokens, vocabulary)."""
-    return -float(logprobs[range(len(answer)), list(answer)].sum())
+    return -float(logprobs_of(model, ids, answer)[range(len(answer)), list(answer)].sum())

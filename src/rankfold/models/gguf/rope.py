@@ -21,6 +21,17 @@ KINDS = ("none", "linear", "yarn", "longrope")
 # Of Llama 3.1 to 3.3; a file has only the divisors that they give.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+# The numbers of each kind that a file says, or that a tensor in it is made of.
+ALWAYS = {"rope_theta", "rope_type", "partial_rotary_factor"}
+LENGTH = "original_max_position_embeddings"
+SAID = {
+    "default": ALWAYS,
+    "linear": ALWAYS | {"factor"},
+    "llama3": ALWAYS | {"factor", *LLAMA3},
+    "yarn": ALWAYS | {"factor", LENGTH},
+    "longrope": ALWAYS | {"factor", "long_factor", "short_factor", "attention_factor", LENGTH},
+}
+
 
 def rope_parameters(file: GgufFile, head_dim: int) -> tuple[dict[str, Any], str]:
     """The parameters, and in words what they scale; empty if nothing.
@@ -107,8 +118,10 @@ def rope_keys(config: Any) -> dict[str, Any]:
         found["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
         rope = rope["full_attention"]
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "llama3", "linear", "yarn", "longrope"):
+    if kind not in SAID:
         raise ModelError(f"rope_type is {kind!r}, which GGUF has no words for here")
+    if unsaid := [name for name, value in rope.items() if name not in SAID[kind] and value is not None]:
+        raise ModelError(f"GGUF has no words here for {', '.join(sorted(unsaid))} of rope_type {kind!r}")
     found["rope.freq_base"] = float(rope["rope_theta"])
     if kind in ("linear", "yarn", "longrope"):
         found["rope.scaling.type"] = kind
