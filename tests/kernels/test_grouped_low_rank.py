@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rankfold.kernels.grouped_low_rank import Groups, add_grouped_update, stacked
@@ -25,6 +25,7 @@ def one_by_one(out, x, factors, scales, index):
     positions=st.lists(st.integers(1, 7), max_size=2),
     seed=st.integers(0, 1000),
 )
+@example(index=[-1, 1, 2, 3], ranks=[2] * 4, positions=[], seed=0)  # which looks sorted, filled with row 0
 def test_each_row_gets_its_own_adapters_update(index, ranks, positions, seed):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731

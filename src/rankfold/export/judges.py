@@ -19,7 +19,7 @@ import torch
 
 from rankfold.errors import ConfigError, ExportError
 from rankfold.export.told import ANSWER_TOKENS, Said, Told, logprobs_of, loss_of, said_by
-from rankfold.models.answering.answer import Question
+from rankfold.models.answering.asked import Question
 from rankfold.models.base.base import Base
 from rankfold.models.base.quiet import quiet_transformers
 

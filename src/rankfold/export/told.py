@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rankfold.data.shapes.example import Example
-from rankfold.models.answering.answer import Question
 from rankfold.models.answering.answers import answers, prompt_of
+from rankfold.models.answering.asked import Question
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.base import Base
 from rankfold.models.messages.prompt import prompt_encoder

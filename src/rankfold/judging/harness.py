@@ -20,8 +20,8 @@ from rankfold.data.tokens.encode import IGNORE, EncodedRow
 from rankfold.errors import ConfigError
 from rankfold.judging.judged import longest_of
 from rankfold.judging.losses import target_logits
-from rankfold.models.answering.answer import Question
 from rankfold.models.answering.answers import in_turn
+from rankfold.models.answering.asked import Question
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.base import Base
 from rankfold.models.messages.prompt import prompt_encoder

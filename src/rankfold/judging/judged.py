@@ -19,9 +19,9 @@ from rankfold.judging.losses import row_losses
 from rankfold.judging.metrics import Judged
 from rankfold.judging.request import EvalRequest
 from rankfold.judging.rows import EvalData
-from rankfold.models.answering.answer import Question
 from rankfold.models.answering.answerable import context_of
 from rankfold.models.answering.answers import in_turn
+from rankfold.models.answering.asked import Question
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.base import Base
 from rankfold.models.messages.images import image_reader

@@ -14,8 +14,8 @@ from rankfold.judging.intervals import Interval, wilson
 from rankfold.judging.judged import OnProgress, read_rows
 from rankfold.judging.loading import base_of, tuned_of
 from rankfold.judging.scores import words
-from rankfold.models.answering.answer import Question
 from rankfold.models.answering.answers import in_turn
+from rankfold.models.answering.asked import Question
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.base import Base
 from rankfold.models.choices import ModelRequest

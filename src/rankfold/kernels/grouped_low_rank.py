@@ -35,8 +35,9 @@ class Groups:
                 places[row] = each * most + place
         filled = [row for rows in rows_of for row in (*rows, *[0] * (most - len(rows)))]
         own = torch.tensor(index, device=device)
+        stand_so = min(index) >= 0 and filled == [*range(len(index))]
         return cls(
-            None if filled == [*range(len(index))] else torch.tensor(filled, device=device),
+            None if stand_so else torch.tensor(filled, device=device),
             torch.tensor(places, device=device),
             own.clamp_min(0),
             None if min(index) >= 0 else own >= 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rankfold.compat import recomputes_activations
-from rankfold.errors import ConfigError, MergeError, bullet_list
+from rankfold.errors import ConfigError, MergeError, RankfoldError, bullet_list
 from rankfold.lora.layers.attention import LoraMultiheadAttention
 from rankfold.lora.layers.base import AdapterLayer
 from rankfold.lora.layers.mixed import MixedForward, MixedRows
@@ -45,18 +45,54 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
     Raises MergeError if an adapter is merged, ConfigError where an adapter layer does not see rows."""
     if not isinstance(names, (list, tuple)):
         raise ConfigError(f"Got adapter names of type {type(names).__name__}, expected a list of str.")
+    carried = [name for name in dict.fromkeys(names) if name != BASE]
     layers = dict(adapter_layers(model))
-    _check(model, layers, names)
+    _check(model, layers, carried)
     encoder = encoder_of(model) if beams > 1 else None
     inside = {id(module) for module in encoder.modules()} if encoder is not None else set()
     repeated = [name for name in names for _ in range(beams)]
+    whole, in_encoder = (
+        MixedRows(carried, [None if name == BASE else name for name in each]) for each in (repeated, names)
+    )
+    with _through(layers, lambda layer: in_encoder if id(layer) in inside else whole):
+        yield
+
+
+@contextmanager
+def mixed_batches(model: nn.Module, carried: Collection[str]) -> Iterator[MixedRows]:
+    """Within the block the rows of each batch go through the adapters that the ``names`` of what is given
+    say, which are to be set before it and are among ``carried``.  Raises what ``mixed_batch`` does."""
+    layers = dict(adapter_layers(model))
+    _check(model, _carrying(layers, carried), carried)
+    rows = MixedRows(carried)
+    with _through(layers, lambda _: rows):
+        yield rows
+
+
+def why_apart(model: nn.Module, name: str) -> str:
+    """Why rows of the adapter ``name`` cannot be in a batch with others, or an empty string."""
+    try:
+        _check(model, _carrying(dict(adapter_layers(model)), [name]), [name])
+    except RankfoldError as error:
+        return str(error)
+    return ""
+
+
+def _carrying(layers: Mapping[str, AdapterLayer], names: Collection[str]) -> dict[str, AdapterLayer]:
+    return {path: layer for path, layer in layers.items() if not {*names}.isdisjoint(layer.adapter_names())}
+
+
+@contextmanager
+def _through(
+    layers: Mapping[str, AdapterLayer], rows_of: Callable[[AdapterLayer], MixedRows]
+) -> Iterator[None]:
     states = [(layer, layer.__dict__.get("forward"), list(layer._active)) for layer in layers.values()]
-    whole, in_encoder = (MixedRows([None if n == BASE else n for n in each]) for each in (repeated, names))
     try:
         for layer, _, _ in states:
             layer.activate([])
-            rows = in_encoder if id(layer) in inside else whole
-            layer.__dict__["forward"] = MixedForward(layer, rows)
+            mixed = MixedForward(layer, rows_of(layer))
+            if mixed.carried:
+                layer.__dict__["forward"] = mixed
         yield
     finally:
         for layer, forward, active in states:
@@ -66,7 +102,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], beams: int = 1) -> Itera
             layer.activate(active)
 
 
-def _check(model: nn.Module, layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> None:
+def _check(model: nn.Module, layers: Mapping[str, AdapterLayer], names: Collection[str]) -> None:
     if torch.is_grad_enabled() and model.training and recomputes_activations(model):
         raise ConfigError(
             "a batch of several adapters is not known any more when checkpointed activations are recomputed: "

@@ -13,8 +13,8 @@ from typing import Any
 
 from rankfold import __version__
 from rankfold.lora.files.fingerprint import fingerprint
-from rankfold.models.answering.answer import Question
 from rankfold.models.answering.answers import in_turn
+from rankfold.models.answering.asked import Question
 from rankfold.models.answering.sampling import Sampling, told_of_own_settings
 from rankfold.models.base.base import Base
 from rankfold.models.base.load import load

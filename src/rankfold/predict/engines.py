@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TextIO
 
 from rankfold.errors import ConfigError, DataError, ModelError
-from rankfold.models.answering.answer import Answer, Question
+from rankfold.models.answering.answer import Answer
 from rankfold.models.answering.answerable import context_of
 from rankfold.models.answering.answers import in_turn, prompt_of, stops_of
+from rankfold.models.answering.asked import Question
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.answering.streaming import decoded
 from rankfold.models.base.base import Base

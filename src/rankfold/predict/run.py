@@ -15,7 +15,8 @@ from rankfold.data.reading.row import BadRow, Row
 from rankfold.data.shapes.asked import question_of
 from rankfold.errors import DataError, OutputError, bullet_list
 from rankfold.files import require_space, whole_file
-from rankfold.models.answering.answer import Answer, Question
+from rankfold.models.answering.answer import Answer
+from rankfold.models.answering.asked import Question
 from rankfold.predict.journal import Journal
 from rankfold.predict.request import PredictRequest
 from rankfold.predict.tables import write_rows

@@ -299,3 +299,16 @@ def test_answering_leaves_the_model_as_it_was(tiny_folder):
     answer_all(base, ASKED, GREEDY)
     assert base.model.training
     assert {name: dict(vars(module)) for name, module in base.model.named_modules()} == before
+
+
+def test_an_activated_adapter_counts_in_answers_too(real_base):
+    base = dataclasses.replace(real_base, model=copy.deepcopy(real_base.model))
+    called = base.tokenizer.encode(" capital", add_special_tokens=False)
+    config = LoraConfig(
+        target_modules="all-linear", r=64, lora_alpha=640, alora_invocation_tokens=called, task_type="CAUSAL_LM"
+    )
+    base = dataclasses.replace(base, model=get_peft_model(base.model, config))
+    randomise(base.model)
+    sampling = Sampling(max_new_tokens=8, temperature=0)
+    assert "activated" in why_not(base, sampling)
+    assert reply(base, ASK, sampling) != reply(real_base, ASK, sampling)

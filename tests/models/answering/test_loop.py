@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from rankfold.models.answering.answer import Asked
+from conftest import randomise
+from rankfold import LoraConfig, get_peft_model
 from rankfold.models.answering.answerable import why_not
+from rankfold.models.answering.asked import Asked, Manner
 from rankfold.models.answering.loop import Loop
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.base import Base
@@ -44,13 +47,18 @@ def prompts(count: int, longest: int = 30, seed: int = 0) -> list[list[int]]:
     return [[drawn.randint(3, 63) for _ in range(length)] for length in lengths]
 
 
-def asked(rows: list[list[int]], seed: str = "") -> list[tuple[int, Asked]]:
-    return [(place, Asked(ids, {}, f"{seed}/{place}")) for place, ids in enumerate(rows)]
+def asked(rows: list[list[int]], sampling=GREEDY, names=None) -> list[tuple[int, Asked]]:
+    names = names or [None] * len(rows)
+    manners = [Manner(Letters(), STOPS, sampling, name) for name in names]
+    return [
+        (place, Asked(ids, {}, str(place), manner))
+        for place, (ids, manner) in enumerate(zip(rows, manners, strict=True))
+    ]
 
 
 def together(base: Base, rows, at_once=7, sampling=GREEDY, cache_bytes=1e9, guesses=0):
-    loop = Loop(base, sampling, STOPS, at_once, cache_bytes, guesses)
-    return [answer for _, answer in sorted(loop.run(iter(asked(rows))), key=lambda found: found[0])]
+    loop = Loop(base.model, at_once, cache_bytes, guesses)
+    return [answer for _, answer in sorted(loop.run(iter(asked(rows, sampling))), key=lambda found: found[0])]
 
 
 @torch.no_grad()
@@ -131,9 +139,9 @@ def test_a_shared_beginning_passes_the_model_once(at_once):
 def test_rows_that_do_not_fit_wait(model):
     rows = prompts(12, 20, seed=5)
     expected = [alone(model, ids) for ids in rows]
-    loop = Loop(base_of(model), GREEDY, STOPS, 6, 1e9)
+    loop = Loop(model, 6, 1e9)
     list(loop.run(iter(asked(rows[:1]))))
-    little = loop.slots.column_bytes * 40
+    little = loop.slots.column_bytes * 50
     found = together(base_of(model), rows, 6, cache_bytes=little)
     assert [answer.tokens for answer in found] == expected
 
@@ -156,3 +164,118 @@ def test_a_repetition_penalty_is_that_of_transformers(model):
     expected = [alone(model, ids, repetition_penalty=1.7) for ids in rows]
     assert [answer.tokens for answer in together(base_of(model), rows, 4, sampling)] == expected
     assert expected != [alone(model, ids) for ids in rows]
+
+
+def adapted(kinds: dict[str, dict]) -> nn.Module:
+    model = None
+    for name, options in kinds.items():
+        config = LoraConfig(**({"target_modules": ["c_attn", "c_fc"], "r": 3} | options))
+        if model is None:
+            model = get_peft_model(tiny("GPT2"), config, name)
+        else:
+            model.add_adapter(name, config)
+    randomise(model)
+    model.eval().double()
+    model.get_base_model().generation_config.eos_token_id = None
+    return model
+
+
+NAMES = ["__base__", "one", "two", "biases"]
+KINDS = {
+    "one": {},
+    "two": {"r": 5, "use_dora": True},
+    "biases": {"bias": "lora_only"},
+}
+
+
+def by_itself(model, ids, name):
+    with model.disable_adapter() if name == "__base__" else nullcontext():
+        if name != "__base__":
+            model.set_adapter(name, inference_mode=True)
+        return alone(model, ids)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_rows_of_several_adapters_are_answered_together_as_alone(at_once):
+    model = adapted(KINDS)
+    rows = [ids for ids in prompts(8, 12, seed=11) for _ in NAMES]  # each asked of all, one after another
+    names = NAMES * 8
+    expected = [by_itself(model, ids, name) for ids, name in zip(rows, names, strict=True)]
+    assert len({*map(str, expected)}) > 20
+    model.set_adapter("two")
+    loop = Loop(model, at_once, 1e9)
+    found = [
+        answer.tokens for _, answer in sorted(loop.run(iter(asked(rows, GREEDY, names))), key=lambda f: f[0])
+    ]
+    assert found == expected
+    assert {kept.adapter for kept in loop.kept.all} == {*NAMES}
+    loop.company.leave()
+    assert model.active_adapters == ["two"]
+
+
+def test_what_one_adapter_read_is_no_other_ones():
+    model = adapted({"one": {}, "two": {}})
+    ids = prompts(1, 30, seed=8)[0] * 3
+    loop = Loop(model, 1, 1e9)
+    expected = {name: by_itself(model, ids, name) for name in ("one", "two", "__base__")}
+    for name in ("one", "two", "one", "__base__"):
+        [(_, answer)] = loop.run(iter(asked([ids], GREEDY, [name])))
+        assert answer.tokens == expected[name]
+    loop.kept.forget("one")
+    assert {kept.adapter for kept in loop.kept.all} == {"two", "__base__"}
+
+
+def test_each_row_is_drawn_as_it_asks():
+    model = tiny("Llama")
+    manners = [
+        GREEDY,
+        Sampling(max_new_tokens=3, temperature=1.5, seed=1),
+        Sampling(max_new_tokens=9, temperature=0, repetition_penalty=1.7, logprobs=True),
+        Sampling(max_new_tokens=5, temperature=0, stop="7"),
+    ]
+    rows = prompts(8, seed=12)
+    apart = [together(base_of(model), [ids], 1, manners[n % 4])[0].tokens for n, ids in enumerate(rows)]
+    mixed = [asked([ids], manners[n % 4])[0][1] for n, ids in enumerate(rows)]
+    answers = dict(Loop(model, 8, 1e9).run(iter(enumerate(mixed))))
+    assert [answers[n].tokens for n in range(8)] == apart
+    assert [answers[n].logprobs is not None for n in range(8)] == [n % 4 == 2 for n in range(8)]
+
+
+def test_an_answer_that_nobody_waits_for_gives_its_place_away():
+    model, gone = tiny("Llama"), set()
+    rows = prompts(5, seed=13)
+    manner = Manner(Letters(), frozenset(), GREEDY.model_copy(update={"max_new_tokens": 50}))
+    loop = Loop(model, 2, 1e9)
+    for n, ids in enumerate(rows):
+        loop.put(n, Asked(ids, {}, "", manner, gone=lambda n=n: n in gone))
+    loop.turn()
+    assert [row.place for row in loop.rows] == [0, 1]
+    gone |= {0, 1, 3}
+    ended = dict(loop.turn())
+    assert {n for n, answer in ended.items() if answer.problem} == {0, 1, 3}
+    assert {row.place for row in loop.rows} == {2, 4}
+    left = dict(loop.run(iter(())))
+    expected = [alone(model, ids) for ids in rows]
+    assert all(left[n].tokens[: len(expected[n])] == expected[n] for n in (2, 4))
+    assert [len(left[n].tokens) for n in (2, 4)] == [64 - len(rows[n]) for n in (2, 4)]
+
+
+def test_logits_can_be_bent_and_the_likeliest_are_heard():
+    model, heard = tiny("Llama"), []
+    manner = Manner(Letters(), frozenset(), GREEDY.model_copy(update={"logprobs": True}))
+
+    def only_even(logits):
+        logits[1::2] = -torch.inf
+        return logits
+
+    [ids] = prompts(1, seed=14)
+    question = Asked(ids, {}, "", manner, hear=heard.append, bend=only_even, likeliest=3)
+    [(_, answer)] = Loop(model, 1, 1e9).run(iter([(0, question)]))
+    assert all(token % 2 == 0 for token in answer.tokens)
+    assert [drawn.token for drawn in heard] == answer.tokens
+    with torch.no_grad():
+        likely = model(torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1)
+    best = likely.topk(3)
+    assert [token for token, _ in heard[0].likeliest] == best.indices.tolist()
+    assert [value for _, value in heard[0].likeliest] == pytest.approx(best.values.tolist(), abs=2e-5)
+    assert heard[0].logprob == pytest.approx(float(likely[answer.tokens[0]]), abs=2e-5)

@@ -12,7 +12,7 @@ from rankfold.data.shapes.beside import beside, without
 from rankfold.data.shapes.example import Message
 from rankfold.data.shapes.formats import detect_shape, named_shape, to_example
 from rankfold.data.shapes.shape import Shape
-from rankfold.models.answering.answer import Question
+from rankfold.models.answering.asked import Question
 
 # A column that stands in for the answer that a row to be asked need not have, for every shape's names.
 ANSWER = "output"

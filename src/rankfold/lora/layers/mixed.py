@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,17 +11,28 @@ from torch import Tensor
 from rankfold.errors import ConfigError
 from rankfold.kernels.grouped_low_rank import Groups, Stack, add_grouped_update, stacked
 from rankfold.lora.layers.base import AdapterLayer, upcast
-from rankfold.lora.layers.linear import LinearUpdates
+from rankfold.lora.layers.linear import FUSED_CLASSES, FusedUpdates, LinearUpdates
 from rankfold.lora.variants.activated import OFFSETS
 
 
 class MixedRows:
-    """Which adapter each row of a batch is of, ``None`` for none; what a layer needs of that is made once
-    for all layers that carry the same adapters."""
+    """Which adapter each row of a batch is of, ``None`` for none: ``names``, which may be set anew, all among
+    ``carried``.  What a layer needs of that is made once for all layers that carry the same adapters."""
 
-    def __init__(self, names: Sequence[str | None]) -> None:
-        self.names = list(names)
+    def __init__(self, carried: Collection[str], names: Sequence[str | None] = ()) -> None:
+        self.carried = tuple(carried)
+        self._names: list[str | None] = list(names)
         self._groups: dict[tuple[tuple[str, ...], torch.device], Groups] = {}
+
+    @property
+    def names(self) -> list[str | None]:
+        return self._names
+
+    @names.setter
+    def names(self, names: Sequence[str | None]) -> None:
+        if names != self._names:
+            self._names = list(names)
+            self._groups.clear()
 
     def check(self, rows: int) -> None:
         if rows != len(self.names):
@@ -45,18 +56,22 @@ class MixedForward:
     def __init__(self, layer: AdapterLayer, rows: MixedRows) -> None:
         self.layer, self.rows, self.forward = layer, rows, layer.forward
         held = layer.adapter_names()
-        self.carried = tuple(n for n in dict.fromkeys(rows.names) if n is not None and n in held)
+        self.carried = tuple(name for name in rows.carried if name in held)
         self.grouped = cast(LinearUpdates, layer) if _can_group(layer, self.carried) else None
         self._kept: tuple[Stack, Tensor | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self.rows.check(inputs.shape[0])
-        if not self.carried or self.layer.disable_adapters:
-            return self.forward(*args, **kwargs)
+        if self.layer.disable_adapters or {*self.carried}.isdisjoint(self.rows.names):
+            return self._by_base(*args, **kwargs)
         if self.grouped is not None and inputs.dim() > 1:
-            return self._in_groups(self.grouped, inputs, self.forward(*args, **kwargs))
+            return self._in_groups(self.grouped, inputs, self._by_base(*args, **kwargs))
         return self._in_parts(*args, **kwargs)
+
+    def _by_base(self, *args: Any, **kwargs: Any) -> Any:
+        is_plain = type(self.layer) in FUSED_CLASSES and not kwargs and len(args) == 1
+        return cast(FusedUpdates, self.layer).plain(*args) if is_plain else self.forward(*args, **kwargs)
 
     def _in_groups(self, layer: LinearUpdates, x: Tensor, out: Tensor) -> Tensor:
         if layer.training:

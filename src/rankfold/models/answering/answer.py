@@ -1,12 +1,9 @@
-"""``Answer``, and what one is asked by."""
+"""``Answer``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from rankfold.models.messages.prompt import TemplateMessage
+from typing import Literal
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -27,22 +24,3 @@ class Answer:
     @classmethod
     def missing(cls, problem: str, prompt_tokens: int = 0) -> Answer:
         return cls("", [], "error", prompt_tokens, None, problem)
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A conversation that ends with the user's turn, and the tools that the model may call in its answer."""
-
-    messages: Sequence[TemplateMessage]
-    tools: Sequence[dict[str, Any]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The tokens of a prompt, what else the model reads of its images (each with one row), a text that makes
-    its random numbers its own, and who gets the answer while it comes."""
-
-    ids: list[int]
-    seen: dict[str, Any]
-    seed: str
-    write: Callable[[str], object] | None = None

@@ -13,9 +13,9 @@ ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention"}
 NEEDED = {"position_ids", "past_key_values", "attention_mask"}
 
 
-def plain_model(base: Base) -> Any:
+def plain_model(model: Any) -> Any:
     """The model of transformers, with the adapters that are on it."""
-    return base.model.get_base_model() if isinstance(base.model, PeftModel) else base.model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def context_of(model: Any) -> float:
@@ -25,7 +25,7 @@ def context_of(model: Any) -> float:
 
 def why_not(base: Base, sampling: Sampling) -> str:
     """Why this loop cannot answer so, or an empty string."""
-    model = plain_model(base)
+    model = plain_model(base.model)
     config = model.config.get_text_config()
     if sampling.settled(model) is None:
         return "the base's own settings ask for more than drawing token by token"
@@ -37,7 +37,14 @@ def why_not(base: Base, sampling: Sampling) -> str:
         return f"its layers are of kinds with a memory of their own ({', '.join(sorted(odd))})"
     if base.processor is not None and "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         return "its positions have several dimensions"
-    return ""
+    activated = "an activated adapter counts from a place in the prompt on"
+    return activated if is_activated(base.model) else ""
+
+
+def is_activated(model: Any) -> bool:
+    """Whether an active adapter of ``model`` is an activated one (aLoRA)."""
+    configs = model.peft_config if isinstance(model, PeftModel) else {}
+    return any(configs[name].alora_invocation_tokens for name in configs if name in model.active_adapters)
 
 
 def what_it_takes(model: Any) -> frozenset[str]:

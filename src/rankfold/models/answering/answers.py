@@ -12,8 +12,9 @@ from typing import Any
 from rankfold.errors import DataError
 from rankfold.kernels.few_rows import pays
 from rankfold.models.answering import by_transformers
-from rankfold.models.answering.answer import Answer, Asked, Question
+from rankfold.models.answering.answer import Answer
 from rankfold.models.answering.answerable import why_not
+from rankfold.models.answering.asked import Asked, Manner, Question
 from rankfold.models.answering.fast_products import fast_products
 from rankfold.models.answering.guessing import GUESSED
 from rankfold.models.answering.loop import Loop
@@ -107,7 +108,8 @@ class Answerer:
         if settled is not None and not why_not(base, sampling):
             memory = CACHE_SHARE * free_memory_bytes(base.model.device)
             guesses = GUESSED if pays(GUESSED + 1) else 0
-            self.loop = Loop(base, settled, self.stops, at_once, memory, guesses)
+            self.loop = Loop(base.model, at_once, memory, guesses)
+        self.manner = Manner(base.tokenizer, self.stops, settled or sampling)
 
     def reply(self, messages: Conversation, seed: int, write: Callable[[str], object] | None = None) -> str:
         """As the function ``reply``."""
@@ -152,7 +154,7 @@ class Answerer:
                 continue
             digest = sha256(repr(ids).encode()).digest()[:8]
             alike[digest] += 1
-            yield number, Asked(ids, seen, f"{seed}/{digest.hex()}/{alike[digest]}", write)
+            yield number, Asked(ids, seen, f"{seed}/{digest.hex()}/{alike[digest]}", self.manner, write)
 
 
 @contextmanager

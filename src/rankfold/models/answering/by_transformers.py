@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from rankfold.models.answering.answer import Answer, Asked
+from rankfold.models.answering.answer import Answer
 from rankfold.models.answering.answerable import plain_model
+from rankfold.models.answering.asked import Asked
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.answering.streaming import TextStream, decoded, stop_place, words
 from rankfold.models.base.base import Base
@@ -82,7 +83,7 @@ def _only(base: Base, options: dict[str, Any], stops: frozenset[int]) -> Iterato
     from transformers import GenerationConfig
 
     fill = base.tokenizer.pad_token_id if base.tokenizer.eos_token_id is None else base.tokenizer.eos_token_id
-    model = plain_model(base)
+    model = plain_model(base.model)
     own = model.generation_config
     with quiet_transformers():
         model.generation_config = GenerationConfig(

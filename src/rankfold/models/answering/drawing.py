@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,42 +12,65 @@ from rankfold.kernels.dropout import GAMMA, mixed
 from rankfold.models.answering.sampling import Sampling
 
 UNIT = (1 << 52) - 1  # of 64 random bits so many become a number between 0 and 1
+DRAWN_BY = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+)  # rows that agree in it are drawn together
+Bend = Callable[[Tensor], Tensor]
 CANDIDATES = 512  # tokens sorted at first: where they do not hold enough, all are
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """A token; and the natural logarithm of the likelihood that the model gives it, whatever was asked of
-    the drawing, None if nobody wants to know."""
+    the drawing, None if nobody wants to know; and the likeliest tokens with theirs."""
 
     token: int
     logprob: float | None
+    likeliest: list[tuple[int, float]] = field(default_factory=list)
 
 
 def draw(
-    logits: Tensor, sampling: Sampling, said: Sequence[Tensor], keys: Sequence[int]
+    logits: Tensor,
+    sampling: Sampling,
+    said: Sequence[Tensor],
+    keys: Sequence[int],
+    bends: Sequence[Bend | None] = (),
+    likeliest: int = 0,
 ) -> list[Drawn | None]:
     """The next token of each row of ``logits`` (rows, vocabulary); None for a row whose logits are not all
     numbers.
 
     ``said``: the tokens of each row so far, each once, if there is a repetition penalty.  ``keys``: a
     random number from 0 to 2^63 - 1 for each row; the same number and logits give the same token, whatever
-    the other rows are."""
+    the other rows are.  ``bends``: what makes of a row's logits (vocabulary) those to draw from.
+    ``likeliest``: how many of the likeliest tokens are told beside the drawn one."""
     logits = logits.float()
-    likeliest, tokens = logits.max(dim=-1)  # which is NaN if one of them is
-    sound = likeliest.isfinite().tolist()
+    highest, tokens = logits.max(dim=-1)  # which is NaN if one of them is
+    sound = highest.isfinite().tolist()
     asked = (
         penalised(logits, said, sampling.repetition_penalty) if sampling.repetition_penalty != 1 else logits
     )
+    if any(bends):
+        rows = [row if bend is None else bend(row.clone()) for row, bend in zip(asked, bends, strict=True)]
+        asked = torch.stack(rows)
     if sampling.temperature > 0:
         tokens = drawn(shares_of(asked, sampling), keys)
     elif asked is not logits:
         tokens = asked.argmax(dim=-1)
     logprobs: list[float | None] = [None] * len(logits)
+    others: list[list[tuple[int, float]]] = [[] for _ in logprobs]
     if sampling.logprobs:
-        logprobs = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)).tolist()
-    found = zip(tokens.tolist(), logprobs, sound, strict=True)
-    return [Drawn(token, logprob) if fine else None for token, logprob, fine in found]
+        total = logits.logsumexp(dim=-1)
+        logprobs = (logits.gather(1, tokens[:, None])[:, 0] - total).tolist()
+        best = logits.topk(min(likeliest, logits.shape[-1]))
+        values = (best.values - total[:, None]).tolist()
+        others = [list(zip(*pair, strict=True)) for pair in zip(best.indices.tolist(), values, strict=True)]
+    found = zip(tokens.tolist(), logprobs, others, sound, strict=True)
+    return [Drawn(token, logprob, more) if fine else None for token, logprob, more, fine in found]
 
 
 def penalised(logits: Tensor, said: Sequence[Tensor], penalty: float) -> Tensor:

@@ -16,20 +16,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rankfold.models.answering.answer import Answer, Asked, FinishReason
+from rankfold.models.answering.answer import Answer, FinishReason
 from rankfold.models.answering.answerable import context_of, plain_model, what_it_takes
-from rankfold.models.answering.drawing import Drawn, draw
+from rankfold.models.answering.asked import Asked
+from rankfold.models.answering.company import Company
+from rankfold.models.answering.drawing import DRAWN_BY, Drawn, draw
 from rankfold.models.answering.guessing import guessed
+from rankfold.models.answering.kept_prefixes import KeptPrefixes, Prefix
 from rankfold.models.answering.prompt_block import Block
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.answering.shared_prefix import common, reused
 from rankfold.models.answering.streaming import TextStream, decoded, stop_place, words
-from rankfold.models.base.base import Base
 
 READ_AT_ONCE = 1024  # tokens of prompts that pass the model together, their padding too
 ALIKE = 0.85  # the share of them that are no padding, at least
 FREE_FOR_MORE = 8  # an eighth of the rows must be free before others come in: reading few prompts is slow
+KEPT_SHARE = 0.25  # of the memory for keys and values, for those of rows that have ended
 KEY_BITS = 63
+GONE = "nobody waits for the answer any more"
 NOT_NUMBERS = "the model's logits are not all finite numbers; it cannot say what comes next"
 
 
@@ -48,59 +52,88 @@ class Row:
     def ids(self) -> list[int]:
         return self.asked.ids + self.tokens
 
+    @property
+    def sampling(self) -> Sampling:
+        return self.asked.manner.sampling
+
+    @property
+    def adapter(self) -> str | None:
+        return self.asked.manner.adapter
+
+    @property
+    def is_gone(self) -> bool:
+        return self.asked.gone is not None and self.asked.gone()
+
 
 class Loop:
-    """Answers by one model and one ``sampling``, up to ``at_once`` rows at a time, whose keys and values are
-    to take no more than ``cache_bytes``.  ``stops``: the tokens that end an answer.  ``guesses``: how many
-    tokens are guessed for a row that is alone (see ``guessing``)."""
+    """Answers by one model, up to ``at_once`` rows at a time, whose keys and values are to take no more than
+    ``cache_bytes``, with those that are kept.  ``guesses``: how many tokens are guessed for a row that is
+    alone (see ``guessing``)."""
 
-    def __init__(
-        self,
-        base: Base,
-        sampling: Sampling,
-        stops: frozenset[int],
-        at_once: int,
-        cache_bytes: float,
-        guesses: int = 0,
-    ) -> None:
+    def __init__(self, model: Any, at_once: int, cache_bytes: float, guesses: int = 0) -> None:
         from rankfold.models.answering.slots import Slots
 
-        self.base, self.sampling, self.stops = base, sampling, stops
-        self.at_once, self.cache_bytes, self.guesses = at_once, cache_bytes, guesses
-        self.model = plain_model(base)
+        self.at_once, self.guesses = at_once, guesses
+        self.cache_bytes = (1 - KEPT_SHARE) * cache_bytes
+        self.kept = KeptPrefixes(KEPT_SHARE * cache_bytes)
+        self.company = Company(model)
+        self.model = plain_model(model)
         self.takes = what_it_takes(self.model)
         self.context = context_of(self.model)
         self.slots = Slots()
         self.rows: list[Row] = []  # in the order of the slots
-        self.left: Row | None = None  # in the only slot, of the last that ended: others may begin like it
         self.waiting: deque[Row] = deque()
         self.ended: list[tuple[int, Answer]] = []
 
-    @torch.inference_mode()
     def run(self, asked: Iterator[tuple[int, Asked]]) -> Iterator[tuple[int, Answer]]:
         """Each prompt's place with its answer, as they end."""
         while True:
-            self._wait_for(asked)
-            self._let_in()
-            if not self.rows and not self.ended and not self.waiting:
+            for place, each in islice(asked, self.wanted):
+                self.put(place, each)
+            if not self.is_busy:
                 return
-            if self.rows:
-                self._step()
-            yield from self.ended
-            self.ended.clear()
+            yield from self.turn()
 
-    def _wait_for(self, asked: Iterator[tuple[int, Asked]]) -> None:
-        """Have so many rows waiting that all places could be taken."""
-        for place, each in islice(asked, max(0, self.at_once - len(self.waiting))):
-            stream = TextStream(self.base.tokenizer, each.write, self.sampling.stop) if each.write else None
-            row = Row(place, each, stream, random.Random(each.seed))
-            if not each.ids:
-                self._fail(row, "the prompt is empty, and this model has no token that begins a text")
-            elif len(each.ids) >= self.context:
-                length = f"{len(each.ids):,} tokens"
-                self._fail(row, f"the prompt has {length}, and the model reads up to {self.context:,}")
-            else:
-                self.waiting.append(row)
+    @property
+    def wanted(self) -> int:
+        """How many prompts more are to wait, so that all places could be taken."""
+        return max(0, self.at_once - len(self.waiting))
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.rows or self.waiting or self.ended)
+
+    def put(self, place: int, asked: Asked) -> None:
+        """Let a prompt wait; its answer is given under ``place``."""
+        manner = asked.manner
+        stream = TextStream(manner.tokenizer, asked.write, manner.sampling.stop) if asked.write else None
+        row = Row(place, asked, stream, random.Random(asked.seed))
+        if not asked.ids:
+            self._fail(row, "the prompt is empty, and this model has no token that begins a text")
+        elif len(asked.ids) >= self.context:
+            length = f"{len(asked.ids):,} tokens"
+            self._fail(row, f"the prompt has {length}, and the model reads up to {self.context:,}")
+        else:
+            self.waiting.append(row)
+
+    @torch.inference_mode()
+    def turn(self) -> list[tuple[int, Answer]]:
+        """Bring one token for each row, and give what has ended."""
+        self._drop_the_gone()
+        self._let_in()
+        if self.rows:
+            self._step()
+        ended, self.ended = self.ended, []
+        return ended
+
+    def _drop_the_gone(self) -> None:
+        for row in [row for row in self.waiting if row.is_gone]:
+            self.waiting.remove(row)
+            self._fail(row, GONE)
+        for place in reversed(range(len(self.rows))):
+            if self.rows[place].is_gone:
+                self._fail(self.rows[place], GONE)
+                self._drop(place)
 
     def _let_in(self) -> None:
         """Read prompts of waiting rows, if enough places are free for them."""
@@ -116,7 +149,9 @@ class Loop:
     def _next_group(self, most: int) -> list[Row]:
         """The next row, and others of like length that are read with it.  It is alone if it has images, or
         if those behind it begin with so much of it that reading it first costs less."""
-        first = self.waiting[0]
+        first, side = self.waiting[0], self._side(self.waiting[0])
+        if self.rows and side != self._side(self.rows[0]):
+            return []
         if not self._fits(len(self.rows) + 1, len(first.ids)):
             if not self.rows:
                 self.waiting.popleft()
@@ -125,8 +160,9 @@ class Loop:
                 )
             return []
         self.waiting.popleft()
-        others = [] if first.asked.seen else [row for row in self.waiting if not row.asked.seen]
-        if others and not reused(first.ids, self._readable())[1]:
+        others = [row for row in self.waiting if not row.asked.seen and self._side(row) == side]
+        others = [] if first.asked.seen else others
+        if others and others[0].adapter == first.adapter and not self._known(first)[1]:
             saved = common(first.ids, others[0].ids) * min(most - 1, len(others))
             if saved > 2 * len(first.ids):
                 return [first]
@@ -141,24 +177,34 @@ class Loop:
             self.waiting.remove(row)
         return group
 
-    def _readable(self) -> list[list[int]]:
-        """What the rows in the slots begin with; nothing of those with images: tokens do not tell all."""
-        rows = self.rows if self.left is None else [self.left]
-        return [[] if row.asked.seen else row.ids[:-1] for row in rows]
+    def _side(self, row: Row) -> str | None:
+        return self.company.side(row.adapter)
+
+    def _known(self, row: Row) -> tuple[Prefix, int]:
+        """Keys and values of what begins most like ``row``, and of how many tokens they can be used; nothing
+        of rows with images: tokens do not tell all."""
+        if row.asked.seen:
+            return [], 0
+        rows = [n for n, each in enumerate(self.rows) if each.adapter == row.adapter and not each.asked.seen]
+        kept = [each for each in self.kept.all if each.adapter == row.adapter]
+        held = [*(self.rows[place].ids[:-1] for place in rows), *(each.ids for each in kept)]
+        place, tokens = reused(row.ids, held)
+        if not tokens:
+            return [], 0
+        return self.slots.prefix(rows[place]) if place < len(rows) else kept[place - len(rows)].prefix, tokens
 
     def _read(self, group: Sequence[Row]) -> None:
         """Let the model read the prompts of ``group``, but for what rows in the slots begin with too, and
         take the first token of each answer."""
         from transformers.cache_utils import DynamicCache
 
-        known, held = [row.ids for row in group], self._readable()
-        shared = [(0, 0) if group[0].asked.seen else reused(ids, held) for ids in known]
+        from rankfold.models.answering.slots import begun
+
+        known, shared = [row.ids for row in group], [self._known(row) for row in group]
         width = max(tokens for _, tokens in shared)
-        filled = self.slots.shared(shared) if width else DynamicCache()
-        if self.left is not None:
-            self.slots.remove(0)
-            self.left = None
+        filled = begun(shared) if width else DynamicCache()
         block = Block.of(known, [tokens for _, tokens in shared], self.model.device)
+        self.company.call([row.adapter for row in group])
         logits = self._logits(filled, block.ids, block.mask, block.positions, block.ends, _seen(group[0]))
         before = len(self.rows)
         for row, (ids, (_, tokens)) in enumerate(zip(known, shared, strict=True)):
@@ -197,6 +243,7 @@ class Loop:
         ids = torch.tensor([[row.tokens[-1], *guess] for row in self.rows], device=device)
         positions = torch.tensor(slots.lengths, device=device)[:, None] + torch.arange(width, device=device)
         slots.make_room(len(self.rows), width)
+        self.company.call([row.adapter for row in self.rows])
         logits = self._logits(slots.cache, ids, slots.mask(width, device), positions, [*range(width)], {})
         alone = self.rows[0]
         for place, said in enumerate([*guess, None]):
@@ -209,26 +256,25 @@ class Loop:
         if len(self.rows) > 1 or not self.guesses:
             return []
         [row] = self.rows
-        left = min(self.sampling.max_new_tokens - len(row.tokens), self.context - len(row.ids)) - 1
+        left = min(row.sampling.max_new_tokens - len(row.tokens), self.context - len(row.ids)) - 1
         return guessed(row.ids, int(min(self.guesses, left))) if left > 0 else []
 
     def _make_room(self) -> None:
         """Let the last rows wait if there is no memory for a token more of each."""
         while len(self.rows) > 1 and not self._fits(len(self.rows), max(self.slots.lengths) + 1):
             self.waiting.appendleft(self.rows[-1])
-            self._drop(len(self.rows) - 1, False)
+            self._drop(len(self.rows) - 1)
 
     def _take(self, first: int, logits: Tensor) -> None:
         """Draw a token for each row from ``first`` on, and let those go that have ended."""
         rows = self.rows[first:]
-        said = []
-        if self.sampling.repetition_penalty != 1:
-            said = [torch.tensor(sorted({*row.ids}), device=logits.device) for row in rows]
-        keys = [row.randoms.getrandbits(KEY_BITS) for row in rows]
-        drawn = draw(logits, self.sampling, said, keys)
+        drawn = _drawn(rows, logits)
         for place in reversed(range(len(rows))):  # as the last row takes the place of one that goes
             if self._has_ended(rows[place], drawn[place]):
-                self._drop(first + place, drawn[place] is not None)
+                if drawn[place] is not None and not rows[place].asked.seen:
+                    prefix = self.slots.prefix(first + place)
+                    self.kept.add(rows[place].adapter, rows[place].ids[:-1], prefix)
+                self._drop(first + place)
 
     def _has_ended(self, row: Row, drawn: Drawn | None) -> bool:
         if drawn is None:
@@ -237,6 +283,8 @@ class Loop:
         row.tokens.append(drawn.token)
         if drawn.logprob is not None:
             row.logprobs.append(drawn.logprob)
+        if row.asked.hear is not None:
+            row.asked.hear(drawn)
         if row.stream is not None:
             row.stream.put(row.tokens)
         reason = self._reason(row)
@@ -245,33 +293,30 @@ class Loop:
         return reason is not None
 
     def _reason(self, row: Row) -> FinishReason | None:
-        if row.tokens[-1] in self.stops:
+        manner, stop = row.asked.manner, row.sampling.stop
+        if row.tokens[-1] in manner.stops:
             return "stop"
-        stop = self.sampling.stop
-        if stop and stop_place(words(self.base.tokenizer, row.tokens), stop) is not None:
+        if stop and stop_place(words(manner.tokenizer, row.tokens), stop) is not None:
             return "stop"
-        full = len(row.tokens) >= self.sampling.max_new_tokens or len(row.ids) >= self.context
+        full = len(row.tokens) >= row.sampling.max_new_tokens or len(row.ids) >= self.context
         return "length" if full else None
 
     def _end(self, row: Row, reason: FinishReason) -> None:
         if row.stream is not None:
             row.stream.end(row.tokens)
         answer = Answer(
-            decoded(self.base.tokenizer, row.tokens, self.sampling.stop),
+            decoded(row.asked.manner.tokenizer, row.tokens, row.sampling.stop),
             row.tokens,
             reason,
             len(row.asked.ids),
-            row.logprobs if self.sampling.logprobs else None,
+            row.logprobs if row.sampling.logprobs else None,
         )
         self.ended.append((row.place, answer))
 
     def _fail(self, row: Row, problem: str) -> None:
         self.ended.append((row.place, Answer.missing(problem, len(row.asked.ids))))
 
-    def _drop(self, place: int, may_stay: bool) -> None:
-        if may_stay and len(self.rows) == 1:
-            self.left = self.rows.pop()
-            return
+    def _drop(self, place: int) -> None:
         self.slots.remove(place)
         self.rows[place] = self.rows[-1]
         del self.rows[-1]
@@ -282,6 +327,30 @@ class Loop:
     def _fits(self, rows: int, longest: int) -> bool:
         longest = max([longest, *self.slots.lengths])
         return self._bytes(rows, longest) <= self.cache_bytes
+
+
+def _drawn(rows: Sequence[Row], logits: Tensor) -> list[Drawn | None]:
+    """A token for each row of ``logits``; those that are drawn alike are drawn together."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        how = [getattr(row.sampling, name) for name in (*DRAWN_BY, "logprobs")]
+        alike.setdefault((*how, row.asked.likeliest), []).append(place)
+    found: list[Drawn | None] = [None] * len(rows)
+    for places in alike.values():
+        some = [rows[place] for place in places]
+        own = logits if len(places) == len(rows) else logits[places]
+        for place, drawn in zip(places, _drawn_alike(some, own), strict=True):
+            found[place] = drawn
+    return found
+
+
+def _drawn_alike(rows: Sequence[Row], logits: Tensor) -> list[Drawn | None]:
+    sampling, said = rows[0].sampling, []
+    if sampling.repetition_penalty != 1:
+        said = [torch.tensor(sorted({*row.ids}), device=logits.device) for row in rows]
+    keys = [row.randoms.getrandbits(KEY_BITS) for row in rows]
+    bends = [row.asked.bend for row in rows]
+    return draw(logits, sampling, said, keys, bends, rows[0].asked.likeliest)
 
 
 def _seen(row: Row) -> dict[str, Tensor]:

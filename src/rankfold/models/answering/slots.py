@@ -5,11 +5,14 @@ distance of columns (windows, chunks) is masked rightly."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from rankfold.models.answering.kept_prefixes import Prefix
 
 GROWTH = 64  # columns beyond those needed, at least: each growth copies everything
 
@@ -125,18 +128,21 @@ class Slots:
             layer.lay(rows, end + max(GROWTH, end // 2), end)
         self.end = end
 
-    def shared(self, places: list[tuple[int, int]]) -> DynamicCache:
-        """For each of ``places``, a row and a number of tokens, so many of its first tokens, ending at one
-        column."""
-        width, found = max(tokens for _, tokens in places), DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
-            keys, values = (self._first(held, places, width) for held in (layer.keys, layer.values))
-            found.update(keys, values, number)
-        return found
+    def prefix(self, place: int) -> Prefix:
+        """What there is of the row ``place``: no copies."""
+        shown = slice(self.end - self.lengths[place], self.end)
+        return [(layer.keys[place, :, shown], layer.values[place, :, shown]) for layer in self.cache.layers]
 
-    def _first(self, held: Tensor, places: list[tuple[int, int]], width: int) -> Tensor:
-        out = held.new_zeros(len(places), held.shape[1], width, held.shape[3])
-        for row, (place, tokens) in enumerate(places):
-            begin = self.end - self.lengths[place]
-            out[row, :, width - tokens :] = held[place, :, begin : begin + tokens]
-        return out
+
+def begun(prefixes: Sequence[tuple[Prefix, int]]) -> DynamicCache:
+    """For each row the first tokens of a prefix, so many as are told, all ending at one column."""
+    width, found = max(tokens for _, tokens in prefixes), DynamicCache()
+    like = next(prefix for prefix, tokens in prefixes if tokens)
+    for number, pair in enumerate(like):
+        keys, values = (part.new_zeros(len(prefixes), part.shape[0], width, part.shape[2]) for part in pair)
+        for row, (prefix, tokens) in enumerate(prefixes):
+            if tokens:
+                keys[row, :, width - tokens :] = prefix[number][0][:, :tokens]
+                values[row, :, width - tokens :] = prefix[number][1][:, :tokens]
+        found.update(keys, values, number)
+    return found
