@@ -26,6 +26,7 @@ VERBS = {
     "selftest": "try rankfold's arithmetic on this installation",
     "schema": "print the JSON schema of a recipe",
     "chat": "talk to a model",
+    "serve": "answer OpenAI's clients, many at a time",
     "generate": "answer one prompt",
     "predict": "answer every row of a file",
     "eval": "judge models and adapters on rows",

@@ -106,9 +106,7 @@ class Answerer:
         self.loop: Loop | None = None
         settled = sampling.settled(base.model)
         if settled is not None and not why_not(base, sampling):
-            memory = CACHE_SHARE * free_memory_bytes(base.model.device)
-            guesses = GUESSED if pays(GUESSED + 1) else 0
-            self.loop = Loop(base.model, at_once, memory, guesses)
+            self.loop = loop_for(base.model, at_once)
         self.manner = Manner(base.tokenizer, self.stops, settled or sampling)
 
     def reply(self, messages: Conversation, seed: int, write: Callable[[str], object] | None = None) -> str:
@@ -161,8 +159,26 @@ class Answerer:
 def answerer(base: Base, sampling: Sampling, at_once: int = AT_ONCE) -> Iterator[Answerer]:
     """Within the block ``base`` is ready to answer again and again: what the last answer's prompt began with
     is not read anew.  Nothing of the model may be changed meanwhile."""
-    with _ready(base.model), fast_products(base.model):
+    with answering(base.model):
         yield Answerer(base, sampling, at_once)
+
+
+@contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """Within the block ``model`` is ready to answer: without dropout, its products made for few rows."""
+    was_training = model.training
+    model.eval()
+    try:
+        with fast_products(model):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def loop_for(model: Any, at_once: int) -> Loop:
+    """The loop for a model that is ``answering``, in a share of the memory that is free."""
+    guesses = GUESSED if pays(GUESSED + 1) else 0
+    return Loop(model, at_once, CACHE_SHARE * free_memory_bytes(model.device), guesses)
 
 
 def _question(prompt: str | Conversation) -> Question:
@@ -172,17 +188,6 @@ def _question(prompt: str | Conversation) -> Question:
 def _loaded(name: str | Path) -> Base:
     is_adapter = (Path(name) / "adapter_config.json").is_file()
     return load_tuned(name) if is_adapter else load_base(str(name))
-
-
-@contextmanager
-def _ready(model: Any) -> Iterator[None]:
-    """Without dropout for as long as it answers."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def prompt_of(base: Base, question: Question) -> tuple[list[int], dict[str, Any]]:

@@ -49,6 +49,10 @@ class Company:
             self._rows = self._ready.enter_context(mixed_batches(self.model, carried))
         self._rows.names = [None if name == BASE else name for name in names]
 
+    def forget(self, name: str) -> None:
+        """The adapter ``name`` is no more."""
+        self._sides.pop(name, None)
+
     def leave(self) -> None:
         """Let the model be as it was before; an adapter may be added or deleted then."""
         self._ready.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,22 +58,27 @@ def load_several(adapters: Mapping[str, Path], asked: ModelRequest) -> dict[str,
     base = _base(
         _model_of({name: config.base_model_name_or_path for name, config in named.items()}, asked), asked
     )
-    voices, model = {BASE: base}, base.model
+    voices = {BASE: Voice(BASE, base)}
     for number, (name, folder) in enumerate(adapters.items()):
-        read = base.reading_by(copy.deepcopy(base.tokenizer))
-        fitted = fit_to_adapter(read, folder, AdapterMetadata.read(folder), allow)
-        other = natively_named(folder, base.source.name) if is_internvl(base.model) else nullcontext(folder)
-        with other as place:
-            if number:
-                model.load_adapter(place, f"voice{number}", allow=allow)
-            else:
-                model = PeftModel.from_pretrained(base.model, place, "voice0", allow=allow)
-        voices[name] = fitted
-    numbers = {name: f"voice{number}" for number, name in enumerate(adapters)}
-    return {
-        name: Voice(name, replace(each, model=model.eval()), numbers.get(name))
-        for name, each in voices.items()
-    }
+        voices[name] = one_more(base, name, f"voice{number}", folder, allow)
+        base = replace(base, model=voices[name].base.model)
+    return {name: replace(each, base=replace(each.base, model=base.model)) for name, each in voices.items()}
+
+
+def one_more(base: Base, name: str, known_as: str, folder: Path, allow: Collection[Fault] = ()) -> Voice:
+    """The voice of the adapter in ``folder`` on ``base``, whose model knows it as ``known_as`` from now on:
+    the model of what is given, with which other voices go on.  Raises what ``load_tuned`` does."""
+    read = base.reading_by(copy.deepcopy(base.tokenizer))
+    fitted = fit_to_adapter(read, folder, AdapterMetadata.read(folder), allow)
+    model = base.model
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    other = natively_named(folder, base.source.name) if is_internvl(plain) else nullcontext(folder)
+    with other as place:
+        if isinstance(model, PeftModel):
+            model.load_adapter(place, known_as, allow=allow)
+        else:
+            model = PeftModel.from_pretrained(model, place, known_as, allow=allow)
+    return Voice(name, replace(fitted, model=model.eval()), known_as)
 
 
 def _model_of(named: Mapping[str, str | None], asked: ModelRequest) -> str:

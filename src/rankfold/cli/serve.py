@@ -1,0 +1,50 @@
+"""``rankfold serve``"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from rankfold.cli.chat import named_adapters
+from rankfold.cli.options import asked_of, options_of, several_model_options
+from rankfold.errors import ConfigError
+from rankfold.models.answering.sampling import Sampling, told_of_own_settings
+from rankfold.models.choices import ModelRequest
+from rankfold.serve.request import ServeRequest
+
+
+@click.command("serve")
+@click.argument("name", metavar="[MODEL]", required=False)
+@several_model_options
+@options_of(ServeRequest, arguments=("origins",))
+@click.option(
+    "--origins", multiple=True, metavar="VALUE", help=ServeRequest.model_fields["origins"].description
+)
+def command(name: str | None, **options: Any) -> None:
+    """Answer OpenAI's clients by MODEL and by adapters on it, many requests at a time.
+
+    Give --adapter NAME=FOLDER several times: a request names the one that answers in its field "model".
+    Settings of drawing (--temperature ...) are for requests that do not say theirs."""
+    if name is not None and options.get("model") is not None:
+        raise ConfigError("the model is named twice: as MODEL and by --model")
+    options["model"] = name or options.get("model")
+    asked, sampling = asked_of(options, ServeRequest), asked_of(options, Sampling)
+    adapters = named_adapters(options.pop("adapters", ()))
+    try:
+        from rankfold.serve import run
+        from rankfold.serve.app import application
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'rankfold[serve]'") from error
+    guards, listening = run.guards_of(asked), run.listen(asked)
+    served = run.served_by(adapters, asked_of(options, ModelRequest), sampling, asked)
+    base = served.speakers.base
+    notes = [note for each in served.speakers.by_name.values() for note in each.base.notes]
+    for note in dict.fromkeys([*notes, *told_of_own_settings(base.model, sampling)]):
+        click.echo(f"note: {note}", err=True)
+
+    def ready() -> None:
+        names = ", ".join(served.speakers.by_name)
+        click.echo(f"serving {names} at {run.url_of(listening)}")
+
+    run.run(application(served, guards), listening, ready)
