@@ -50,7 +50,7 @@ class Leanings:
         self.bias: dict[int, float] = {}
         for name, value in (asked.logit_bias or {}).items():
             if not name.isdecimal() or int(name) >= vocabulary:
-                told = f"{name!r:.40} is no token's number below {vocabulary:,}"
+                told = f"logit_bias: {name!r:.40} is no token's number below {vocabulary:,}"
                 raise RefusedError(400, told, param="logit_bias")
             self.bias[int(name)] = value
         self.said: Counter[int] = Counter()

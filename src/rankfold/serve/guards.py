@@ -18,12 +18,14 @@ OPEN = "/health"  # which needs no key: those who watch a server have none
 @dataclass(frozen=True)
 class Guards:
     """``key``: what clients must send, None if they need not.  ``hosts``: the names by which the server may
-    be called, None for any; a page of another origin than these ``hosts`` and ``origins`` may not call it."""
+    be called, None for any; a page of another origin than the server's own and ``origins`` may not call it.
+    ``most_open``: requests that come or are answered at a time, of up to ``most_bytes`` in ``body_s``."""
 
     key: str | None
     hosts: Collection[str] | None
     most_bytes: int
     body_s: float
+    most_open: int = 1000
     origins: Collection[str] = field(default_factory=tuple)
 
     def check(self, scope: Scope) -> None:
@@ -31,10 +33,16 @@ class Guards:
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+            page = urlsplit(headers.get("origin", "")).netloc
+        except ValueError as error:
+            raise RefusedError(400, f"the header Host or Origin is broken: {error}") from error
         if self.hosts is not None and host not in self.hosts:
             raise RefusedError(403, f"this server is not called {host!r:.100}; ask {sorted(self.hosts)[0]}")
-        self._check_origin(headers.get("origin"), headers.get("host", ""))
+        origin = headers.get("origin")
+        if origin and origin not in self.origins and page != headers.get("host"):
+            raise RefusedError(403, f"a page of {origin!r:.100} may not ask (--origins)")
         if self.key is not None and scope["path"] != OPEN:
             self._check_key(headers.get("authorization", ""))
         length = headers.get("content-length", "")
@@ -43,10 +51,6 @@ class Guards:
 
     def too_large(self) -> RefusedError:
         return RefusedError(413, f"the request has more than {self.most_bytes:,} bytes (--body-mb)")
-
-    def _check_origin(self, origin: str | None, host: str) -> None:
-        if origin and origin not in self.origins and urlsplit(origin).netloc != host:
-            raise RefusedError(403, f"a page of {origin!r:.100} may not ask (--origins)")
 
     def _check_key(self, sent: str) -> None:
         kind, _, key = sent.partition(" ")
@@ -61,6 +65,7 @@ class Guarded:
 
     def __init__(self, app: Any, guards: Guards) -> None:
         self.app, self.guards = app, guards
+        self.open = 0
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -68,18 +73,20 @@ class Guarded:
             return
         try:
             self.guards.check(scope)
-        except (RefusedError, ValueError) as error:
-            refused = (
-                error if isinstance(error, RefusedError) else RefusedError(400, "the Host header is broken")
-            )
-            await refused.response()(scope, receive, send)  # type: ignore[arg-type]
-            return
-        body = _Body(receive, self.guards)
-        try:
-            await self.app(scope, body.receive, body.watched(send))
+            self._check_room(scope)
         except RefusedError as error:
-            if not body.has_answered:
-                await error.response()(scope, receive, send)  # type: ignore[arg-type]
+            await error.response()(scope, receive, send)  # type: ignore[arg-type]
+            return
+        self.open += 1
+        try:
+            await self.app(scope, _Body(receive, self.guards).receive, send)
+        finally:
+            self.open -= 1
+
+    def _check_room(self, scope: Scope) -> None:
+        if self.open >= self.guards.most_open and scope["path"] != OPEN:
+            told = f"{self.guards.most_open} requests are open already; try again"
+            raise RefusedError(429, told, "queue_full", headers={"Retry-After": "1"})
 
 
 class _Body:
@@ -89,7 +96,7 @@ class _Body:
         self._receive, self.guards = receive, guards
         self.left = guards.most_bytes
         self.until = asyncio.get_running_loop().time() + guards.body_s
-        self.is_whole = self.has_answered = False
+        self.is_whole = False
 
     async def receive(self) -> Any:
         if self.is_whole:
@@ -98,17 +105,10 @@ class _Body:
             async with asyncio.timeout_at(self.until):
                 message = await self._receive()
         except TimeoutError:
-            raise RefusedError(408, f"the request did not come within {self.guards.body_s:g} s",
-                               headers={"Connection": "close"}) from None  # fmt: skip
+            told = f"the request did not come within {self.guards.body_s:g} s (--body-s)"
+            raise RefusedError(408, told, headers={"Connection": "close"}) from None
         self.left -= len(message.get("body", b""))
         if self.left < 0:
             raise self.guards.too_large()
         self.is_whole = not message.get("more_body", False)
         return message
-
-    def watched(self, send: Any) -> Any:
-        async def watching(message: Any) -> None:
-            self.has_answered = True
-            await send(message)
-
-        return watching

@@ -26,6 +26,7 @@ KEY_VARIABLE = "RANKFOLD_API_KEY"
 LEAST_KEY = 8  # characters
 FINISHING_S = 30  # for answers that are written when the server is told to stop
 MEGABYTE = 10**6
+BESIDE = 64  # requests that may be open beside those that are answered
 
 
 def key_of(asked: ServeRequest) -> str | None:
@@ -49,7 +50,9 @@ def key_of(asked: ServeRequest) -> str | None:
 def guards_of(asked: ServeRequest) -> Guards:
     """What keeps others out.  Raises ConfigError."""
     hosts = {"127.0.0.1", "localhost", "::1", asked.host} if asked.is_local else None
-    return Guards(key_of(asked), hosts, int(asked.body_mb * MEGABYTE), asked.body_s, tuple(asked.origins))
+    most_open = asked.at_once + asked.queue + BESIDE
+    most_bytes = int(asked.body_mb * MEGABYTE)
+    return Guards(key_of(asked), hosts, most_bytes, asked.body_s, most_open, tuple(asked.origins))
 
 
 def served_by(
@@ -75,17 +78,11 @@ def served_by(
 def listen(asked: ServeRequest) -> socket.socket:
     """A socket at the address.  Raises ConfigError."""
     try:
-        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
-            asked.host, asked.port, type=socket.SOCK_STREAM
-        )
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(asked.host, asked.port, type=socket.SOCK_STREAM)
+        return socket.create_server(address, family=family)
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen at {asked.host} port {asked.port}: {error}; see --host, --port"
-        ) from error
-    return found
+        told = f"cannot listen at {asked.host} port {asked.port}: {error}; see --host, --port"
+        raise ConfigError(told) from error
 
 
 def url_of(listening: socket.socket) -> str:

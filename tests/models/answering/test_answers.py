@@ -305,7 +305,11 @@ def test_an_activated_adapter_counts_in_answers_too(real_base):
     base = dataclasses.replace(real_base, model=copy.deepcopy(real_base.model))
     called = base.tokenizer.encode(" capital", add_special_tokens=False)
     config = LoraConfig(
-        target_modules="all-linear", r=64, lora_alpha=640, alora_invocation_tokens=called, task_type="CAUSAL_LM"
+        target_modules="all-linear",
+        r=64,
+        lora_alpha=640,
+        alora_invocation_tokens=called,
+        task_type="CAUSAL_LM",
     )
     base = dataclasses.replace(base, model=get_peft_model(base.model, config))
     randomise(base.model)

@@ -1,0 +1,264 @@
+"""The server through OpenAI's own client, beside the same answers by ``reply``."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import jsonschema
+import openai
+import pytest
+
+from rankfold.models.answering.answers import reply
+from rankfold.models.answering.sampling import Sampling
+from rankfold.models.base.load import load_base, load_tuned
+from serving import make_adapters, running
+
+NAMES = ("base", "one", "two")
+GREEDY = {"temperature": 0, "max_tokens": 12}
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_folder, tmp_path_factory):
+    return make_adapters(tiny_folder, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder, adapters):
+    root = next(iter(adapters.values())).parent
+    with running(tiny_folder, adapters, at_once=5, queue=200, adapter_root=root) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder, adapters):
+    models = {"base": load_base(str(tiny_folder))} | {
+        name: load_tuned(place) for name, place in adapters.items()
+    }
+    likeliest = Sampling(temperature=0, max_new_tokens=12)
+    return lambda name, messages: reply(models[name], messages, likeliest)
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_the_base_and_its_adapters_are_listed(client, server):
+    listed = {model.id: model for model in client.models.list()}
+    assert set(listed) == {server.base_name, "one", "two"}
+    assert listed["one"].parent == server.base_name
+    assert client.models.retrieve(server.base_name).id == server.base_name
+    with pytest.raises(openai.NotFoundError, match=r"no model is called 'on'.*one"):
+        client.models.retrieve("on")
+
+
+def test_many_requests_for_several_adapters_are_each_answered_as_alone(client, alone):
+    asked = [(NAMES[n % 3], user(f"Question {n // 2}: how many {'a' * (n % 7)}?")) for n in range(24)]
+
+    def ask(one):
+        return client.chat.completions.create(model=one[0], messages=one[1], **GREEDY)
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, asked))
+    assert [answer.choices[0].message.content for answer in found] == [alone(*one) for one in asked]
+    assert len({answer.choices[0].message.content for answer in found}) > 12
+    assert {answer.choices[0].finish_reason for answer in found} <= {"stop", "length"}
+    for answer in found:
+        usage = answer.usage
+        assert 1 <= usage.completion_tokens <= 12
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stream_brings_the_same_text_in_pieces(client, alone, name):
+    messages = [{"role": "system", "content": "Be brief."}, *user("Tell me a story.")]
+    options = {"stream": True, "stream_options": {"include_usage": True}, "n": 2}
+    chunks = list(client.chat.completions.create(model=name, messages=messages, **GREEDY, **options))
+    texts, reasons = ["", ""], [None, None]
+    for chunk in chunks[:-1]:
+        [choice] = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [alone(name, messages)] * 2
+    assert set(reasons) <= {"stop", "length"}
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens <= 24
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_seed_repeats_and_no_seed_does_not(client):
+    def ask(**options):
+        found = client.chat.completions.create(
+            model="one", messages=user("Draw."), temperature=1.5, max_tokens=10, n=2, **options
+        )
+        return [choice.message.content for choice in found.choices]
+
+    assert ask(seed=7) == ask(seed=7) != ask(seed=8)
+    assert ask() != ask()
+    assert len(set(ask(seed=7))) == 2
+
+
+def test_logprobs_are_told_with_the_likeliest_tokens_whole_and_streamed(client):
+    options = {"model": "two", "messages": user("How likely?"), "logprobs": True, "top_logprobs": 3, **GREEDY}
+    whole = client.chat.completions.create(**options).choices[0]
+    content = whole.logprobs.content
+    for token in content:
+        assert token.top_logprobs[0].token == token.token
+        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob)
+        assert len(token.top_logprobs) == 3
+        assert token.logprob <= 0
+    spelt = b"".join(bytes(token.bytes) for token in content).decode("utf-8", "replace")
+    assert whole.message.content.strip("\ufffd") in spelt
+    streamed = []
+    for chunk in client.chat.completions.create(**options, stream=True):
+        for choice in chunk.choices:
+            streamed += choice.logprobs.content if choice.logprobs else []
+    assert [token.bytes for token in streamed] == [token.bytes for token in content]
+
+
+def test_completions_go_on_with_texts_and_tokens(client, server):
+    tokenizer = server.served.speakers.base.tokenizer
+    texts = ["Once upon a time", "The end"]
+    found = client.completions.create(model="one", prompt=texts, n=2, echo=True, logprobs=2, **GREEDY)
+    assert [choice.text.startswith(texts[n // 2]) for n, choice in enumerate(found.choices)] == [True] * 4
+    assert found.choices[0].text == found.choices[1].text
+    assert len(found.choices[0].logprobs.tokens) == len(found.choices[0].logprobs.text_offset)
+    assert found.usage.prompt_tokens == sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    by_tokens = client.completions.create(model="one", prompt=ids, echo=True, **GREEDY)
+    assert [c.text for c in by_tokens.choices] == [c.text for c in found.choices[::2]]
+    streamed = client.completions.create(model="one", prompt=texts[0], echo=True, stream=True, **GREEDY)
+    assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == found.choices[0].text
+
+
+def test_stops_limits_penalties_and_biases_are_kept(client, server):
+    ask = lambda **options: client.chat.completions.create(  # noqa: E731
+        **({"model": "one", "messages": user("Say something."), **GREEDY} | options)
+    )
+    plain = ask().choices[0].message.content
+    middle = plain[len(plain) // 2]
+    assert ask(stop=middle).choices[0].message.content == plain[: plain.index(middle)].strip()
+    short = ask(max_tokens=1)
+    assert (short.usage.completion_tokens, short.choices[0].finish_reason) == (1, "length")
+    word = server.served.speakers.base.tokenizer.encode("z", add_special_tokens=False)[0]
+    assert ask(logit_bias={str(word): 100}, max_tokens=4).choices[0].message.content == "zzzz"
+    spread = ask(logit_bias={str(word): 100}, frequency_penalty=2, presence_penalty=2, max_tokens=100)
+    assert spread.choices[0].message.content.count("z") < 100
+
+
+def test_an_answer_follows_a_json_schema_whatever_the_model_is(client):
+    shape = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    for name, temperature in (("base", 0), ("one", 1.0), ("two", 1.5)):
+        found = client.chat.completions.create(
+            model=name, messages=user("Who?"), response_format=shape, temperature=temperature, max_tokens=200,
+            logit_bias={}, seed=3,
+        ).choices[0]  # fmt: skip
+        if found.finish_reason == "stop":
+            jsonschema.validate(json.loads(found.message.content), PERSON)
+    assert found.finish_reason == "stop" or len(found.message.content) > 20
+    anything = client.chat.completions.create(
+        model="one", messages=user("?"), response_format={"type": "json_object"}, temperature=0, max_tokens=8
+    )
+    assert anything.choices[0].message.content.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"temperature": 99}, "temperature"),
+        ({"n": 10**9}, "n: "),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"extra_body": {"beams": 3}}, "beams"),
+        ({"extra_body": {"chat_template": "{{ 1 }}"}}, "chat_template"),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias"),
+        ({"stop": ["x"] * 100_000}, "stop"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "word " * 5000}]}, "reads"),
+        ({"messages": [{"role": "assistant", "content": "I said"}]}, "asks nothing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}},
+            "schema",
+        ),
+        (
+            {"messages": user([{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}])},
+            "fetches",
+        ),
+        ({"messages": user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])}, "fetches"),
+        (
+            {"messages": user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}])},
+            "image",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_told_as_a_request_that_is_wrong(client, options, told):
+    with pytest.raises(openai.BadRequestError, match=told) as found:
+        client.chat.completions.create(**({"model": "one", "messages": user("x")} | options))
+    assert found.value.body["type"] == "invalid_request_error"
+
+
+def test_several_mistakes_are_told_at_once(client):
+    with pytest.raises(openai.BadRequestError, match=r"temperature.*top_p"):
+        client.chat.completions.create(model="one", messages=user("x"), temperature=-1, top_p=5)
+
+
+def test_adapters_come_and_go_while_others_are_answered(client, server, adapters, tiny_folder, alone):
+    post = lambda what, **body: httpx.post(f"{server.url}/{what}_lora_adapter", json=body, timeout=60)  # noqa: E731
+    long = client.chat.completions.create(
+        model="one", messages=user("A long one."), temperature=0, max_tokens=60, stream=True
+    )
+    first = next(iter(long))
+    loaded = post("load", lora_name="third", lora_path="two")
+    assert loaded.json()["id"] == "third"
+    asked = user("Who are you now?")
+    ask = lambda: client.chat.completions.create(model="third", messages=asked, **GREEDY)  # noqa: E731
+    assert ask().choices[0].message.content == alone("two", asked)
+    assert post("load", lora_name="third", lora_path="one").status_code == 200  # other weights, same name
+    assert ask().choices[0].message.content == alone("one", asked)
+    assert post("unload", lora_name="third").json()["deleted"]
+    with pytest.raises(openai.NotFoundError):
+        ask()
+    assert first.id in {chunk.id for chunk in long}
+    assert client.chat.completions.create(model="one", messages=asked, **GREEDY).choices[
+        0
+    ].message.content == alone("one", asked)
+    held = server.served.speakers.base.model.peft_config
+    assert len(held) <= 3  # what was unloaded is gone, but for one that is just going
+
+
+@pytest.mark.parametrize(
+    "path", ["../base", "/etc", "%2e%2e", "one/../../x", "", "a" * 5000, "missing", "one\0"]
+)
+def test_adapters_are_loaded_from_below_the_folder_only(server, path):
+    found = httpx.post(f"{server.url}/load_lora_adapter", json={"lora_name": "evil", "lora_path": path})
+    assert found.status_code in (400, 404)
+    assert "evil" not in server.served.speakers.by_name
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "x" * 200, "base", "\u0430 b", "a\nb"])
+def test_adapters_names_are_plain_words(server, name):
+    found = httpx.post(f"{server.url}/load_lora_adapter", json={"lora_name": name, "lora_path": "two"})
+    assert found.status_code in (400, 409)
+
+
+def test_health_and_metrics_tell_how_it_is(server, client):
+    client.chat.completions.create(model="one", messages=user("x"), **GREEDY)
+    assert httpx.get(f"{server.root}/health").json() == {"status": "ok"}
+    text = httpx.get(f"{server.root}/metrics").text
+    numbers = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[0] != "#"}
+    assert numbers["rankfold_answers_total"] >= 1
+    assert numbers["rankfold_written_tokens_total"] >= 1
+    assert numbers["rankfold_pending"] == 0
+    assert numbers["rankfold_models"] == 3
