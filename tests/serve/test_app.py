@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -10,9 +11,11 @@ import jsonschema
 import openai
 import pytest
 
+from chat_formats import TRL
 from rankfold.models.answering.answers import reply
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.load import load_base, load_tuned
+from rankfold.serve import answering
 from serving import make_adapters, running
 
 NAMES = ("base", "one", "two")
@@ -262,3 +265,85 @@ def test_health_and_metrics_tell_how_it_is(server, client):
     assert numbers["rankfold_written_tokens_total"] >= 1
     assert numbers["rankfold_pending"] == 0
     assert numbers["rankfold_models"] == 3
+
+
+def test_calls_of_tools_are_told_as_such_whole_and_streamed(tiny_folder, tmp_path):
+    """A model of random weights calls nothing by itself: it is leant to the words of a call."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").write_text((TRL / "qwen2_5.jinja").read_text())
+    tool = {
+        "type": "function",
+        "function": {"name": "now", "parameters": {"type": "object", "properties": {}}},
+    }
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    with running(folder, {}) as server:
+        client, tokenizer = server.client(), server.served.speakers.base.tokenizer
+        forced = _Forced(tokenizer.encode(f"Hm. {call}", add_special_tokens=False), tokenizer.eos_token_id)
+        with forced:
+            options = {"model": "base", "messages": user("What time?"), "tools": [tool], "max_tokens": 60}
+            choice = client.chat.completions.create(**options).choices[0]
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Hm.")
+            [found] = choice.message.tool_calls
+            assert (found.function.name, found.function.arguments) == ("now", "{}")
+            text, calls, reasons = "", [], set()
+            for chunk in client.chat.completions.create(**options, stream=True):
+                delta = chunk.choices[0].delta
+                text, calls = text + (delta.content or ""), calls + (delta.tool_calls or [])
+                reasons.add(chunk.choices[0].finish_reason)
+            assert (text.strip(), reasons) == ("Hm.", {None, "tool_calls"})
+            assert [each.function.name for each in calls] == ["now"]
+            plain = client.chat.completions.create(**options, tool_choice="none").choices[0]
+            assert "<tool_call>" in plain.message.content
+        back = [*options["messages"], choice.message.model_dump(exclude_none=True),
+                {"role": "tool", "tool_call_id": found.id, "content": "noon"}]  # fmt: skip
+        assert client.chat.completions.create(**options | {"messages": back}).choices[0].finish_reason
+
+
+class _Forced:
+    """Lets every answer be these tokens, whatever the model says."""
+
+    def __init__(self, ids, end):
+        self.ids, self.end = ids, end
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        ids, end = [*self.ids, self.end], self.end
+
+        def benders(speaker, asked):
+            return [self]
+
+        self.patch.setattr(answering, "benders_of", benders)
+        self.said, self.wanted, self.last = 0, ids, end
+        return self
+
+    def bend(self, logits):
+        wanted = self.wanted[self.said % len(self.wanted)]
+        logits[:] = -1e9
+        logits[wanted] = 0
+        return logits
+
+    def hear(self, drawn):
+        self.said += 1
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+
+def test_tools_that_a_template_has_no_place_for_are_refused(client):
+    tool = {"type": "function", "function": {"name": "now"}}
+    with pytest.raises(openai.BadRequestError, match="no place for calls"):
+        client.chat.completions.create(model="one", messages=user("x"), tools=[tool])
+
+
+def test_an_adapter_that_was_unloaded_and_one_of_other_words_leave_no_trace(client, server):
+    before = client.chat.completions.create(model="base", messages=user("Same?"), **GREEDY)
+    for name in ("a", "b"):
+        loaded = httpx.post(
+            f"{server.url}/load_lora_adapter", json={"lora_name": name, "lora_path": "two"}, timeout=60
+        )
+        assert loaded.status_code == 200
+        assert client.models.delete(name).deleted
+    after = client.chat.completions.create(model="base", messages=user("Same?"), **GREEDY)
+    assert before.choices[0].message.content == after.choices[0].message.content
+    assert "a" not in {model.id for model in client.models.list()}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,34 +14,55 @@ from rankfold.errors import ConfigError, RankfoldError
 from rankfold.models.answering.sampling import Sampling, told_of_own_settings
 from rankfold.models.choices import ModelRequest
 
+if TYPE_CHECKING:
+    from rankfold.cli.chat_session import Speaking
+
 LINES = '"""'  # around a message of several lines
 
 
 @click.command("chat")
+@click.option("--server", metavar="URL", help="talk to a running server: http://HOST:PORT/v1")
 @several_model_options
-def command(**options: Any) -> None:
+def command(server: str | None, **options: Any) -> None:
     """Talk to a model, with adapters or without.  Lines on standard input work too.
 
     Give --adapter NAME=FOLDER several times to switch between them (/use NAME), to hear them side by side
     (/use NAME NAME), and the base (/base).  /help says what else there is."""
-    from rankfold.cli.chat_session import Session
+    sampling, told = asked_of(options, Sampling), asked_of(options, ModelRequest)
+    adapters = named_adapters(options.pop("adapters"))
+    if server is None:
+        _talk_here(adapters, told, sampling)
+        return
+    if adapters or told != ModelRequest():
+        raise ConfigError("a server has its models loaded: leave --adapter, --model and their like out")
+    from rankfold.cli.chat_server import served_models
+
+    _talk(served_models(server, sampling), sampling.seed, server)
+
+
+def _talk_here(adapters: dict[str, Path], asked: ModelRequest, sampling: Sampling) -> None:
+    from rankfold.cli.chat_session import Spoken
     from rankfold.models.answering.answers import Answerer, answerer
     from rankfold.models.base.several import BASE, load_several
 
-    adapters = named_adapters(options.pop("adapters"))
-    sampling = asked_of(options, Sampling)
-    voices = load_several(adapters, asked_of(options, ModelRequest))
+    voices = load_several(adapters, asked)
     base = voices[BASE].base
     notes = dict.fromkeys(note for voice in voices.values() for note in voice.base.notes)
     for note in (*notes, *told_of_own_settings(base.model, sampling)):
         click.echo(f"note: {note}", err=True)
-    interactive = sys.stdin.isatty()
     with answerer(base, sampling, at_once=1):
-        ready = {name: Answerer(voice.base, sampling, 1) for name, voice in voices.items()}
-        session = Session(voices, ready, sampling, _show)
-        if interactive:
-            click.echo(f"{base.source.name}, answering: {session.speaking[0]}; /help says what can be typed")
-        _talk(session.take, interactive)
+        ready = {name: Spoken(voice, Answerer(voice.base, sampling, 1)) for name, voice in voices.items()}
+        _talk(ready, sampling.seed, base.source.name)
+
+
+def _talk(voices: Mapping[str, Speaking], seed: int, place: str) -> None:
+    from rankfold.cli.chat_session import Session
+
+    interactive = sys.stdin.isatty()
+    session = Session(voices, seed, _show)
+    if interactive:
+        click.echo(f"{place}, answering: {session.speaking[0]}; /help says what can be typed")
+    _take_lines(session.take, interactive)
 
 
 def named_adapters(given: tuple[str, ...]) -> dict[str, Path]:
@@ -57,7 +78,7 @@ def named_adapters(given: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def _talk(take: Callable[[str], None], interactive: bool) -> None:
+def _take_lines(take: Callable[[str], None], interactive: bool) -> None:
     while (line := _read(interactive)) is not None:
         try:
             take(line)

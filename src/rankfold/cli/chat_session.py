@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rankfold.errors import DataError, OutputError, nearest
 from rankfold.files import write_whole
 from rankfold.models.answering.answers import Answerer
-from rankfold.models.answering.sampling import Sampling
-from rankfold.models.base.several import BASE, Voice
+from rankfold.models.base.several import Voice
 from rankfold.models.messages.images import content_of, size_of
 
 HELP = {
@@ -28,24 +28,46 @@ HELP = {
 Message = dict[str, Any]
 
 
-class Session:
-    """Conversations with ``voices``, one for each; ``say`` prints a piece of text as it is."""
+class Speaking(Protocol):
+    """Who answers in a chat; one that ``sees`` can be shown images."""
 
-    def __init__(
-        self,
-        voices: Mapping[str, Voice],
-        answerers: Mapping[str, Answerer],
-        sampling: Sampling,
-        say: Callable[[str], object],
-    ) -> None:
-        self.voices, self.answerers, self.say = voices, answerers, say
-        self.speaking = [next((name for name in voices if name != BASE), BASE)]
-        self.seed, self.system = sampling.seed, ""
+    @property
+    def sees(self) -> bool: ...
+
+    def reply(self, messages: Sequence[Message], seed: int, write: Callable[[str], object]) -> str:
+        """The answer, of which ``write`` gets the pieces.  Raises DataError."""
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A voice of a model that is loaded here."""
+
+    voice: Voice
+    answerer: Answerer
+
+    @property
+    def sees(self) -> bool:
+        return self.voice.base.processor is not None
+
+    def reply(self, messages: Sequence[Message], seed: int, write: Callable[[str], object]) -> str:
+        with self.voice.speaking():
+            return self.answerer.reply(messages, seed, write)
+
+
+class Session:
+    """Conversations with ``voices``, one for each, the base the first; ``say`` prints a piece of text as it
+    is."""
+
+    def __init__(self, voices: Mapping[str, Speaking], seed: int, say: Callable[[str], object]) -> None:
+        self.voices, self.say = voices, say
+        self.base = next(iter(voices))
+        self.speaking = [next((name for name in voices if name != self.base), self.base)]
+        self.seed, self.system = seed, ""
         self.images: list[Path] = []
         self.messages: dict[str, list[Message]] = {name: [] for name in voices}
         self.commands: dict[str, Callable[[str], object]] = {
             "/use": self._use,
-            "/base": lambda _: self._use(BASE),
+            "/base": lambda _: self._use(self.base),
             "/image": self._show,
             "/system": self._tell,
             "/history": lambda _: self._print(),
@@ -70,8 +92,7 @@ class Session:
                 self.say(f"{name}> ")
             asked = [*self.messages[name], {"role": "user", "content": content}]
             told = [{"role": "system", "content": self.system}] if self.system else []
-            with self.voices[name].speaking():
-                answer = self.answerers[name].reply([*told, *asked], self.seed, self.say)
+            answer = self.voices[name].reply([*told, *asked], self.seed, self.say)
             self.say("\n")
             self.messages[name] = [*asked, {"role": "assistant", "content": answer}]
         self.seed += 1  # otherwise a question asked again would draw the same random numbers again
@@ -86,11 +107,10 @@ class Session:
         self.say(f"answering: {', '.join(self.speaking)}\n")
 
     def _show(self, name: str) -> None:
-        base = self.voices[BASE].base
         if not name:
             raise DataError("/image wants the file of an image")
-        if base.processor is None:
-            raise DataError(f"{name}: {base.source.name} cannot see images")
+        if not self.voices[self.base].sees:
+            raise DataError(f"{name}: this model cannot see images")
         size_of(Path(name))
         self.images.append(Path(name))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from rankfold.errors import ConfigError
 from rankfold.models.answering.sampling import Sampling, told_of_own_settings
 from rankfold.models.choices import ModelRequest
 from rankfold.serve.request import ServeRequest
+
+if TYPE_CHECKING:
+    from rankfold.serve.app import Served
 
 
 @click.command("serve")
@@ -37,14 +40,18 @@ def command(name: str | None, **options: Any) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'rankfold[serve]'") from error
     guards, listening = run.guards_of(asked), run.listen(asked)
-    served = run.served_by(adapters, asked_of(options, ModelRequest), sampling, asked)
+    with listening:
+        served = run.served_by(adapters, asked_of(options, ModelRequest), sampling, asked)
+        _tell_notes(served, sampling)
+        run.run(application(served, guards), listening, lambda: _tell(served, run.url_of(listening)))
+
+
+def _tell_notes(served: Served, sampling: Sampling) -> None:
     base = served.speakers.base
     notes = [note for each in served.speakers.by_name.values() for note in each.base.notes]
     for note in dict.fromkeys([*notes, *told_of_own_settings(base.model, sampling)]):
         click.echo(f"note: {note}", err=True)
 
-    def ready() -> None:
-        names = ", ".join(served.speakers.by_name)
-        click.echo(f"serving {names} at {run.url_of(listening)}")
 
-    run.run(application(served, guards), listening, ready)
+def _tell(served: Served, url: str) -> None:
+    click.echo(f"serving {', '.join(served.speakers.by_name)} at {url}")

@@ -43,8 +43,9 @@ class Desk:
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         speaker = self.speakers.find(asked.model)
         makes, calls = await self._by_clerk(lambda: self._chat_asked(speaker, asked))
-        names = [tool.function.name for tool in asked.tools or ()] if asked.tool_choice != "none" else []
-        told = ChatTold("chat.completion", speaker, bool(asked.logprobs), calls=calls, tools=names)
+        offered = (asked.tools or []) if asked.tool_choice != "none" else []
+        tools = {tool.function.name: tool.function.parameters for tool in offered}
+        told = ChatTold("chat.completion", speaker, asking.wants_logprobs(asked), calls=calls, tools=tools)
         replies = Replies(self.engine, makes, self.answer_s)
         if asked.stream:
             return _stream(self._chat_events(told, replies, asked, request))
@@ -54,7 +55,7 @@ class Desk:
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         speaker = self.speakers.find(asked.model)
         prompts, makes = await self._by_clerk(lambda: self._completion_asked(speaker, asked))
-        told = TextTold("text_completion", speaker, asked.logprobs is not None)
+        told = TextTold("text_completion", speaker, asking.wants_logprobs(asked))
         if asked.echo:
             told.echoed = [speaker.base.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in prompts]
         replies = Replies(self.engine, makes, self.answer_s)
@@ -70,7 +71,16 @@ class Desk:
         self, speaker: Speaker, asked: ChatRequest
     ) -> tuple[list[Callable[[Reply], Asked]], CallForm | None]:
         prompt = asking.chat_prompt(speaker, asked)
-        calls = call_form(speaker.base.tokenizer) if asked.tools else None
+        calls = None
+        if (
+            asked.tools
+            and asked.tool_choice != "none"
+            and (calls := call_form(speaker.base.tokenizer)) is None
+        ):
+            told = (
+                "the model's chat template has no place for calls of tools, or a form that is not known here"
+            )
+            raise RefusedError(400, told, param="tools")
         return self._makes(speaker, asked, [prompt]), calls
 
     def _completion_asked(

@@ -130,7 +130,7 @@ MOST_UNASKED = 4096  # tokens of an answer where neither the request nor the ser
 def wants_logprobs(asked: Answered) -> bool:
     if isinstance(asked, CompletionRequest):
         return asked.logprobs is not None
-    return isinstance(asked, ChatRequest) and bool(asked.logprobs)
+    return isinstance(asked, ChatRequest) and bool(asked.logprobs or asked.top_logprobs)
 
 
 def likeliest_of(asked: Answered) -> int:

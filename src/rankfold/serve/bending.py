@@ -10,11 +10,10 @@ from torch import Tensor
 
 from rankfold.models.answering.drawing import Bend, Drawn
 from rankfold.serve.refusing import RefusedError
-from rankfold.serve.schema import Answered, ChatRequest
+from rankfold.serve.schema import Answered, ChatRequest, OfSchema
 from rankfold.serve.speakers import Speaker
 
 ANY_OBJECT = {"type": "object"}
-MOST_SCHEMA_FUEL = "the schema is too large or not one that can be followed"
 
 
 class Grammar:
@@ -79,7 +78,7 @@ def benders_of(speaker: Speaker, asked: Answered) -> list[Grammar | Leanings]:
     wanted = asked.response_format if isinstance(asked, ChatRequest) else None
     if wanted is None or wanted.type == "text":
         return found
-    schema: dict[str, Any] = ANY_OBJECT if wanted.json_schema is None else wanted.json_schema.schema_
+    schema: dict[str, Any] = wanted.json_schema.schema_ if isinstance(wanted, OfSchema) else ANY_OBJECT
     return [*found, Grammar(speaker, _grammar_of(schema))]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
 
 MOST_TEXT = 4_000_000  # characters
 MOST_MESSAGES = 2000
@@ -65,15 +65,17 @@ class JsonSchema(Given):
     strict: StrictBool | None = None
 
 
-class ResponseFormat(Given):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+class AnyText(Given):
+    type: Literal["text"]
 
-    @model_validator(mode="after")
-    def _has_a_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema stands beside the type json_schema, and only there")
-        return self
+
+class AnyObject(Given):
+    type: Literal["json_object"]
+
+
+class OfSchema(Given):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
 
 
 class ImageUrl(Given):
@@ -129,8 +131,8 @@ class ChatRequest(Answered):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
     logprobs: StrictBool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LIKELIEST)
-    response_format: ResponseFormat | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LIKELIEST, description="logprobs too, then")
+    response_format: Annotated[AnyText | AnyObject | OfSchema, Field(discriminator="type")] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: StrictBool | None = None
@@ -139,12 +141,6 @@ class ChatRequest(Answered):
     service_tier: StrictStr | None = Field(None, description="not used")
     safety_identifier: StrictStr | None = Field(None, description="not used")
     prompt_cache_key: StrictStr | None = Field(None, description="not used: what prompts share is found")
-
-    @model_validator(mode="after")
-    def _asks_for_one_thing(self) -> ChatRequest:
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs wants logprobs to be true")
-        return self
 
 
 class CompletionRequest(Answered):

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from rankfold.errors import RankfoldError, nearest
+from rankfold.errors import ConfigError, RankfoldError, nearest
 from rankfold.models.answering.answers import stops_of
 from rankfold.models.answering.loop import Loop
 from rankfold.models.base.base import Base
@@ -56,11 +56,14 @@ class Speaker:
 
 
 class Speakers:
-    """The speakers of one model, whose base goes by its own name and by "base"."""
+    """The speakers of one model, whose base goes by its own name and by "base".  Raises ConfigError for an
+    adapter of the base's name."""
 
     def __init__(self, voices: Mapping[str, Voice], folders: Mapping[str, Path]) -> None:
         self.base = voices[BASE].base
         self.base_name = self.base.source.name
+        if self.base_name in folders:
+            raise ConfigError(f"--adapter {self.base_name}=...: that is the base's name; choose another")
         named = self.base.model.named_parameters()
         self.parameters = sum(own.numel() for name, own in named if "lora_" not in name)
         self._numbers = count(len(voices))

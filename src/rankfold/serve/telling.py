@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 from rankfold.models.answering.answer import Answer
 from rankfold.models.answering.drawing import Drawn
-from rankfold.serve.calls import CallForm
+from rankfold.serve.calls import CallForm, Tools
 from rankfold.serve.replies import Piece, Reply
 from rankfold.serve.speakers import Speaker
 
@@ -35,7 +35,7 @@ class Told:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
     calls: CallForm | None = None
-    tools: Collection[str] = ()
+    tools: Tools = field(default_factory=dict)
     echoed: Sequence[str] = ()
 
     def head(self, is_chunk: bool = False) -> Chunk:

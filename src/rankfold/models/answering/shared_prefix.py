@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LEAST = 8  # tokens that are worth to be copied instead of being read
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens are the same."""
+def common(one: Sequence[T], other: Sequence[T]) -> int:
+    """How many first tokens, or letters, are the same."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
