@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 from conftest import randomise
 from rankfold import LoraConfig, get_peft_model
 from rankfold.models.answering.sampling import Sampling
+from rankfold.models.base.base import Base
+from rankfold.models.base.several import BASE, Voice
 from rankfold.models.choices import ModelRequest
 from rankfold.serve.app import Served, application
 from rankfold.serve.connections import ImpatientProtocol
 from rankfold.serve.request import ServeRequest
-from rankfold.serve.run import guards_of, listen, served_by, url_of
+from rankfold.serve.run import guards_of, listen, served_by, served_of, url_of
 
 
 def make_adapters(base: Path, place: Path, names: tuple[str, ...] = ("one", "two")) -> dict[str, Path]:
@@ -53,11 +55,14 @@ class Running:
 
 
 @contextmanager
-def running(model: Path, adapters: dict[str, Path], **options) -> Iterator[Running]:
+def running(model: Path | Base, adapters: dict[str, Path], **options) -> Iterator[Running]:
     asked = ServeRequest.of({"port": 0} | options)
     guards, listening = guards_of(asked), listen(asked)
-    wanted = ModelRequest.of({"model": str(model), "precision": "float32"})
-    served = served_by(adapters, wanted, Sampling.of({}), asked)
+    if isinstance(model, Base):
+        served = served_of({BASE: Voice(BASE, model)}, {}, Sampling.of({}), asked)
+    else:
+        wanted = ModelRequest.of({"model": str(model), "precision": "float32"})
+        served = served_by(adapters, wanted, Sampling.of({}), asked)
     config = uvicorn.Config(
         application(served, guards), http=ImpatientProtocol, ws="none", lifespan="on", log_level="warning"
     )

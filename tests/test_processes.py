@@ -80,6 +80,7 @@ def test_a_base_cut_in_two_with_recomputed_activations_makes_the_same_run(option
     assert_same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_three_processes_with_fewer_rows_than_processes_in_a_step(options, tmp_path):
     few = options | {"rows_per_step": 2, "epochs": 1, "max_steps": 3}
     assert children.run("fine_tune", few | {"out": tmp_path / "one"}) == 0
@@ -87,7 +88,7 @@ def test_three_processes_with_fewer_rows_than_processes_in_a_step(options, tmp_p
     assert_same_run(tmp_path / "three", tmp_path / "one")
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_in_another_number_of_processes(options, alone, tmp_path, before, after):
     out = tmp_path / "run"
     argument = options | {"out": out, "max_minutes": 1e-9}  # stops after a step; the limit may be changed

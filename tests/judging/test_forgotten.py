@@ -91,6 +91,7 @@ def test_rise_and_divergence_are_those_of_the_whole_distributions(model, tokeniz
     assert of_german.rows == 3
 
 
+@pytest.mark.slow
 def test_with_all_tokens_among_the_likeliest_the_divergence_is_the_whole_one(model, tokenizer, monkeypatch):
     monkeypatch.setattr("rankfold.judging.forgotten.TOP", 49152)
     general = general_of(tokenizer).first(1)

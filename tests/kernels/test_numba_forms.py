@@ -63,6 +63,7 @@ def test_compiled_loops_are_kept_where_it_is_told_and_nowhere_else(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in compiled(tmp_path / "cache")} == kept
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_written_it_compiles_anew(tmp_path):
     (tmp_path / "file").write_text("")
     done = run("print(repr(problem), form_of(gate).NAME)", tmp_path / "file" / "cache")
@@ -70,6 +71,7 @@ def test_where_nothing_can_be_written_it_compiles_anew(tmp_path):
     assert compiled(Path(rankfold.kernels.__file__).parent) == []
 
 
+@pytest.mark.slow
 def test_a_layer_that_two_may_not_use_at_once_is_not_used(tmp_path):
     done = run("print(problem, '|', form_of(gate).NAME)", tmp_path, NUMBA_THREADING_LAYER="workqueue")
     assert done.stdout == "numba spreads loops by workqueue, which may not be used by two at once | torch\n"

@@ -10,6 +10,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
 from chat_formats import TRL
 from rankfold.models.answering.answers import reply
@@ -347,3 +348,30 @@ def test_an_adapter_that_was_unloaded_and_one_of_other_words_leave_no_trace(clie
     after = client.chat.completions.create(model="base", messages=user("Same?"), **GREEDY)
     assert before.choices[0].message.content == after.choices[0].message.content
     assert "a" not in {model.id for model in client.models.list()}
+
+
+def test_an_adapter_that_does_not_fit_changes_nothing(tiny_folder, tmp_path):
+    good = make_adapters(tiny_folder, tmp_path, ("good", "bad", "torn"))
+    weights = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor[:, :-1].contiguous() for name, tensor in tensors.items()}, weights)
+    (tmp_path / "torn" / "adapter_model.safetensors").write_bytes(b"torn")
+    with running(tiny_folder, {}, adapter_root=tmp_path) as server:
+        client = server.client()
+
+        def ask(name):
+            found = client.chat.completions.create(model=name, messages=user("Same?"), **GREEDY)
+            return found.choices[0].message.content
+
+        before = ask("base")
+        for name in ("bad", "torn", "bad"):
+            found = httpx.post(
+                f"{server.url}/load_lora_adapter", json={"lora_name": name, "lora_path": name}, timeout=60
+            )
+            assert (found.status_code, found.json()["error"]["param"]) == (400, "lora_path")
+            assert ask("base") == before
+        body = {"lora_name": "good", "lora_path": "good"}
+        assert httpx.post(f"{server.url}/load_lora_adapter", json=body, timeout=60).status_code == 200
+        expected = reply(load_tuned(good["good"]), user("Same?"), Sampling(temperature=0, max_new_tokens=12))
+        assert ask("good") == expected
+        assert ask("base") == before

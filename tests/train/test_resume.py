@@ -79,7 +79,7 @@ def enumerated(points: int, every: int) -> range:
 def test_a_kill_at_any_point_and_a_resume_change_no_bit(options, uninterrupted, tmp_path):
     """A sample of the points; the slow test below takes every one."""
     oracle, points = uninterrupted
-    for point in enumerated(points, every=points // 7):
+    for point in enumerated(points, every=points // 5):
         out = tmp_path / str(point)
         killed_and_resumed(options, out, point)
         assert outcome(out) == outcome(oracle), f"killed at point {point} of {points}"
@@ -136,7 +136,7 @@ class Stop(Listener):
         self.notes.append(note)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_stopped_between_checkpoints_goes_on_where_it_was(options, tmp_path, number):
     whole = fine_tune(Recipe.of(options | {"out": tmp_path / "whole"}))
     out = tmp_path / "stopped"

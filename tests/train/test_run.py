@@ -117,7 +117,7 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(recipe, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_recomputed_activations_change_no_bit(recipe, tmp_path, precision):
     options = {"precision": precision, "dropout": 0.2, "max_steps": 2}
     kept, recomputed = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from rankfold.export.certificate import Certificate
+from rankfold.export.hub import Parcel
 from rankfold.export.run import CERTIFICATE, Exported
 
 
@@ -20,6 +21,17 @@ def print_exported(console: Console, done: Exported) -> None:
             console.print(f"  {name:28} {told}", soft_wrap=True, highlight=False)
         console.print(f"certificate  {done.out / CERTIFICATE}", soft_wrap=True)
     console.print(f"written  {done.out}", soft_wrap=True)
+
+
+def print_parcel(console: Console, parcel: Parcel, public: bool) -> None:
+    """What would be sent, where, and under which licence."""
+    seen = "everybody can see it" if public else "only you can see it (--public lets everybody)"
+    console.print(f"to {parcel.repository} on the hub; {seen}:", soft_wrap=True, highlight=False)
+    for name, size in parcel.files.items():
+        console.print(f"  {size:>14,}  {name}", soft_wrap=True, highlight=False)
+    licence = parcel.licence or "NOT NAMED; the base's holds, write it into README.md as license"
+    console.print(f"base     {parcel.base}", soft_wrap=True, highlight=False)
+    console.print(f"licence  {licence}", soft_wrap=True, highlight=False)
 
 
 def _lines(made: Certificate) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--origins", multiple=True, metavar="VALUE", help=ServeRequest.model_fields["origins"].description
 )
-def command(name: str | None, **options: Any) -> None:
+def command(name: str | None, **options: Any) -> int:
     """Answer OpenAI's clients by MODEL and by adapters on it, many requests at a time.
 
     Give --adapter NAME=FOLDER several times: a request names the one that answers in its field "model".
@@ -34,6 +35,12 @@ def command(name: str | None, **options: Any) -> None:
     options["model"] = name or options.get("model")
     asked, sampling = asked_of(options, ServeRequest), asked_of(options, Sampling)
     adapters = named_adapters(options.pop("adapters", ()))
+    if asked.engine != "own":
+        if told := sorted(sampling.model_fields_set):
+            raise ConfigError(
+                f"{', '.join(told)}: clients say so to {asked.engine}; leave that or --engine out"
+            )
+        return _by_engine(adapters, asked_of(options, ModelRequest), asked)
     try:
         from rankfold.serve import run
         from rankfold.serve.app import application
@@ -44,6 +51,14 @@ def command(name: str | None, **options: Any) -> None:
         served = run.served_by(adapters, asked_of(options, ModelRequest), sampling, asked)
         _tell_notes(served, sampling)
         run.run(application(served, guards), listening, lambda: _tell(served, run.url_of(listening)))
+    return 0
+
+
+def _by_engine(adapters: dict[str, Path], model: ModelRequest, asked: ServeRequest) -> int:
+    from rankfold.serve.engines import run_engine
+    from rankfold.serve.keys import key_of
+
+    return run_engine(adapters, model, asked, key_of(asked), click.echo)
 
 
 def _tell_notes(served: Served, sampling: Sampling) -> None:

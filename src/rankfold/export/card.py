@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -54,12 +55,16 @@ def licence_of(base: str) -> str:
     source = find_base(base)
     if source.gguf_file is not None:
         return str(read_gguf(source.gguf_file, words=False).keys.get("general.license", ""))
-    card = Path(source.location) / CARD
+    return str(front_of(Path(source.location) / CARD).get("license", ""))
+
+
+def front_of(card: Path) -> dict[str, Any]:
+    """What stands before the text of a card; nothing if there is none that can be read."""
     if not card.is_file():
-        return ""
+        return {}
     _, mark, rest = card.read_text(encoding="utf-8", errors="replace").partition(MARK)
     try:
         front = yaml.safe_load(rest.partition(MARK)[0]) if mark else None
     except yaml.YAMLError:
-        return ""
-    return str(front.get("license", "")) if isinstance(front, dict) else ""
+        return {}
+    return front if isinstance(front, dict) else {}

@@ -22,6 +22,7 @@ Format = Literal[
     "vllm",
     "sglang",
     "lmdeploy",
+    "hub",
 ]
 GgufType = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 ADAPTERS = ("gguf-adapter", "ollama-adapter")
@@ -33,6 +34,8 @@ ONLY_FOR = {
     "gguf_base": ADAPTERS,
     "engine_python": ("gguf", "ollama", "mlx", *ADAPTERS),
     "common_rank": ("internvl",),
+    "public": ("hub",),
+    "yes": ("hub",),
 }
 
 
@@ -43,7 +46,8 @@ class ExportRequest(CheckedSettings):
         description="merged: a plain model, in the files that transformers and the engines read; gguf: a "
         "plain model in one file, for llama.cpp; gguf-adapter: the adapter alone, for llama.cpp; ollama, "
         "ollama-adapter: the same with a Modelfile; hf, internvl, mlx: the adapter under transformers', the "
-        "original InternVL's or mlx-lm's names; vllm, sglang, lmdeploy: the adapter as that server takes it"
+        "original InternVL's or mlx-lm's names; vllm, sglang, lmdeploy: the adapter as that server takes it; "
+        "hub: sends a folder that was exported to --out OWNER/NAME, after showing what would be sent"
     )
     model: str | None = Field(None, description="base model: folder, .gguf file or hub id [the adapter's]")
     dtype: PrecisionName | None = Field(
@@ -77,6 +81,8 @@ class ExportRequest(CheckedSettings):
     prompts: int = Field(
         16, ge=0, le=1000, description="prompts that the certificate asks; 0 for no certificate"
     )
+    public: bool = Field(False, description="to hub: let everybody see it [only you]")
+    yes: bool = Field(False, description="to hub: send it without asking")
     shard_mb: int = Field(500, ge=1, description="to merged: size of a file of weights, in 10^6 bytes")
     allow: list[str] = Field(
         [],

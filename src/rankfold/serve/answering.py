@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -108,25 +108,27 @@ class Desk:
         self, told: ChatTold, replies: Replies, asked: ChatRequest, request: Request
     ) -> AsyncIterator[bytes]:
         streams = [ChatStream(told, reply) for reply in replies.all]
-        answers: list[Answer] = []
+        answers: dict[int, Answer] = {}
         for stream in streams:
             yield sent(stream.begun())
         async for number, what in _events(replies, request):
             if isinstance(what, Piece):
                 chunks = streams[number].piece(what)
             else:
-                answers.append(what)
+                answers[number] = what
                 chunks = streams[number].ended(what)
             for chunk in chunks:
                 yield sent(chunk)
         if asked.stream_options and asked.stream_options.include_usage:
-            yield sent({**told.head(True), "choices": [], "usage": usage_of(answers, len(answers))})
+            yield sent(
+                {**told.head(True), "choices": [], "usage": usage_of(_in_order(answers), len(answers))}
+            )
         yield DONE
 
     async def _text_events(
         self, told: TextTold, replies: Replies, asked: CompletionRequest, request: Request
     ) -> AsyncIterator[bytes]:
-        answers: list[Answer] = []
+        answers: dict[int, Answer] = {}
         per_prompt = asked.n or 1
         shown = [told.echo(reply.number, per_prompt) for reply in replies.all]
         for number, text in enumerate(shown):
@@ -138,11 +140,11 @@ class Desk:
                 written[number] += len(what.text)
                 yield sent(told.chunk(number, what.text, None, what.drawn))
             else:
-                answers.append(what)
+                answers[number] = what
                 rest = what.text[written[number] :]
                 yield sent(told.chunk(number, rest, what.finish_reason, replies.all[number].rest()))
         if asked.stream_options and asked.stream_options.include_usage:
-            yield sent({**told.head(True), "choices": [], "usage": usage_of(answers, per_prompt)})
+            yield sent({**told.head(True), "choices": [], "usage": usage_of(_in_order(answers), per_prompt)})
         yield DONE
 
 
@@ -178,7 +180,11 @@ async def _all(replies: Replies, request: Request) -> list[Answer] | None:
     async for number, what in _events(replies, request):
         if isinstance(what, Answer):
             found[number] = what
-    return [found[number] for number in sorted(found)] if len(found) == len(replies.all) else None
+    return _in_order(found) if len(found) == len(replies.all) else None
+
+
+def _in_order(found: Mapping[int, Answer]) -> list[Answer]:
+    return [found[number] for number in sorted(found)]
 
 
 async def _events(replies: Replies, request: Request) -> AsyncIterator[tuple[int, Piece | Answer]]:

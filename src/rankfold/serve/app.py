@@ -67,6 +67,7 @@ def application(served: Served, guards: Guards) -> Guarded:
     app = FastAPI(title="rankfold", version=__version__, lifespan=lifespan, responses=ALL_ROUTES)
     app.add_exception_handler(RequestValidationError, _of_validation)
     app.add_exception_handler(HTTPException, _of_http)
+    app.add_exception_handler(Exception, _of_fault)
     if guards.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=[*guards.origins], allow_methods=["*"], allow_headers=["*"]
@@ -183,3 +184,8 @@ async def _of_http(_: Request, error: Exception) -> JSONResponse:
     refused = error if isinstance(error, RefusedError) else RefusedError(error.status_code, str(error.detail))
     refused.headers = error.headers
     return refused.response()
+
+
+async def _of_fault(_: Request, error: Exception) -> JSONResponse:
+    """Of ours: Starlette logs it with where it happened."""
+    return RefusedError(500, f"the server failed: {type(error).__name__}; its log says more").response()

@@ -25,6 +25,10 @@ class FullError(Exception):
     """As many answers are waited for as may be."""
 
 
+class EndedError(Exception):
+    """The engine has ended, or failed, before a change was made."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Question:
     asked: Asked
@@ -152,6 +156,8 @@ class Engine:
                 self._loop.put(number, item.asked)
 
     def _do(self, change: _Change, loop: Loop) -> None:
+        if not change.result.set_running_or_notify_cancel():
+            return
         try:
             change.result.set_result(change.call(loop))
         except Exception as error:
@@ -170,5 +176,5 @@ class Engine:
         for number in list(self._done):
             self._end(number, Answer.missing(problem))
         for change in self._changes:
-            change.result.set_exception(RuntimeError(problem))
+            change.result.set_exception(EndedError(problem))
         self._changes = []

@@ -68,6 +68,10 @@ class Replies:
         self.until = self._loop.time() + answer_s
         self.answer_s = answer_s
         self.all = [Reply(number, self._tell) for number in range(len(make))]
+        if len(make) > engine.most:
+            raise RefusedError(
+                400, f"{len(make)} answers are asked for, and {engine.most} may wait (--queue)"
+            )
         try:
             engine.ask([(one(reply), reply.end) for one, reply in zip(make, self.all, strict=True)])
         except FullError:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from rankfold.settings import CheckedSettings
 
 EngineName = Literal["own", "vllm", "lmdeploy", "llama.cpp"]
+OF_ALL = {"host", "port", "api_key_file", "at_once", "engine", "engine_python"}  # what all engines are told
 
 
 class ServeRequest(CheckedSettings):
@@ -51,7 +52,8 @@ class ServeRequest(CheckedSettings):
             return self.host == "localhost"
 
     @model_validator(mode="after")
-    def _has_jobs_of_its_own(self) -> ServeRequest:
-        if self.jobs and self.engine != "own":
-            raise ValueError("jobs are run by rankfold's own server: leave engine or jobs out")
+    def _is_for_its_engine(self) -> ServeRequest:
+        own = sorted(self.model_fields_set - OF_ALL) if self.engine != "own" else []
+        if own:
+            raise ValueError(f"{', '.join(own)}: for rankfold's own server; leave that or engine out")
         return self

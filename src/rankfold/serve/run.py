@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -14,37 +13,18 @@ from rankfold.errors import ConfigError
 from rankfold.models.answering.answerable import why_not
 from rankfold.models.answering.answers import answering, loop_for
 from rankfold.models.answering.sampling import Sampling
-from rankfold.models.base.several import BASE, load_several
+from rankfold.models.base.several import BASE, Voice, load_several
 from rankfold.models.choices import ModelRequest
 from rankfold.serve.app import Served
 from rankfold.serve.engine import Engine
 from rankfold.serve.guards import Guarded, Guards
+from rankfold.serve.keys import key_of
 from rankfold.serve.request import ServeRequest
 from rankfold.serve.speakers import Speakers
 
-KEY_VARIABLE = "RANKFOLD_API_KEY"
-LEAST_KEY = 8  # characters
 FINISHING_S = 30  # for answers that are written when the server is told to stop
 MEGABYTE = 10**6
 BESIDE = 64  # requests that may be open beside those that are answered
-
-
-def key_of(asked: ServeRequest) -> str | None:
-    """The key that clients must send.  Raises ConfigError if one is needed and there is none."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if asked.api_key_file is not None:
-        try:
-            key = asked.api_key_file.read_text(encoding="utf-8").partition("\n")[0].strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-key-file {asked.api_key_file}: {error}") from error
-    if (key or asked.api_key_file) and (len(key) < LEAST_KEY or not key.isascii()):
-        raise ConfigError(f"the key has {len(key)} characters; use at least {LEAST_KEY}, all of them ASCII")
-    if not key and not asked.is_local:
-        raise ConfigError(
-            f"others can reach {asked.host}: put a key into {KEY_VARIABLE} or into a file "
-            "(--api-key-file FILE), which clients send as Authorization: Bearer KEY"
-        )
-    return key or None
 
 
 def guards_of(asked: ServeRequest) -> Guards:
@@ -58,9 +38,15 @@ def guards_of(asked: ServeRequest) -> Guards:
 def served_by(
     adapters: Mapping[str, Path], model: ModelRequest, sampling: Sampling, asked: ServeRequest
 ) -> Served:
-    """Load the model and its adapters.  Raises what ``load_several`` does, ConfigError for a model that
-    cannot answer several at once."""
-    voices = load_several(adapters, model)
+    """Load the model and its adapters.  Raises what ``load_several`` and ``served_of`` do."""
+    return served_of(load_several(adapters, model), adapters, sampling, asked)
+
+
+def served_of(
+    voices: Mapping[str, Voice], adapters: Mapping[str, Path], sampling: Sampling, asked: ServeRequest
+) -> Served:
+    """What answers by ``voices``, which come from the folders ``adapters``.  Raises ConfigError for a model
+    that cannot answer several at once."""
     speakers = Speakers(voices, adapters)
     base = voices[BASE].base
     problems = {name: why_not(voice.base, sampling) for name, voice in voices.items()}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rankfold.models.answering.loop import Loop
 from rankfold.models.base.base import Base
 from rankfold.models.base.several import BASE, Voice, one_more
 from rankfold.peft_surface.mixed_batch import BASE as NO_ADAPTER
-from rankfold.serve.engine import Engine
+from rankfold.serve.engine import EndedError, Engine
 from rankfold.serve.refusing import RefusedError
 
 
@@ -38,9 +39,7 @@ class Speaker:
     @cached_property
     def words(self) -> Any:
         """llguidance's view of the tokenizer: the bytes of each token."""
-        import llguidance.hf
-
-        return llguidance.hf.from_tokenizer(self.base.tokenizer, eos_token=sorted(self.stops))
+        return _words(self.base.tokenizer.backend_tokenizer.to_str(), tuple(sorted(self.stops)))
 
     def described(self) -> dict[str, Any]:
         """As OpenAI lists a model."""
@@ -53,6 +52,14 @@ class Speaker:
             "root": root,
             "parent": self.parent,
         }
+
+
+@lru_cache(maxsize=4)
+def _words(spelt: str, stops: tuple[int, ...]) -> Any:
+    """Of a tokenizer as JSON, which adapters mostly share."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(spelt, eos_token=list(stops))
 
 
 class Speakers:
@@ -72,9 +79,6 @@ class Speakers:
             if voice.adapter is not None:
                 self._add(voice, folders[name])
 
-    def __iter__(self) -> Iterable[Speaker]:
-        return iter(list(self.by_name.values()))
-
     def find(self, name: str) -> Speaker:
         """Raises RefusedError for a name that nobody has."""
         found = self.by_name.get(self.base_name if name == BASE else name)
@@ -89,8 +93,6 @@ class Speakers:
     async def load(self, engine: Engine, name: str, folder: Path) -> Speaker:
         """Load the adapter in ``folder`` under ``name``; if that is taken, those who asked it before are
         answered by the one that had it.  Raises RefusedError for one that cannot be loaded."""
-        import asyncio
-
         if name in (BASE, self.base_name):
             raise RefusedError(409, f"{name!r} is the base's name", param="lora_name")
         known_as = f"voice{next(self._numbers)}"
@@ -104,6 +106,8 @@ class Speakers:
             voice = await asyncio.wrap_future(engine.change(call))
         except RankfoldError as error:
             raise RefusedError(400, str(error), param="lora_path") from error
+        except EndedError as error:
+            raise RefusedError(503, str(error)) from error
         self.base = voice.base.reading_by(self.base.tokenizer)
         before = self.by_name.get(name)
         self._add(voice, folder)

@@ -123,7 +123,13 @@ class StopAfter(Watching):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("options", [{"ema_decay": 0.9}, {"ema_decay": 0.9, "patience": 4}, {"patience": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ema_decay": 0.9, "patience": 4},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"ema_decay": 0.9}, {"patience": 4})),
+    ],
+)
 def test_the_best_and_the_mean_are_the_same_after_an_interruption(spoiling, tmp_path, options):
     whole = fine_tune(spoiling(out=tmp_path / "whole", **options))
     with pytest.raises(KeyboardInterrupt):
@@ -152,7 +158,9 @@ def test_with_a_running_mean_the_mean_is_judged_and_saved(recipe):
         assert torch.equal(saved, mean)
 
 
-@pytest.mark.parametrize("option", ["label_smoothing", "neftune_alpha", "weight_decay"])
+@pytest.mark.parametrize(
+    "option", ["label_smoothing", "neftune_alpha", pytest.param("weight_decay", marks=pytest.mark.slow)]
+)
 def test_a_setting_of_the_method_changes_what_is_learnt(recipe, tmp_path, option):
     value = 5.0 if option == "neftune_alpha" else 0.3
     plain, other = (

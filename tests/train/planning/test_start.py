@@ -122,6 +122,7 @@ def test_an_adapter_of_another_base_or_none_is_refused(first, recipe, tmp_path, 
         decide(recipe(adapter=first, model=str(other)), Listener())
 
 
+@pytest.mark.slow
 def test_tokens_that_rows_spell_are_counted_and_can_be_let_through(recipe, write_rows, joke_rows, tmp_path):
     rows = [dict(row, completion=f"<file_sep>{row['completion']}") for row in joke_rows]
     data = write_rows(rows, "tokens.jsonl")
