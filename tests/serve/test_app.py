@@ -370,8 +370,13 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tiny_folder, tmp_path):
             )
             assert (found.status_code, found.json()["error"]["param"]) == (400, "lora_path")
             assert ask("base") == before
-        body = {"lora_name": "good", "lora_path": "good"}
-        assert httpx.post(f"{server.url}/load_lora_adapter", json=body, timeout=60).status_code == 200
+
+        def load(name):
+            body = {"lora_name": name, "lora_path": "good"}
+            return httpx.post(f"{server.url}/load_lora_adapter", json=body, timeout=60).status_code
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(load, ["good", "again", "third", "good"])) == [200] * 4
         expected = reply(load_tuned(good["good"]), user("Same?"), Sampling(temperature=0, max_new_tokens=12))
-        assert ask("good") == expected
+        assert [ask(name) for name in ("good", "again", "third")] == [expected] * 3
         assert ask("base") == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import count
 from pathlib import Path
@@ -99,6 +99,7 @@ class Speakers:
 
         def call(loop: Loop) -> Voice:
             found = one_more(self.base, name, known_as, folder)
+            self.base = replace(self.base, model=found.base.model)
             loop.company.model = found.base.model
             return found
 
@@ -108,7 +109,6 @@ class Speakers:
             raise RefusedError(400, str(error), param="lora_path") from error
         except EndedError as error:
             raise RefusedError(503, str(error)) from error
-        self.base = voice.base.reading_by(self.base.tokenizer)
         before = self.by_name.get(name)
         self._add(voice, folder)
         if before is not None:
