@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import json
+import logging
 import re
 import secrets
 import signal
@@ -28,11 +29,12 @@ JOB_ID = re.compile(r"ftjob-[0-9a-f]{24}")
 JOB, EVENTS, RUN, LOG = "job.json", "events.jsonl", "run", "log.txt"
 ACTIVE = ("validating_files", "queued", "running")
 ENDED = ("succeeded", "failed", "cancelled")
-LOOKS_S = 0.5  # between looks at a run
+AGAIN_S = 5  # after a job could not be begun
 STOPPING_S = 120  # for a run to save what it has
 RESULTS = ("step", "train_loss", "valid_loss", "learning_rate", "trained_tokens")
 MOST_TOLD = 8000  # characters of what a run said that failed
 
+LOGGER = logging.getLogger("rankfold.serve")
 Ready = Callable[[str, Path], Awaitable[None]]
 
 
@@ -126,8 +128,7 @@ class Jobs:
     def events(self, number: str) -> list[dict[str, Any]]:
         """What happened, the newest first: what was told, and the numbers of each step."""
         job = self.facts(number)
-        lines = (self.root / number / EVENTS).read_text(encoding="utf-8").splitlines()
-        told = [json.loads(line) for line in lines]
+        told = [json.loads(line) for line in self._lines(number)]
         steps = self.steps(number)
         begun = job["created_at"]
         seconds = 0.0
@@ -155,6 +156,11 @@ class Jobs:
             for record in reversed(looks)
         ]
 
+    def _lines(self, number: str) -> list[str]:
+        """What was told; a line that is being written is left for the next time."""
+        path = self.root / number / EVENTS
+        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+
     def steps(self, number: str) -> list[StepRecord]:
         try:
             return RunFolder(self.root / number / RUN).metrics()
@@ -174,10 +180,20 @@ class Jobs:
         while True:
             self._work.clear()
             waiting = [job["id"] for job in reversed(self.all()) if job["status"] == "queued"]
-            if waiting:
-                await self._do(waiting[0])
-            else:
+            if not waiting:
                 await self._work.wait()
+                continue
+            try:
+                await self._do(waiting[0])
+            except OSError as error:  # no room on the disk, say
+                LOGGER.exception("job %s", waiting[0])
+                with suppress(OSError):
+                    self._change(
+                        waiting[0],
+                        status="failed",
+                        error={"code": "failed", "message": str(error), "param": None},
+                    )
+                await asyncio.sleep(AGAIN_S)
 
     async def _do(self, number: str) -> None:
         folder = self.root / number
