@@ -103,11 +103,12 @@ $(VENV)/.conformance: $(VENV)/.tested
 compatibility: $(VENV)/.tested
 	$(BIN)/python -m pytest -q -m "peft" --write-compatibility
 
-# Measure speed, memory and overhead beside PEFT and TRL, and write docs/benchmarks.md: 70 minutes on an idle machine.
+# Measure speed, memory and overhead beside PEFT and TRL, and write docs/benchmarks.md: 95 minutes on an idle machine.
 bench: $(VENV)/.tested
 	$(BIN)/python benchmarks/speed.py $(GSM8K) --minutes 34
 	$(BIN)/python benchmarks/overhead.py $(GSM8K)
 	$(BIN)/python benchmarks/generation.py $(GSM8K)
+	$(BIN)/python benchmarks/serving.py $(GSM8K)
 	$(BIN)/python benchmarks/large_base.py
 	$(BIN)/python benchmarks/internvl_8b.py
 	$(BIN)/python benchmarks/shares.py $(GSM8K)
