@@ -22,8 +22,8 @@ import torch
 from parts.figures import Figure, parser, record
 
 from rankfold import LoraConfig, Sampling, answers, get_peft_model, load_base
-from rankfold.models.answering.asked import Question
 from rankfold.models.answering.answers import reply
+from rankfold.models.answering.asked import Question
 from rankfold.models.base.base import Base
 from rankfold.models.choices import ModelRequest
 from rankfold.models.messages.prompt import prompt_encoder

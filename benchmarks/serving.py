@@ -2,10 +2,10 @@
 
     python benchmarks/serving.py prompts.jsonl
 
-The rows of the file must have a ``question``, as GSM8K's have.  The server is a process of its own, the clients
-are OpenAI's; PEFT holds the same adapters and answers some of the same requests, before and after.  Every
-answer of the server is compared with that of its adapter alone, one prompt at a time, and the server's memory is
-looked at while it answers ``--soak`` short requests more."""
+The rows of the file must have a ``question``, as GSM8K's have.  The server is a process of its own, the
+clients are OpenAI's; PEFT holds the same adapters and answers some of the same requests, before and after.
+Every answer of the server is compared with that of its adapter alone, one prompt at a time, and the server's
+memory is looked at while it answers ``--soak`` short requests more."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def adapters(model: str, place: Path) -> dict[str, Path]:
     """Folders of adapters that have learnt something, if nothing of use."""
     found = {}
     for number in range(ADAPTERS):
-        tuned = get_peft_model(load_base(model).model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
+        tuned = get_peft_model(
+            load_base(model).model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
+        )
         torch.manual_seed(number)
         with torch.no_grad():
             for name, parameter in tuned.named_parameters():
@@ -142,7 +144,18 @@ def by_peft(model: Any, asked: list[Request], tokens: int) -> float:
 @contextmanager
 def server(model: str, folders: dict[str, Path]) -> Iterator[tuple[str, psutil.Process]]:
     named = [word for name, folder in folders.items() for word in ("--adapter", f"{name}={folder}")]
-    command = [sys.executable, "-m", "rankfold", "serve", model, *named, "--port", "0", "--at-once", str(AT_ONCE)]
+    command = [
+        sys.executable,
+        "-m",
+        "rankfold",
+        "serve",
+        model,
+        *named,
+        "--port",
+        "0",
+        "--at-once",
+        str(AT_ONCE),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

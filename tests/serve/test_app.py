@@ -141,6 +141,11 @@ def test_completions_go_on_with_texts_and_tokens(client, server):
     assert len(found.choices[0].logprobs.tokens) == len(found.choices[0].logprobs.text_offset)
     assert found.usage.prompt_tokens == sum(len(tokenizer(text)["input_ids"]) for text in texts)
     ids = [tokenizer(text)["input_ids"] for text in texts]
+    bare = client.completions.create(model="one", prompt=texts, n=2, **GREEDY)
+    assert bare.usage == found.usage
+    assert [texts[n // 2] + choice.text for n, choice in enumerate(bare.choices)] == [
+        c.text for c in found.choices
+    ]
     by_tokens = client.completions.create(model="one", prompt=ids, echo=True, **GREEDY)
     assert [c.text for c in by_tokens.choices] == [c.text for c in found.choices[::2]]
     streamed = client.completions.create(model="one", prompt=texts[0], echo=True, stream=True, **GREEDY)

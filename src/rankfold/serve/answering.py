@@ -17,7 +17,7 @@ from rankfold.models.answering.asked import Asked, Manner
 from rankfold.models.answering.sampling import Sampling
 from rankfold.serve import asking
 from rankfold.serve.bending import bend_of, benders_of
-from rankfold.serve.calls import CallForm, call_form
+from rankfold.serve.calls import CallForm, Tools, call_form
 from rankfold.serve.engine import Engine
 from rankfold.serve.refusing import RefusedError
 from rankfold.serve.replies import GoneError, Piece, Replies, Reply
@@ -43,8 +43,7 @@ class Desk:
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         speaker = self.speakers.find(asked.model)
         makes, calls = await self._by_clerk(lambda: self._chat_asked(speaker, asked))
-        offered = (asked.tools or []) if asked.tool_choice != "none" else []
-        tools = {tool.function.name: tool.function.parameters for tool in offered}
+        tools = _offered(asked)
         told = ChatTold("chat.completion", speaker, asking.wants_logprobs(asked), calls=calls, tools=tools)
         replies = Replies(self.engine, makes, self.answer_s)
         if asked.stream:
@@ -55,7 +54,7 @@ class Desk:
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         speaker = self.speakers.find(asked.model)
         prompts, makes = await self._by_clerk(lambda: self._completion_asked(speaker, asked))
-        told = TextTold("text_completion", speaker, asking.wants_logprobs(asked))
+        told = TextTold("text_completion", speaker, asking.wants_logprobs(asked), per_prompt=asked.n or 1)
         if asked.echo:
             told.echoed = [speaker.base.tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in prompts]
         replies = Replies(self.engine, makes, self.answer_s)
@@ -71,15 +70,9 @@ class Desk:
         self, speaker: Speaker, asked: ChatRequest
     ) -> tuple[list[Callable[[Reply], Asked]], CallForm | None]:
         prompt = asking.chat_prompt(speaker, asked)
-        calls = None
-        if (
-            asked.tools
-            and asked.tool_choice != "none"
-            and (calls := call_form(speaker.base.tokenizer)) is None
-        ):
-            told = (
-                "the model's chat template has no place for calls of tools, or a form that is not known here"
-            )
+        calls = call_form(speaker.base.tokenizer) if _offered(asked) else None
+        if _offered(asked) and calls is None:
+            told = "the model's chat template has no place for calls of tools, or one that is not known here"
             raise RefusedError(400, told, param="tools")
         return self._makes(speaker, asked, [prompt]), calls
 
@@ -94,7 +87,8 @@ class Desk:
     ) -> list[Callable[[Reply], Asked]]:
         """What makes the question of each answer, once its reply is there."""
         sampling = asking.sampling_of(self.sampling, speaker, asked, prompts)
-        manner = Manner(speaker.base.tokenizer, speaker.stops, sampling, speaker.adapter)
+        verbatim = isinstance(asked, CompletionRequest)
+        manner = Manner(speaker.base.tokenizer, speaker.stops, sampling, speaker.adapter, verbatim)
         likeliest, streams = asking.likeliest_of(asked), bool(asked.stream)
         if sampling.logprobs:
             speaker.words  # noqa: B018 - made here once, not while others wait
@@ -129,8 +123,7 @@ class Desk:
         self, told: TextTold, replies: Replies, asked: CompletionRequest, request: Request
     ) -> AsyncIterator[bytes]:
         answers: dict[int, Answer] = {}
-        per_prompt = asked.n or 1
-        shown = [told.echo(reply.number, per_prompt) for reply in replies.all]
+        shown = [told.echo(reply.number) for reply in replies.all]
         for number, text in enumerate(shown):
             if text:
                 yield sent(told.chunk(number, text, None, []))
@@ -144,8 +137,16 @@ class Desk:
                 rest = what.text[written[number] :]
                 yield sent(told.chunk(number, rest, what.finish_reason, replies.all[number].rest()))
         if asked.stream_options and asked.stream_options.include_usage:
-            yield sent({**told.head(True), "choices": [], "usage": usage_of(_in_order(answers), per_prompt)})
+            yield sent(
+                {**told.head(True), "choices": [], "usage": usage_of(_in_order(answers), told.per_prompt)}
+            )
         yield DONE
+
+
+def _offered(asked: ChatRequest) -> Tools:
+    """The tools that may be called, with what each is given."""
+    offered = (asked.tools or []) if asked.tool_choice != "none" else []
+    return {tool.function.name: tool.function.parameters for tool in offered}
 
 
 def _asked_of(

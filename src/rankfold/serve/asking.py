@@ -30,6 +30,8 @@ IMAGE_TYPES = (
     "data:image/gif;base64,",
 )
 TOO_LONG = "context_length_exceeded"
+MOST_WRITTEN = 100_000
+MOST_UNASKED = 4096  # tokens of an answer where neither the request nor the server says how many
 
 
 def chat_prompt(speaker: Speaker, asked: ChatRequest) -> Prompt:
@@ -121,10 +123,6 @@ def sampling_of(given: Sampling, speaker: Speaker, asked: Answered, prompts: Seq
     changed = {name: value for name, value in said.items() if value is not None}
     counted = min(wanted or most, given.max_new_tokens if limited else MOST_WRITTEN)
     return given.model_copy(update=changed | {"max_new_tokens": counted, "logprobs": wants_logprobs(asked)})
-
-
-MOST_WRITTEN = 100_000
-MOST_UNASKED = 4096  # tokens of an answer where neither the request nor the server says how many
 
 
 def wants_logprobs(asked: Answered) -> bool:

@@ -37,6 +37,7 @@ class Told:
     calls: CallForm | None = None
     tools: Tools = field(default_factory=dict)
     echoed: Sequence[str] = ()
+    per_prompt: int = 1
 
     def head(self, is_chunk: bool = False) -> Chunk:
         prefix = "chatcmpl" if self.kind == "chat.completion" else "cmpl"
@@ -139,20 +140,19 @@ class TextTold(Told):
     """``text_completion``"""
 
     def whole(self, replies: Sequence[Reply], answers: Sequence[Answer]) -> Chunk:
-        per_prompt = len(answers) // max(1, len(self.echoed) or 1)
         choices = [
             self.choice(
                 reply.number,
-                self.echo(reply.number, per_prompt) + answer.text,
+                self.echo(reply.number) + answer.text,
                 answer.finish_reason,
                 reply.drawn,
             )
             for reply, answer in zip(replies, answers, strict=True)
         ]
-        return {**self.head(), "choices": choices, "usage": usage_of(answers, per_prompt)}
+        return {**self.head(), "choices": choices, "usage": usage_of(answers, self.per_prompt)}
 
-    def echo(self, number: int, per_prompt: int) -> str:
-        return self.echoed[number // per_prompt] if self.echoed else ""
+    def echo(self, number: int) -> str:
+        return self.echoed[number // self.per_prompt] if self.echoed else ""
 
     def choice(self, number: int, text: str, reason: str | None, drawn: Sequence[Drawn]) -> Chunk:
         logprobs = None

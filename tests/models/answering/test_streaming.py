@@ -106,3 +106,15 @@ def test_the_real_models_answer_is_streamed_as_it_is_returned(real_base):
     assert "".join(shown) == answer
     assert len(shown) > 30
     assert "\n    " in answer
+
+
+@pytest.mark.parametrize("text", [" Paris is  here \n", "x", " ", "\n\na \U0001f600 b "])
+def test_white_space_stays_where_an_answer_is_wanted_verbatim(real_base, text):
+    tokenizer, shown = real_base.tokenizer, []
+    stream = TextStream(tokenizer, shown.append, verbatim=True)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for count in range(1, len(ids) + 1):
+        stream.put(ids[:count])
+    stream.end(ids)
+    assert "".join(shown) == text == decoded(tokenizer, ids, verbatim=True)
+    assert decoded(tokenizer, ids) == text.strip()

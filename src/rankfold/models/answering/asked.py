@@ -23,12 +23,13 @@ class Question:
 class Manner:
     """How prompts are answered: in the words of ``tokenizer``, up to one of the tokens ``stops``, drawn by
     ``sampling``, by the adapter that the model knows as ``adapter``; None is the model as it is, and
-    ``__base__`` the one without adapters."""
+    ``__base__`` the one without adapters.  ``verbatim``: white space around an answer stays."""
 
     tokenizer: Any
     stops: frozenset[int]
     sampling: Sampling
     adapter: str | None = None
+    verbatim: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,11 +41,11 @@ class Company:
                     self._ready.enter_context(_active(self.model, self._alone))
             return
         asked = {name for name in names if name is not None and name != BASE}
-        if self._rows is None or not self._has(self._rows, asked):
-            known = () if self._rows is None else self._rows.carried
+        known = set() if self._rows is None else {*self._rows.carried}
+        both, most = asked | known, 2 * len(asked) + SPARE
+        if self._rows is None or both != known or len(known) > most:
             self.leave()
-            kept = known if len(known) <= len(asked) + SPARE else ()
-            carried = sorted({*asked, *kept} if len({*asked, *kept}) <= 2 * len(asked) + SPARE else asked)
+            carried = sorted(both if len(both) <= most else asked)
             self._rows = self._ready.enter_context(mixed_batches(self.model, carried))
         self._rows.names = [None if name == BASE else name for name in names]
 
@@ -57,10 +57,6 @@ class Company:
         """Let the model be as it was before; an adapter may be added or deleted then."""
         self._ready.close()
         self._rows, self._alone = None, None
-
-    @staticmethod
-    def _has(rows: MixedRows, asked: set[str]) -> bool:
-        return asked <= {*rows.carried} and len(rows.carried) <= 2 * len(asked) + SPARE
 
 
 @contextmanager

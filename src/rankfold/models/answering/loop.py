@@ -106,7 +106,9 @@ class Loop:
     def put(self, place: int, asked: Asked) -> None:
         """Let a prompt wait; its answer is given under ``place``."""
         manner = asked.manner
-        stream = TextStream(manner.tokenizer, asked.write, manner.sampling.stop) if asked.write else None
+        stream = None
+        if asked.write is not None:
+            stream = TextStream(manner.tokenizer, asked.write, manner.sampling.stop, manner.verbatim)
         row = Row(place, asked, stream, random.Random(asked.seed))
         if not asked.ids:
             self._fail(row, "the prompt is empty, and this model has no token that begins a text")
@@ -304,8 +306,9 @@ class Loop:
     def _end(self, row: Row, reason: FinishReason) -> None:
         if row.stream is not None:
             row.stream.end(row.tokens)
+        manner = row.asked.manner
         answer = Answer(
-            decoded(row.asked.manner.tokenizer, row.tokens, row.sampling.stop),
+            decoded(manner.tokenizer, row.tokens, row.sampling.stop, manner.verbatim),
             row.tokens,
             reason,
             len(row.asked.ids),

@@ -10,15 +10,16 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's tokens of one byte
 CUT_CHARACTER = "\ufffd"  # what is decoded from a character whose last bytes are not there
 
 
-def decoded(tokenizer: Any, ids: list[int], stops: Sequence[str] = ()) -> str:
+def decoded(tokenizer: Any, ids: list[int], stops: Sequence[str] = (), verbatim: bool = False) -> str:
     """An answer's text up to the first of ``stops``: without control tokens, without a last character that
-    was cut, without white space around it."""
+    was cut, and, unless it is wanted ``verbatim``, without white space around it."""
     text = words(tokenizer, ids)
-    return _tidy(text[: stop_place(text, stops)])
+    return _tidy(text[: stop_place(text, stops)], verbatim)
 
 
-def _tidy(text: str) -> str:
-    return text.rstrip(CUT_CHARACTER).strip()
+def _tidy(text: str, verbatim: bool) -> str:
+    text = text.rstrip(CUT_CHARACTER)
+    return text if verbatim else text.strip()
 
 
 def words(tokenizer: Any, ids: list[int]) -> str:
@@ -38,8 +39,14 @@ class TextStream:
     that stand for one byte nothing is shown until the next other word: what they say together is not known
     before.  Nor is what one of ``stops`` may begin with."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], object], stops: Sequence[str] = ()) -> None:
-        self.tokenizer, self.write, self.stops = tokenizer, write, stops
+    def __init__(
+        self,
+        tokenizer: Any,
+        write: Callable[[str], object],
+        stops: Sequence[str] = (),
+        verbatim: bool = False,
+    ) -> None:
+        self.tokenizer, self.write, self.stops, self.verbatim = tokenizer, write, stops, verbatim
         self.unsaid = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.shown = ""
 
@@ -49,10 +56,10 @@ class TextStream:
         if not BYTE.fullmatch(word) and ids[-1] not in self.unsaid:
             text = words(self.tokenizer, ids)
             text = text[: stop_place(text, self.stops)]
-            self._show(_tidy(text[: len(text) - self._may_be_a_stop(text)]))
+            self._show(_tidy(text[: len(text) - self._may_be_a_stop(text)], self.verbatim))
 
     def end(self, ids: list[int]) -> None:
-        self._show(decoded(self.tokenizer, ids, self.stops))
+        self._show(decoded(self.tokenizer, ids, self.stops, self.verbatim))
 
     def _may_be_a_stop(self, text: str) -> int:
         """How many of the last characters of ``text`` a stop may begin with."""
