@@ -61,7 +61,11 @@ def assert_same_run(run: Path, wanted: Path) -> None:
         assert (tensor - other[name]).norm() <= 1e-2 * other[name].norm(), name
 
 
-@pytest.mark.parametrize("shard_base", [False, True], ids=["each its own base", "one base cut in two"])
+@pytest.mark.parametrize(
+    "shard_base",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["each its own base", "one base cut in two"],
+)
 def test_two_processes_make_the_same_run_as_one(options, alone, tmp_path, shard_base):
     out = tmp_path / "run"
     assert children.run_together("fine_tune", options | {"out": out, "shard_base": shard_base}, 2) == [0, 0]
@@ -74,6 +78,7 @@ def test_two_processes_make_the_same_run_as_one(options, alone, tmp_path, shard_
     assert facts[0] == facts[1]
 
 
+@pytest.mark.slow
 def test_a_base_cut_in_two_with_recomputed_activations_makes_the_same_run(options, alone, tmp_path):
     more = {"out": tmp_path / "run", "shard_base": True, "activation_checkpointing": True}
     assert children.run_together("fine_tune", options | more, 2) == [0, 0]
@@ -88,7 +93,8 @@ def test_three_processes_with_fewer_rows_than_processes_in_a_step(options, tmp_p
     assert_same_run(tmp_path / "three", tmp_path / "one")
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes(options, alone, tmp_path, before, after):
     out = tmp_path / "run"
     argument = options | {"out": out, "max_minutes": 1e-9}  # stops after a step; the limit may be changed

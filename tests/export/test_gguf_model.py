@@ -47,7 +47,8 @@ def on_gguf(tmp_path, kind="Q4_1", **options):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("target", ["embed_tokens", pytest.param("lm_head", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_the_file_computes_what_peft_does_with_the_adapter(adapted, tmp_path, target):
     base, adapter = adapted(
         tied=target != "lm_head", target_modules=["q_proj", "k_proj", "down_proj", target]

@@ -53,6 +53,7 @@ def compiled(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.suffix in (".nbi", ".nbc")]
 
 
+@pytest.mark.slow
 def test_compiled_loops_are_kept_where_it_is_told_and_nowhere_else(tmp_path):
     assert run("print(problem)", tmp_path / "cache").stdout == "\n"
     kept = {path: path.stat().st_mtime_ns for path in compiled(tmp_path / "cache")}

@@ -11,7 +11,12 @@ from conftest import randomise, tiny_llama
 from rankfold import LoraConfig, PeftModel, get_peft_model
 
 CONFIG = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-OPTIONS = [{}, {"use_rslora": True, "lora_bias": True}, {"use_dora": True}, {"lora_dropout": 0.5}]
+OPTIONS = [
+    {},
+    {"use_rslora": True, "lora_bias": True},
+    pytest.param({"use_dora": True}, marks=pytest.mark.slow),
+    {"lora_dropout": 0.5},
+]
 
 
 def model(**options) -> PeftModel:

@@ -254,6 +254,7 @@ assert all(torch.equal(whole[name], again[name]) for name in whole)
 """
 
 
+@pytest.mark.slow
 def test_a_trainer_saves_and_resumes_the_adapter_where_peft_is_not_installed(tmp_path):
     packages = tmp_path / "packages"
     packages.mkdir()

@@ -223,26 +223,30 @@ def test_several_mistakes_are_told_at_once(client):
         client.chat.completions.create(model="one", messages=user("x"), temperature=-1, top_p=5)
 
 
-def test_adapters_come_and_go_while_others_are_answered(client, server, adapters, tiny_folder, alone):
-    post = lambda what, **body: httpx.post(f"{server.url}/{what}_lora_adapter", json=body, timeout=60)  # noqa: E731
-    long = client.chat.completions.create(
-        model="one", messages=user("A long one."), temperature=0, max_tokens=60, stream=True
-    )
+def test_adapters_come_and_go_while_others_are_answered(client, server, alone):
+    def post(what, **body):
+        return httpx.post(f"{server.url}/{what}_lora_adapter", json=body, timeout=60)
+
+    def ask(name, **options):
+        return client.chat.completions.create(model=name, messages=asked, temperature=0, **options)
+
+    asked, many = user("Who are you now?"), {"max_tokens": 400, "logit_bias": {"2": -100}}
+    long = ask("one", stream=True, max_tokens=60)
     first = next(iter(long))
-    loaded = post("load", lora_name="third", lora_path="two")
-    assert loaded.json()["id"] == "third"
-    asked = user("Who are you now?")
-    ask = lambda: client.chat.completions.create(model="third", messages=asked, **GREEDY)  # noqa: E731
-    assert ask().choices[0].message.content == alone("two", asked)
+    assert post("load", lora_name="third", lora_path="two").json()["id"] == "third"
+    assert ask("third", max_tokens=12).choices[0].message.content == alone("two", asked)
+    whole = ask("third", **many).choices[0].message.content
+    old = ask("third", stream=True, **many)
+    text = next(iter(old)).choices[0].delta.content
     assert post("load", lora_name="third", lora_path="one").status_code == 200  # other weights, same name
-    assert ask().choices[0].message.content == alone("one", asked)
+    assert ask("third", max_tokens=12).choices[0].message.content == alone("one", asked)
+    text += "".join(chunk.choices[0].delta.content or "" for chunk in old)
+    assert text == whole  # which ended by the weights that it began with
     assert post("unload", lora_name="third").json()["deleted"]
     with pytest.raises(openai.NotFoundError):
-        ask()
+        ask("third")
     assert first.id in {chunk.id for chunk in long}
-    assert client.chat.completions.create(model="one", messages=asked, **GREEDY).choices[
-        0
-    ].message.content == alone("one", asked)
+    assert ask("one", max_tokens=12).choices[0].message.content == alone("one", asked)
     held = server.served.speakers.base.model.peft_config
     assert len(held) <= 3  # what was unloaded is gone, but for one that is just going
 

@@ -15,6 +15,9 @@ from rankfold.train.comparing.run_report import CURVE_POINTS, RunsReport, _curve
 from rankfold.train.keeping.energy import Energy
 from rankfold.train.step.loop import StepRecord
 
+# Otherwise the machine's speed of the moment decides, and runs differ in it.
+SPEED = ("--micro-batch-tokens", 4096)
+
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder, joke_rows, tmp_path_factory):
@@ -25,7 +28,9 @@ def runs(tiny_folder, joke_rows, tmp_path_factory):
     made = {"learnt": ("1e-2", 6), "not": ("1e-9", 6), "others": ("1e-2", 4)}
     for name, (rate, held_out) in made.items():
         given = ("--model", tiny_folder, "--data", rows, "--out", folder / name, "--learning-rate", rate)
-        done = rankfold_command("train", *given, "--held-out", held_out, "--epochs", 2, "--samples", 1)
+        done = rankfold_command(
+            "train", *given, "--held-out", held_out, "--epochs", 2, "--samples", 1, *SPEED
+        )
         assert done.returncode == 0, done.stderr
     return {name: folder / name for name in made}
 

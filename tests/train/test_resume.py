@@ -79,7 +79,7 @@ def enumerated(points: int, every: int) -> range:
 def test_a_kill_at_any_point_and_a_resume_change_no_bit(options, uninterrupted, tmp_path):
     """A sample of the points; the slow test below takes every one."""
     oracle, points = uninterrupted
-    for point in enumerated(points, every=points // 5):
+    for point in enumerated(points, every=points // 3):
         out = tmp_path / str(point)
         killed_and_resumed(options, out, point)
         assert outcome(out) == outcome(oracle), f"killed at point {point} of {points}"

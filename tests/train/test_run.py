@@ -246,6 +246,7 @@ class StepClock:
         return 4.0 * (self.asked // 3)
 
 
+@pytest.mark.slow
 def test_a_timed_run_ends_its_fall_with_its_time_and_goes_on_exactly(recipe, tmp_path, monkeypatch):
     """6 steps are planned; in 18 seconds there is room for 4.  One run is stopped after 2 of them."""
 
@@ -290,7 +291,7 @@ def test_packed_and_padded_runs_learn_the_same(recipe, tmp_path):
     assert json.loads((packed.out / "run.json").read_text())["batching"]["kind"] == "packed"
 
 
-@pytest.mark.parametrize("stored", ["int8", "bfloat16"])
+@pytest.mark.parametrize("stored", ["int8", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_base_held_in_few_bytes_is_trained_on_as_it_is(recipe, tmp_path, stored):
     """The losses are those of the base with its weights rounded so; they come near the plain one's."""
     held, plain = (
@@ -321,6 +322,7 @@ def test_what_is_trained_on_is_a_setting(recipe, write_rows):
     assert counts["last"] < counts["assistant"] < counts["all"]
 
 
+@pytest.mark.slow
 def test_a_number_of_steps_is_what_happens_in_as_many_passes_as_it_takes(recipe):
     plan = decide(recipe(epochs=None, max_steps=40), Listener())
     assert (plan.settings.steps, plan.settings.epochs) == (40, 14)

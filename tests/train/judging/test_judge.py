@@ -159,7 +159,11 @@ def test_with_a_running_mean_the_mean_is_judged_and_saved(recipe):
 
 
 @pytest.mark.parametrize(
-    "option", ["label_smoothing", "neftune_alpha", pytest.param("weight_decay", marks=pytest.mark.slow)]
+    "option",
+    [
+        "label_smoothing",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("neftune_alpha", "weight_decay")),
+    ],
 )
 def test_a_setting_of_the_method_changes_what_is_learnt(recipe, tmp_path, option):
     value = 5.0 if option == "neftune_alpha" else 0.3
@@ -170,6 +174,7 @@ def test_a_setting_of_the_method_changes_what_is_learnt(recipe, tmp_path, option
     assert plain.steps[-1].loss != other.steps[-1].loss
 
 
+@pytest.mark.slow
 def test_moments_that_are_lost_are_started_anew_only_when_asked(recipe, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fine_tune(recipe(save_every_steps=1, keep_checkpoints=1), StopAfter(4))

@@ -55,6 +55,7 @@ def test_it_learns_on_and_the_first_adapter_stays_as_it_was(first, recipe):
     load_tuned(result.out)
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on_and_refuses_another_start(first, recipe, tmp_path):
     whole = fine_tune(recipe("whole", adapter=first, save_every_steps=1))
 
