@@ -83,6 +83,7 @@ def test_llama_cpp_takes_a_gguf_file_and_one_adapter(tmp_path, adapters, tiny_fo
         (["--engine", "vllm", "--temperature", "0"], "temperature: clients say so"),
         (["--engine", "vllm", "--stored", "int8"], "stored: vllm has nothing for it"),
         (["--engine", "vllm"], "vllm is not installed here"),
+        (["--", "--enforce-eager"], "--enforce-eager: words behind the model"),
         (["--engine", "vllm", "--engine-python", "/nowhere/python"], "no such file"),
     ],
     ids=str,
@@ -107,10 +108,12 @@ def test_the_engine_ends_when_this_process_is_told_to(tiny_folder, tmp_path):
         "vllm",
         "--engine-python",
         python,
+        "--",
+        "--enforce-eager",
     ]
     with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True) as process:
         lines = [process.stdout.readline(), process.stdout.readline()]
-        assert any(line.startswith("began -m vllm") for line in lines), lines
+        assert any(line.startswith("began -m vllm") and "--enforce-eager" in line for line in lines), lines
         process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         process.wait(20)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from rankfold.errors import DataError, OutputError, nearest
 from rankfold.files import write_whole
 from rankfold.models.answering.answers import Answerer
-from rankfold.models.base.several import Voice
+from rankfold.models.base.several import BASE, Voice
 from rankfold.models.messages.images import content_of, size_of
 
 HELP = {
@@ -98,7 +98,7 @@ class Session:
         self.seed += 1  # otherwise a question asked again would draw the same random numbers again
 
     def _use(self, names: str) -> None:
-        asked = names.replace(",", " ").split()
+        asked = [self.base if name == BASE else name for name in names.replace(",", " ").split()]
         for name in asked:
             if name not in self.voices:
                 there = ", ".join(self.voices)

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 @click.command("serve")
 @click.argument("name", metavar="[MODEL]", required=False)
+@click.argument("words", nargs=-1, metavar="[-- WORDS OF THE ENGINE]", type=click.UNPROCESSED)
 @several_model_options
 @options_of(ServeRequest, arguments=("origins",))
 @click.option(
     "--origins", multiple=True, metavar="VALUE", help=ServeRequest.model_fields["origins"].description
 )
-def command(name: str | None, **options: Any) -> int:
+def command(name: str | None, words: tuple[str, ...], **options: Any) -> int:
     """Answer OpenAI's clients by MODEL and by adapters on it, many requests at a time.
 
     Give --adapter NAME=FOLDER several times: a request names the one that answers in its field "model".
@@ -40,7 +41,9 @@ def command(name: str | None, **options: Any) -> int:
             raise ConfigError(
                 f"{', '.join(told)}: clients say so to {asked.engine}; leave that or --engine out"
             )
-        return _by_engine(adapters, asked_of(options, ModelRequest), asked)
+        return _by_engine(adapters, asked_of(options, ModelRequest), asked, words)
+    if words:
+        raise ConfigError(f"{' '.join(words)}: words behind the model are for another --engine")
     try:
         from rankfold.serve import run
         from rankfold.serve.app import application
@@ -54,11 +57,13 @@ def command(name: str | None, **options: Any) -> int:
     return 0
 
 
-def _by_engine(adapters: dict[str, Path], model: ModelRequest, asked: ServeRequest) -> int:
+def _by_engine(
+    adapters: dict[str, Path], model: ModelRequest, asked: ServeRequest, words: tuple[str, ...]
+) -> int:
     from rankfold.serve.engines import run_engine
     from rankfold.serve.keys import key_of
 
-    return run_engine(adapters, model, asked, key_of(asked), click.echo)
+    return run_engine(adapters, model, asked, key_of(asked), click.echo, words)
 
 
 def _tell_notes(served: Served, sampling: Sampling) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,16 +42,18 @@ def run_engine(
     asked: ServeRequest,
     key: str | None,
     tell: Callable[[str], object],
+    words: Sequence[str] = (),
 ) -> int:
-    """Serve by ``asked.engine`` until it ends or this process is told to; its exit status.  Raises
-    ConfigError for what it cannot serve and if it is not installed."""
+    """Serve by ``asked.engine``, which gets ``words`` too, until it ends or this process is told to; its exit
+    status.  Raises ConfigError for what it cannot serve and if it is not installed."""
     _require(asked, model)
     with tempfile.TemporaryDirectory(prefix="rankfold-engine-") as folder:
         started = command_of(adapters, model, asked, key, Path(folder))
         for note in started.notes:
             tell(f"note: {note}")
-        tell(" ".join(started.command))
-        with subprocess.Popen(started.command, env=os.environ | started.environment) as process:
+        command = [*started.command, *words]
+        tell(shlex.join("KEY" if word == key else word for word in command))
+        with subprocess.Popen(command, env=os.environ | started.environment) as process:
 
             def stop(number: int, _: FrameType | None) -> None:
                 process.send_signal(number)

@@ -57,6 +57,8 @@ def of_fields(problems: Sequence[Mapping[str, Any]]) -> RefusedError:
 
 
 def _name(problem: Mapping[str, Any]) -> str:
+    if problem["loc"] == ("body",):
+        return "body (JSON, with the header Content-Type: application/json)"
     names = [str(part) for part in problem["loc"]]
     return ".".join(names[1:] if names[:1] == ["body"] else names)[:200] or "body"
 
@@ -75,5 +77,6 @@ ALL_ROUTES: dict[int | str, dict[str, Any]] = {
         429: "too many answers are waited for",
         500: "the server failed",
         503: "the server is stopping",
+        507: "there is no room on the disk",
     }.items()
 }
