@@ -124,6 +124,7 @@ class StopAfter(Listener):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_goes_on_to_the_same_bits(tiny_folder, write_rows, joke_rows, tmp_path):
     data = write_rows(joke_rows)
 

@@ -216,7 +216,9 @@ def model_for(kind: str) -> PeftModel:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["SFT", pytest.param("DPO", marks=pytest.mark.slow), "Reward"])
+@pytest.mark.parametrize(
+    "kind", ["SFT", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("DPO", "Reward"))]
+)
 @pytest.mark.peft("TRL's `SFTTrainer`, `DPOTrainer`, `RewardTrainer`", "", "the same")
 def test_trl_trains_saves_and_resumes_the_wrapped_model(kind, real_base, tmp_path):
     whole = trl_trainer(kind, model_for(kind), tmp_path, real_base.tokenizer)

@@ -23,7 +23,9 @@ def served_schema(tiny_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("count", [6, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["allowed", "not allowed"]
+    "mode",
+    [pytest.param(GenerationMode.POSITIVE, marks=pytest.mark.slow), GenerationMode.NEGATIVE],
+    ids=["allowed", "not allowed"],
 )
 def test_every_route_does_as_its_schema_says(served_schema, count, mode):
     served, problems = 0, []

@@ -104,7 +104,9 @@ def test_the_adapter_knows_into_how_many_tiles_images_were_cut(recipe):
     assert load_tuned(out).processor.image_processor.max_patches == 2
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", "int8", "q4_0", "nf4"])
+@pytest.mark.parametrize(
+    "stored", ["int8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "q4_0", "nf4"))]
+)
 def test_a_run_on_a_held_language_model_learns_and_the_adapter_fits_the_plain_base(recipe, tmp_path, stored):
     base = write_original(tmp_path / "base", llm__intermediate_size=64)
     settings = {"model": str(base), "rows_per_step": ROWS, "epochs": 6}

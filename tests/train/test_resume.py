@@ -256,6 +256,7 @@ def test_a_batch_that_is_not_finite_keeps_the_state_before_it(options, tmp_path)
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_recipe_in_the_folder_makes_the_same_run_again(stopped, tmp_path):
     resume(stopped)
     recipe = yaml.safe_load((stopped / "recipe.yaml").read_text())

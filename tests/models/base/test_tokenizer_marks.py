@@ -119,6 +119,7 @@ def test_a_run_leaves_marks_and_fingerprint_and_its_adapter_loads_without_a_word
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_base_without_a_template_names_the_plain_one_and_brings_it_back(
     tiny_folder, write_rows, joke_rows, tmp_path
 ):

@@ -269,6 +269,7 @@ def test_without_general_text_nothing_is_told_of_it(recipe):
     assert "What it forgot" not in (result.out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_limit_goes_on_to_the_same_bits(recipe, general, tmp_path):
     options = {**LOOKING, "general": general, "forget_limit": 0.3, "max_steps": 6}
     whole = fine_tune(recipe(**options, out=tmp_path / "whole"))
