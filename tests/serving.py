@@ -24,9 +24,12 @@ from rankfold.serve.request import ServeRequest
 from rankfold.serve.run import guards_of, listen, served_by, served_of, url_of
 
 
-def make_adapters(base: Path, place: Path, names: tuple[str, ...] = ("one", "two")) -> dict[str, Path]:
+def make_adapters(
+    base: Path, place: Path, names: tuple[str, ...] = ("one", "two"), **options
+) -> dict[str, Path]:
+    usual = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     for number, name in enumerate(names):
-        config = LoraConfig(r=4 + 4 * number, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(r=4 + 4 * number, **usual | options)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         randomise(model, seed=number + 1)
         model.save_pretrained(place / name)
@@ -57,12 +60,13 @@ class Running:
 @contextmanager
 def running(model: Path | Base, adapters: dict[str, Path], **options) -> Iterator[Running]:
     asked = ServeRequest.of({"port": 0} | options)
-    guards, listening = guards_of(asked), listen(asked)
+    guards = guards_of(asked)
     if isinstance(model, Base):
         served = served_of({BASE: Voice(BASE, model)}, {}, Sampling.of({}), asked)
     else:
         wanted = ModelRequest.of({"model": str(model), "precision": "float32"})
         served = served_by(adapters, wanted, Sampling.of({}), asked)
+    listening = listen(asked)
     config = uvicorn.Config(
         application(served, guards), http=ImpatientProtocol, ws="none", lifespan="on", log_level="warning"
     )

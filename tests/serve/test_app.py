@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from chat_formats import TRL
+from rankfold.errors import ConfigError
 from rankfold.models.answering.answers import reply
 from rankfold.models.answering.sampling import Sampling
 from rankfold.models.base.load import load_base, load_tuned
@@ -389,3 +390,16 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tiny_folder, tmp_path):
         expected = reply(load_tuned(good["good"]), user("Same?"), Sampling(temperature=0, max_new_tokens=12))
         assert [ask(name) for name in ("good", "again", "third")] == [expected] * 3
         assert ask("base") == before
+
+
+def test_an_activated_adapter_is_refused_at_the_start_and_later(tiny_folder, tmp_path):
+    folders = make_adapters(tiny_folder, tmp_path, ("plain",))
+    folders |= make_adapters(tiny_folder, tmp_path, ("activated",), alora_invocation_tokens=[5, 6])
+    with pytest.raises(ConfigError, match="activated"), running(tiny_folder, folders):
+        pass
+    with running(tiny_folder, {"plain": folders["plain"]}, adapter_root=tmp_path) as server:
+        body = {"lora_name": "activated", "lora_path": "activated"}
+        found = httpx.post(f"{server.url}/load_lora_adapter", json=body, timeout=60)
+        assert found.status_code == 400
+        assert "activated" in found.json()["error"]["message"]
+        assert {model.id for model in server.client().models.list()} == {server.base_name, "plain"}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.errors import ConfigError, RankfoldError, nearest
+from rankfold.lora import LoraConfig
 from rankfold.models.answering.answers import stops_of
 from rankfold.models.answering.loop import Loop
 from rankfold.models.base.base import Base
@@ -98,6 +99,10 @@ class Speakers:
         known_as = f"voice{next(self._numbers)}"
 
         def call(loop: Loop) -> Voice:
+            if LoraConfig.from_pretrained(folder).alora_invocation_tokens:
+                raise ConfigError(
+                    "an activated adapter (aLoRA) cannot be served yet; rankfold chat talks to it"
+                )
             found = one_more(self.base, name, known_as, folder)
             self.base = replace(self.base, model=found.base.model)
             loop.company.model = found.base.model

@@ -42,9 +42,9 @@ def why_not(base: Base, sampling: Sampling) -> str:
 
 
 def is_activated(model: Any) -> bool:
-    """Whether an active adapter of ``model`` is an activated one (aLoRA)."""
+    """Whether an adapter of ``model`` is an activated one (aLoRA)."""
     configs = model.peft_config if isinstance(model, PeftModel) else {}
-    return any(configs[name].alora_invocation_tokens for name in configs if name in model.active_adapters)
+    return any(config.alora_invocation_tokens for config in configs.values())
 
 
 def what_it_takes(model: Any) -> frozenset[str]:
