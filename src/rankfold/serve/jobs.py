@@ -28,7 +28,6 @@ from rankfold.train.step.loop import StepRecord
 JOB_ID = re.compile(r"ftjob-[0-9a-f]{24}")
 JOB, EVENTS, RUN, LOG = "job.json", "events.jsonl", "run", "log.txt"
 ACTIVE = ("validating_files", "queued", "running")
-ENDED = ("succeeded", "failed", "cancelled")
 AGAIN_S = 5  # after a job could not be begun
 STOPPING_S = 120  # for a run to save what it has
 RESULTS = ("step", "train_loss", "valid_loss", "learning_rate", "trained_tokens")
